@@ -1,0 +1,1 @@
+"""Calibration: what users pass -> batches -> the inputs of every layer -> statistics."""

@@ -1,0 +1,189 @@
+"""Walking a model block by block while each block's inputs are at hand.
+
+A unit is what is pruned at once: a block (an element of the model's layer lists), or a single
+layer that lies outside every block. The outputs of a pruned unit must feed the next one, and
+what a model does between two units (masks, position embeddings, cross-attention inputs, scaling)
+is its own business. So the model itself drives the walk: one forward pass per batch is started
+as a coroutine (a greenlet) that stops in front of every unit. When all batches have stopped,
+their inputs to the unit are known exactly as the model passes them; the unit can be run on them
+as often as needed and pruned, and then the coroutines go on through the pruned unit to the next.
+
+Live at any time: one unit's work and, per batch, what the model's forward pass holds between two
+units, that is the hidden states. On an accelerator those of waiting batches are moved to the CPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from .data import Batch
+from .offload import Parked
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module that is pruned at once, with the names of the targets inside it."""
+
+    name: str
+    module: nn.Module
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One batch's call of a unit."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    token_mask: Tensor | None
+    """The batch's attention mask (batch, tokens) as bool; None if nothing is padding."""
+    parked: Parked
+
+
+@dataclass(frozen=True)
+class Visit:
+    """All batches stand in front of a unit."""
+
+    unit: Unit
+    calls: tuple[Call, ...]
+    run: Callable[[Unit, Call], Any]
+    """Runs the unit as it is now on one call."""
+
+
+def find_units(model: nn.Module, targets: Sequence[str]) -> list[Unit]:
+    """Split the targets into units, found from the model's structure alone.
+
+    A block is the outermost module around a target whose class the model names in
+    `_no_split_modules`, else the outermost element of an `nn.ModuleList`. A target in neither is
+    a unit of its own.
+    """
+    whole: set[str] = set()
+    for module in model.modules():
+        whole.update(getattr(module, "_no_split_modules", None) or ())
+    by_class = [n for n, m in model.named_modules() if n and type(m).__name__ in whole]
+    by_list = [
+        f"{name}.{child}".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        for child, _ in module.named_children()
+    ]
+    grouped: dict[str, list[str]] = {}
+    for target in targets:
+        ancestors = [target[:i] for i, letter in enumerate(target) if letter == "."] + [target]
+        block = next((a for a in ancestors if a in by_class), None)
+        block = block or next((a for a in ancestors if a in by_list), target)
+        grouped.setdefault(block, []).append(target)
+    return [Unit(n, model.get_submodule(n), tuple(t)) for n, t in grouped.items()]
+
+
+class BlockWalk:
+    """Iterates over the visits of a model's units, in the order in which the model calls them.
+
+    Args:
+        model: in eval mode; its hooks (accelerate's offloading) stay in force.
+        units: from `find_units`.
+        batches: model inputs, on the CPU.
+
+    The caller prunes a visit's unit before asking for the next visit. Leaving the loop, also by
+    an exception, unwinds the passes that are under way and removes all hooks.
+
+    Raises:
+        CalibrationError: the model can't be run on a batch, or units were never reached.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[Unit], batches: Sequence[Batch]) -> None:
+        self._model = model
+        self._batches = batches
+        self._waiting = {unit.module: unit for unit in units}
+        self._order = {unit.name: i for i, unit in enumerate(units)}
+        self._running_unit = False
+        self._token_masks: dict[greenlet.greenlet, Tensor | None] = {}
+        own = itertools.chain(model.parameters(), model.buffers())
+        self._own = frozenset(t.untyped_storage().data_ptr() for t in own)
+
+    def __iter__(self) -> Iterator[Visit]:
+        hooks = [
+            module.register_forward_pre_hook(self._stop, prepend=True, with_kwargs=True)
+            for module in self._waiting
+        ]
+        passes = [greenlet.greenlet(self._forward) for _ in self._batches]
+        try:
+            with torch.no_grad(), _without_cache(self._model):
+                stops = [p.switch(batch) for p, batch in zip(passes, self._batches, strict=True)]
+                while self._waiting:
+                    unit = self._next_unit(stops)
+                    here = [i for i, stop in enumerate(stops) if stop and stop[0] is unit]
+                    yield Visit(unit, tuple(stops[i][1] for i in here), self._run)
+                    del self._waiting[unit.module]
+                    for i in here if self._waiting else ():
+                        stops[i] = passes[i].switch()
+        finally:
+            for running in passes:
+                if running:
+                    running.throw(greenlet.GreenletExit)
+            for hook in hooks:
+                hook.remove()
+
+    def _forward(self, batch: Batch) -> None:
+        """The body of a batch's coroutine: one forward pass of the whole model."""
+        device = getattr(self._model, "device", None) or next(self._model.parameters()).device
+        mask = batch.get("attention_mask")
+        padded = mask is not None and mask.ndim == 2 and not bool(mask.all())
+        self._token_masks[greenlet.getcurrent()] = mask.bool() if padded else None  # type: ignore[union-attr]
+        self._model(**{key: value.to(device) for key, value in batch.items()})
+
+    def _stop(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Where a pass reaches a unit that isn't pruned yet: hand its inputs over and wait."""
+        if self._running_unit or module not in self._waiting:
+            return
+        current = greenlet.getcurrent()
+        call = Call(args, kwargs, self._token_masks[current], Parked((args, kwargs), self._own))
+        call.parked.away()
+        assert current.parent is not None
+        current.parent.switch((self._waiting[module], call))
+        call.parked.back()
+
+    def _run(self, unit: Unit, call: Call) -> Any:
+        call.parked.back()
+        self._running_unit = True
+        try:
+            return unit.module(*call.args, **call.kwargs)
+        finally:
+            self._running_unit = False
+            call.parked.away()
+
+    def _next_unit(self, stops: Sequence[tuple[Unit, Call] | None]) -> Unit:
+        reached = [stop[0] for stop in stops if stop]
+        if not reached:
+            names = [target for unit in self._waiting.values() for target in unit.targets]
+            raise CalibrationError(
+                f"no calibration token reached {', '.join(names[:4])}"
+                f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}: the data lack the "
+                "inputs that use these layers; add them, or leave the layers dense with "
+                "modules_to_not_convert"
+            )
+        return min(reached, key=lambda unit: self._order[unit.name])
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """No key-value caches: a block is run more than once on the same inputs."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
+    before = {key: config.use_cache for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for key, config in configs.items():
+            config.use_cache = before[key]

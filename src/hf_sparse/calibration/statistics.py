@@ -1,0 +1,78 @@
+"""Adds up a layer's input statistics while calibration batches flow by, in fp32."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import SolveError
+from ..statistics import Needs, Statistics
+
+# Rows kept of the inputs, to measure output errors on: enough for two digits, and small.
+SAMPLE_ROWS = 512
+# Tokens gathered before H is updated: a rank-256 product runs near the library's peak.
+FLUSH_ROWS = 256
+# H is symmetric: only tiles on and below the diagonal are computed, in strips of this many rows.
+STRIP = 128
+
+
+class StatisticsCollector:
+    """Adds up one input's statistics over batches; `finish` freezes them."""
+
+    def __init__(self, columns: int, needs: Needs, batches: int, device: torch.device) -> None:
+        self._needs = needs
+        self._rows_per_batch = max(1, -(-SAMPLE_ROWS // batches))
+        self._sample: list[Tensor] = []
+        self._pending: list[Tensor] = []
+        self._tokens = 0
+        self._squares = torch.zeros(columns, device=device)
+        self._hessian = (
+            torch.zeros(columns, columns, device=device) if needs >= Needs.HESSIAN else None
+        )
+
+    def add(self, inputs: Float[Tensor, "tokens in"]) -> None:
+        """Count a batch's tokens; padding has been taken out before."""
+        if inputs.shape[0] == 0:
+            return
+        rows = inputs.float()
+        self._tokens += rows.shape[0]
+        step = max(1, rows.shape[0] // self._rows_per_batch)
+        self._sample.append(rows[::step][: self._rows_per_batch].clone())
+        if self._hessian is None:
+            self._squares += rows.square().sum(dim=0)
+            return
+        self._pending.append(rows)
+        if sum(len(chunk) for chunk in self._pending) >= FLUSH_ROWS:
+            self._flush()
+
+    def finish(self) -> Statistics:
+        """The statistics of all tokens seen.
+
+        Raises:
+            SolveError: no token was seen, or an input was NaN or infinite.
+        """
+        if self._tokens == 0:
+            raise SolveError("no calibration token reached it")
+        if self._hessian is not None:
+            self._flush()
+            lower = self._hessian.tril_()
+            hessian = (lower + lower.tril(-1).T).div_(self._tokens)
+            squares = hessian.diagonal()
+        else:
+            hessian = None
+            squares = self._squares / self._tokens
+        if not bool(torch.isfinite(squares).all()):
+            raise SolveError("its input activations are NaN or infinite, or overflow fp32 squared")
+        norms = squares.sqrt() if self._needs >= Needs.COLUMN_NORMS else None
+        return Statistics(self._tokens, torch.cat(self._sample), norms, hessian)
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        rows = torch.cat(self._pending) if len(self._pending) > 1 else self._pending[0]
+        self._pending.clear()
+        assert self._hessian is not None
+        for start in range(0, rows.shape[1], STRIP):
+            end = min(start + STRIP, rows.shape[1])
+            self._hessian[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])

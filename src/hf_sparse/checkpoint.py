@@ -1,0 +1,164 @@
+"""The sparse part of a safetensors checkpoint: which layers are packed, and how.
+
+Every file's metadata has a key `hf_sparse` with the JSON object
+
+    {"version": 1, "layers": {NAME: {"format": ..., "shape": [out, in], ...}}}
+
+that describes all packed layers of the checkpoint; docs/format.md has the whole of it. A packed
+layer's values are stored under the layer's own key NAME.weight, in their packed shape, so that a
+reader that does not know the format stops at the shape instead of making up a weight. Nothing
+here is trusted: names, sizes and dtypes are checked from the headers before a tensor is read,
+contents right after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import CheckpointError, FormatError
+from .formats import Format, format_from_spec
+from .formats.base import check_layout, check_packed
+
+METADATA_KEY = "hf_sparse"
+VERSION = 1
+LARGEST_SIDE = 2**31 - 1
+
+# A module's tensors whose local key starts with "weight": file, shape, dtype (None: unusual).
+Found = dict[str, tuple[str, tuple[int, ...], torch.dtype | None]]
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A packed layer in a checkpoint, as its headers describe it.
+
+    Attributes:
+        name: the module's name.
+        format: how it is packed.
+        shape: (out, in).
+        transposed: its dense weight is kept as (in, out), as transformers' Conv1D does.
+        layout: shape and dtype of each packed tensor, by local key.
+        file: the file that holds its values.
+    """
+
+    name: str
+    format: Format
+    shape: tuple[int, int]
+    transposed: bool
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    file: str = ""
+
+    def description(self) -> dict[str, Any]:
+        """The JSON object that the metadata keep."""
+        transposed = {"transposed": True} if self.transposed else {}
+        return {
+            "format": self.format.name,
+            "shape": list(self.shape),
+            **transposed,
+            **self.format.parameters(),
+        }
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise a CheckpointError, with file and tensor, unless the contents agree."""
+        try:
+            check_packed(self.format, tensors, self.shape)
+        except FormatError as error:
+            raise _damaged(self.file, f"{self.name}.{error}") from None
+
+
+def metadata(layers: Iterable[PackedLayer]) -> dict[str, str]:
+    """The safetensors metadata that describe packed layers."""
+    content = {"version": VERSION, "layers": {layer.name: layer.description() for layer in layers}}
+    return {METADATA_KEY: json.dumps(content, separators=(",", ":"), sort_keys=True)}
+
+
+def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLayer]:
+    """The packed layers of a checkpoint, from its files' headers alone.
+
+    Raises:
+        CheckpointError: a file can't be read, is no safetensors file, has no or unknown sparse
+            metadata, or tensors that contradict them; names file and tensor.
+    """
+    described: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Found] = {}
+    for path in [os.fspath(file) for file in files]:
+        if not path.endswith(".safetensors"):
+            raise _damaged(path, "a sparse checkpoint is stored in safetensors files only")
+        try:
+            with safe_open(path, framework="pt") as file:
+                described |= _parse(path, (file.metadata() or {}).get(METADATA_KEY))
+                for key in file.keys():  # noqa: SIM118
+                    part = file.get_slice(key)
+                    dtype = _DTYPES.get(part.get_dtype())
+                    module, _, local = key.rpartition(".")
+                    if local.startswith("weight"):
+                        tensors.setdefault(module, {})[local] = path, tuple(part.get_shape()), dtype
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, f"it can't be read: {error}") from None
+    return {name: _describe(name, e, tensors.get(name, {})) for name, e in described.items()}
+
+
+def _parse(path: str, text: str | None) -> dict[str, dict[str, Any]]:
+    """The `layers` object of one file's metadata."""
+    if text is None:
+        raise _damaged(path, "it has no hf_sparse metadata: was it rewritten by another tool?")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _damaged(path, f"its hf_sparse metadata are not JSON: {error}") from None
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != VERSION:
+        raise _damaged(
+            path,
+            f"format version {version!r} is not known, this hf_sparse reads version {VERSION}; "
+            "pip install -U hf-sparse may help",
+        )
+    layers = content.get("layers")
+    if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
+        raise _damaged(path, "its hf_sparse metadata have no object 'layers'")
+    return layers
+
+
+def _describe(name: str, entry: Mapping[str, Any], found: Found) -> PackedLayer:
+    """One layer's entry, checked against its tensors as the headers list them."""
+    file = found["weight"][0] if "weight" in found else next((v[0] for v in found.values()), "")
+    parameters = dict(entry)
+    shape, transposed = parameters.pop("shape", None), parameters.pop("transposed", False)
+    valid = isinstance(shape, list) and len(shape) == 2 and isinstance(transposed, bool)
+    if not valid or not all(type(n) is int and 0 < n <= LARGEST_SIDE for n in shape):
+        raise _damaged(file, f"{name}: shape {shape!r} is not [out, in] in its hf_sparse metadata")
+    try:
+        fmt = format_from_spec(parameters)
+        unknown = [key for key, value in found.items() if value[2] is None]
+        if unknown:
+            raise FormatError(f"{unknown[0]} has a dtype that no format uses")
+        layout = {key: (value[1], value[2]) for key, value in found.items()}
+        check_layout(fmt, layout, (shape[0], shape[1]))  # type: ignore[arg-type]
+    except FormatError as error:
+        raise _damaged(file, f"{name}.{error}") from None
+    return PackedLayer(name, fmt, (shape[0], shape[1]), transposed, layout, file)  # type: ignore[arg-type]
+
+
+def _damaged(path: str, what: str) -> CheckpointError:
+    where = path or "the checkpoint"
+    return CheckpointError(f"{where}: {what}")

@@ -1,0 +1,271 @@
+"""`SparseConfig`: everything a user can say about how a model is made sparse."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .calibration.data import DataRecord
+from .errors import ConfigError
+from .formats import check_format_name
+from .patterns import NM, Pattern, parse_pattern
+from .solvers import get_solver
+from .statistics import Needs
+
+QUANT_METHOD = "hf_sparse"
+DEFAULT_SPARSITY = 0.5
+
+
+class SparseConfig(QuantizationConfigMixin):
+    """How to prune a model and how to store the result.
+
+    Pass it as `quantization_config` to `from_pretrained`, or to `hf_sparse.prune`.
+
+    Args:
+        sparsity: fraction of zeros in each pruned weight, 0 <= s < 1, exactly floor(s * n) of n
+            weights; or `{regex: s}`: the first regex that matches a layer's name decides, a layer
+            that none matches stays dense. Default 0.5, or what an n:m pattern implies.
+        pattern: "unstructured", or "n:m" for n kept of m consecutive inputs.
+        method: a registered solver: "sparsegpt", "wanda", "magnitude"; "keep" prunes nothing and
+            packs the zeros that the checkpoint already has.
+        dataset: calibration data: a Hub dataset id, the path of a text, jsonl or parquet file, a
+            `datasets.Dataset`, or an iterable of strings, of token id tensors or of dicts of
+            model inputs. None only for methods that need no data.
+        tokenizer: id, path or object; None for the model's own. Only used for text.
+        num_samples: number of calibration samples. Default 128.
+        seq_len: tokens a sample. Default min(2048, what the model allows).
+        batch_size: samples per forward pass while calibrating. Default 1.
+        seed: decides which samples are drawn when there are more than num_samples. Default 0.
+        modules_to_not_convert: names or regexes of layers left dense. None: the output head,
+            embeddings, and what the model ties or keeps in fp32.
+        targets: regexes of the layers to prune; None for every linear layer.
+        damp_percent: SparseGPT's damping, as a fraction of mean(diag H). Default 0.01.
+        block_size: SparseGPT's columns per mask decision. Default 128.
+        allocation: how the sparsity is spread over the layers: "uniform".
+        format: storage: "auto" (the smallest that fits, layer by layer), "bitmask", "n:m" or
+            "dense".
+
+    Raises:
+        ConfigError: an argument is out of its range, unknown, or contradicts another one.
+
+    A regex matches whole components of a layer's name: "q_proj" or "layers.1" (not "layers.11").
+    """
+
+    def __init__(
+        self,
+        sparsity: float | Mapping[str, float] | None = None,
+        pattern: str = "unstructured",
+        method: str = "sparsegpt",
+        dataset: Any = None,
+        tokenizer: Any = None,
+        num_samples: int = 128,
+        seq_len: int | None = None,
+        batch_size: int = 1,
+        seed: int = 0,
+        modules_to_not_convert: Sequence[str] | None = None,
+        targets: Sequence[str] | None = None,
+        damp_percent: float = 0.01,
+        block_size: int = 128,
+        allocation: str = "uniform",
+        format: str = "auto",
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.pattern = pattern
+        self.method = method
+        self.sparsity = _resolve_sparsity(sparsity, pattern, method)
+        self.dataset = DataRecord(**dataset) if _is_record(dataset) else dataset
+        self.tokenizer = tokenizer
+        self.num_samples = _integer("num_samples", num_samples, 1)
+        self.seq_len = None if seq_len is None else _integer("seq_len", seq_len, 1)
+        self.batch_size = _integer("batch_size", batch_size, 1)
+        self.seed = _integer("seed", seed, 0)
+        self.modules_to_not_convert = _regexes("modules_to_not_convert", modules_to_not_convert)
+        self.targets = _regexes("targets", targets)
+        self.damp_percent = _positive("damp_percent", damp_percent)
+        self.block_size = _integer("block_size", block_size, 1)
+        if allocation != "uniform":
+            raise ConfigError(f"allocation={allocation!r} does not exist: pass 'uniform'")
+        self.allocation = allocation
+        self.format = format if format == "auto" else check_format_name(format)
+        if self.format == "n:m" and pattern == "unstructured" and method != "keep":
+            raise ConfigError("format='n:m' stores n:m patterns only: pass pattern='n:m', e.g. 2:4")
+
+    def check_data(self) -> None:
+        """Raise a ConfigError unless the method can run with the dataset given."""
+        if isinstance(self.dataset, DataRecord) and self.dataset.digest is not None:
+            raise ConfigError(
+                f"this config describes data already used ({self.dataset.source}); "
+                "pass dataset= again to prune with it"
+            )
+        if self.dataset is None and get_solver(self.method).needs > Needs.NOTHING:
+            raise ConfigError(
+                f"method={self.method!r} needs calibration data: pass dataset= a Hub id, the path "
+                "of a text, jsonl or parquet file, or a list of strings, token ids or dicts"
+            )
+
+    def layer_pattern(self, sparsity: float) -> Pattern:
+        """The pattern of a layer that is pruned to `sparsity`."""
+        return parse_pattern(self.pattern, sparsity)
+
+    def replaced(self, **changes: Any) -> SparseConfig:
+        """A copy with some arguments changed, validated anew."""
+        return SparseConfig(**(self._arguments() | changes))
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Rebuild from `to_dict()`.
+
+        Raises:
+            ConfigError: an unknown key; a newer version of this package may have written it.
+        """
+        arguments = {k: v for k, v in config_dict.items() if k != "quant_method"}
+        known = _ARGUMENTS
+        if unknown := sorted(set(arguments) - set(known)):
+            raise ConfigError(
+                f"SparseConfig has no {', '.join(map(repr, unknown))}; it knows {', '.join(known)}."
+                " A newer hf_sparse may have written this config: pip install -U hf-sparse"
+            )
+        config = cls(**arguments)
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """All arguments as JSON values; data are described, never contained."""
+        values = self._arguments()
+        values["dataset"] = describe_dataset(self.dataset)
+        values["tokenizer"] = _tokenizer_name(self.tokenizer)
+        return {"quant_method": self.quant_method, **values}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, and always method, sparsity and pattern."""
+        always = ("quant_method", "method", "sparsity", "pattern")
+        defaults = SparseConfig().to_dict()
+        return {k: v for k, v in self.to_dict().items() if k in always or v != defaults[k]}
+
+    def __repr__(self) -> str:
+        values = self.to_diff_dict()
+        del values["quant_method"]
+        return f"SparseConfig({', '.join(f'{k}={v!r}' for k, v in values.items())})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SparseConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseConfig:
+        """Shares dataset and tokenizer: transformers copies configs, data may not be copyable."""
+        return self.replaced()
+
+    def _arguments(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _ARGUMENTS}
+
+
+_ARGUMENTS = tuple(
+    name for name in SparseConfig.__init__.__annotations__ if name not in ("self", "return")
+)
+
+
+def describe_dataset(dataset: Any) -> Any:
+    """A JSON value that says what a dataset is: a string as it is, anything else as its type."""
+    if dataset is None or isinstance(dataset, str):
+        return dataset
+    if isinstance(dataset, Path):
+        return str(dataset)
+    if isinstance(dataset, DataRecord):
+        return asdict(dataset)
+    items = f" of {type(dataset[0]).__name__}" if isinstance(dataset, list) and dataset else ""
+    return asdict(DataRecord(type(dataset).__name__ + items))
+
+
+def _is_record(dataset: Any) -> bool:
+    return isinstance(dataset, Mapping) and set(dataset) == {f.name for f in fields(DataRecord)}
+
+
+def _tokenizer_name(tokenizer: Any) -> str | None:
+    if tokenizer is None or isinstance(tokenizer, str):
+        return tokenizer
+    if isinstance(tokenizer, Path):
+        return str(tokenizer)
+    return getattr(tokenizer, "name_or_path", None) or type(tokenizer).__name__
+
+
+def _resolve_sparsity(
+    sparsity: float | Mapping[str, float] | None, pattern: str, method: str
+) -> float | dict[str, float] | None:
+    """The sparsity that holds: given, implied by n:m, or None where the method decides."""
+    if get_solver(method).chooses_pattern:
+        if sparsity is not None or pattern != "unstructured":
+            raise ConfigError(
+                f"method={method!r} keeps the zeros that are there: it takes neither sparsity "
+                f"nor pattern, found sparsity={sparsity!r}, pattern={pattern!r}"
+            )
+        return None
+    parsed = parse_pattern(pattern, DEFAULT_SPARSITY)
+    implied = parsed.sparsity
+    if sparsity is None:
+        return implied
+    if isinstance(sparsity, Mapping):
+        if not sparsity:
+            raise ConfigError("sparsity={} prunes nothing: pass {regex: fraction} or a fraction")
+        _regexes("sparsity", list(sparsity))
+        values = {k: _fraction(f"sparsity[{k!r}]", v) for k, v in sparsity.items()}
+    else:
+        values = {"": _fraction("sparsity", sparsity)}
+    for key, value in values.items():
+        # A layer may be left alone (0); any other value must be what n:m gives.
+        allowed = (implied, 0.0) if isinstance(sparsity, Mapping) else (implied,)
+        if isinstance(parsed, NM) and not any(math.isclose(value, a) for a in allowed):
+            where = f" for {key!r}" if key else ""
+            raise ConfigError(
+                f"sparsity={value}{where} contradicts pattern={pattern!r}, which makes "
+                f"{Fraction(parsed.m - parsed.n, parsed.m)} of the weights zero: leave sparsity out"
+            )
+    return values if isinstance(sparsity, Mapping) else values[""]
+
+
+def _fraction(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        percent = isinstance(value, (int, float)) and 1 < value < 100
+        hint = f"; for {value} % pass {value / 100}" if percent else ""  # type: ignore[operator]
+        raise ConfigError(
+            f"{name}={value!r} must be the fraction of zeros, a number with 0 <= s < 1{hint}"
+        )
+    return float(value)
+
+
+def _integer(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
+    return value
+
+
+def _positive(name: str, value: object) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:  # type: ignore[operator]
+        raise ConfigError(f"{name}={value!r} must be a positive number")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _regexes(name: str, patterns: Sequence[str] | None) -> list[str] | None:
+    if patterns is None:
+        return None
+    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+        raise ConfigError(f"{name}={patterns!r} must be a list of regexes, e.g. ['q_proj', 'mlp']")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{name} holds {pattern!r}, no valid regex: {error}") from None
+    return list(patterns)

@@ -1,0 +1,45 @@
+"""Everything hf_sparse raises on purpose.
+
+HfSparseError
+├── ConfigError       a SparseConfig argument, or a combination of them, can't work  (ValueError)
+├── TargetError       a regex matches nothing, or something that can't be pruned     (ValueError)
+├── CalibrationError  the calibration data, or what came of them, are unusable       (ValueError)
+├── SolveError        the maths failed for a layer: NaN weights, a bad Hessian  (ArithmeticError)
+├── FormatError       tensors do not fit a storage format                            (ValueError)
+│   └── CheckpointError   ... and were read from a file; names the file and the tensor
+└── SaveError         a checkpoint could not be written                                 (OSError)
+
+Each message names what was passed, what was expected and what to do about it.
+"""
+
+
+class HfSparseError(Exception):
+    """Base class of every error of this package."""
+
+
+class ConfigError(HfSparseError, ValueError):
+    """An argument of `SparseConfig` is wrong, or contradicts another one."""
+
+
+class TargetError(HfSparseError, ValueError):
+    """A name or regex selects no layer, or one that can't be pruned."""
+
+
+class CalibrationError(HfSparseError, ValueError):
+    """Calibration data are missing, too short or don't suit the model."""
+
+
+class SolveError(HfSparseError, ArithmeticError):
+    """A layer can't be solved: its weights, inputs or Hessian are not usable."""
+
+
+class FormatError(HfSparseError, ValueError):
+    """Tensors don't fit the storage format that they claim to have."""
+
+
+class CheckpointError(FormatError):
+    """A checkpoint on disk is damaged, incomplete, or of an unknown version."""
+
+
+class SaveError(HfSparseError, OSError):
+    """A checkpoint could not be written; what was there before is untouched."""

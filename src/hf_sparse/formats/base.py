@@ -1,0 +1,128 @@
+"""What a storage format is: stateless packing of one (out, in) weight into local tensors.
+
+The tensor under the key "weight" holds the values; companions are called "weight_...". All
+functions leave their inputs alone and work on meta tensors where values don't matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import FormatError
+from ..patterns import Pattern
+
+Packed = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The format can hold the weight; `bytes` is what the packed tensors take."""
+
+    format: Format
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The format can't hold the weight, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a packed tensor must look like; `None` in a shape or as dtype means free.
+
+    dtype None stands for "a floating-point type": the values'.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype | None
+
+    def check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Raise a FormatError that names the tensor unless shape and dtype agree."""
+        same_rank = len(shape) == len(self.shape)
+        if not same_rank or any(
+            want not in (None, got) for want, got in zip(self.shape, shape, strict=True)
+        ):
+            raise FormatError(f"{name} has shape {shape}, expected {self.describe()}")
+        if dtype != self.dtype if self.dtype is not None else not dtype.is_floating_point:
+            expected = self.dtype or "a floating-point type"
+            raise FormatError(f"{name} has dtype {dtype}, expected {expected}")
+
+    def describe(self) -> str:
+        return "(" + ", ".join("*" if size is None else str(size) for size in self.shape) + ")"
+
+
+class Format(Protocol):
+    """One storage layout. Instances are frozen values and carry the layout's parameters only."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def fits(cls, weight: Float[Tensor, "out in"], pattern: Pattern) -> Accepted | Rejected:
+        """Can this layout hold the weight, with which parameters and how many bytes?"""
+        ...
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> Format:
+        """Rebuild from `parameters()`; raises FormatError on anything unexpected."""
+        ...
+
+    def parameters(self) -> dict[str, Any]:
+        """The layout's parameters as JSON values; {} if it has none."""
+        ...
+
+    def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """The packed tensors of an (out, in) weight, by local key."""
+        ...
+
+    def pack(self, weight: Float[Tensor, "out in"]) -> Packed:
+        """Dense weight to packed tensors; lossless but for the sign of zeros."""
+        ...
+
+    def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        """Prove that the tensors' contents agree, so that `unpack` can't read out of bounds.
+
+        Shapes and dtypes have been checked against `specs` before.
+
+        Raises:
+            FormatError: names the tensor and what is wrong with it.
+        """
+        ...
+
+    def unpack(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Float[Tensor, "out in"]:
+        """Packed tensors to the dense weight in `dtype`."""
+        ...
+
+
+def check_packed(fmt: Format, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+    """Everything that must hold before packed tensors are used: names, shapes, dtypes, contents."""
+    check_layout(fmt, {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()}, shape)
+    fmt.check(tensors, shape)
+
+
+def check_layout(
+    fmt: Format, found: Mapping[str, tuple[tuple[int, ...], torch.dtype]], shape: tuple[int, int]
+) -> None:
+    """Names, shapes and dtypes alone: what a file's header can tell without reading the data."""
+    specs = fmt.specs(shape)
+    if missing := [key for key in specs if key not in found]:
+        raise FormatError(f"{missing[0]} is missing: format {fmt.name!r} needs {', '.join(specs)}")
+    if extra := [key for key in found if key not in specs]:
+        raise FormatError(f"{extra[0]} doesn't belong to format {fmt.name!r} ({', '.join(specs)})")
+    for key, spec in specs.items():
+        spec.check(key, *found[key])
+
+
+def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes that the tensors' data take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,29 @@
+"""Bit strings in uint8 tensors: bit i of a row is bit i % 8 of byte i // 8, bit 0 the lowest."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, UInt8
+from torch import Tensor
+
+
+def pack_bits(bits: Bool[Tensor, "rows n"]) -> UInt8[Tensor, "rows bytes"]:
+    """Each row to ceil(n / 8) bytes; the padding bits of the last byte are 0."""
+    rows, n = bits.shape
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -n % 8)).view(rows, -1, 8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
+    return (padded * weights).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: UInt8[Tensor, "rows bytes"], n: int) -> Bool[Tensor, "rows n"]:
+    """The first n bits of each row."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(-1) >> shifts) & 1
+    return bits.view(packed.shape[0], -1)[:, :n].to(torch.bool)
+
+
+def padding_is_zero(packed: UInt8[Tensor, "rows bytes"], n: int) -> bool:
+    """Are the bits behind the first n of each row all 0?"""
+    if n % 8 == 0 or packed.numel() == 0:
+        return True
+    return not bool((packed[:, -1] >> (n % 8)).any())

@@ -1,0 +1,5 @@
+"""Modules that hold packed weights."""
+
+from .linear import SparseLinear
+
+__all__ = ["SparseLinear"]

@@ -1,0 +1,79 @@
+"""Putting sparse layers where dense ones were, and back, hooks of accelerate included.
+
+A module that accelerate has offloaded holds meta tensors; its hook knows where the data are. Its
+successor is offloaded the same way, with its (packed) tensors in CPU memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import align_module_device
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..formats import Format
+from .linear import SparseLinear
+
+
+def write_weight(module: nn.Module, weight: Tensor) -> None:
+    """Overwrite a layer's weight, given in the module's own orientation.
+
+    An offloaded layer is brought in for good: it is about to be replaced.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if isinstance(hook, AlignDevicesHook) and hook.offload:
+        with align_module_device(module):
+            own = module.named_parameters(recurse=False)
+            tensors = {name: parameter.detach().clone() for name, parameter in own}
+        remove_hook_from_module(module)
+        for name, tensor in tensors.items():
+            requires_grad = getattr(module, name).requires_grad
+            setattr(module, name, nn.Parameter(tensor, requires_grad=requires_grad))
+        module._offloaded_by = hook  # type: ignore[assignment]
+    with torch.no_grad():
+        module.weight.copy_(weight)  # type: ignore[operator,union-attr]
+
+
+def pack_linear(
+    model: nn.Module, module: nn.Module, weight: Float[Tensor, "out in"], fmt: Format
+) -> SparseLinear:
+    """Replace a dense layer by a `SparseLinear` with the same weight; returns the new layer."""
+    shape = (weight.shape[0], weight.shape[1])
+    packed = fmt.pack(weight)
+    transposed = not isinstance(module, nn.Linear)
+    sparse = SparseLinear(fmt, packed, shape, weight.dtype, module.bias, transposed)  # type: ignore[arg-type]
+    replace_module(model, module, sparse)
+    return sparse
+
+
+def unpack_linear(sparse: SparseLinear, original: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Fill `original`, a dense layer on meta, with a sparse layer's weight and bias."""
+    with torch.no_grad(), align_module_device(sparse):
+        weight = sparse.weight.to(dtype)
+        original.weight = nn.Parameter((weight.T if sparse.transposed else weight).contiguous())
+        original.bias = sparse.bias
+    return original
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `model` has `old`; mode and accelerate's hook go with it."""
+    new.train(old.training)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+    hook = getattr(old, "_offloaded_by", None) or getattr(old, "_hf_hook", None)
+    if isinstance(hook, AlignDevicesHook):
+        tensors = {k: v.to("cpu") for k, v in new.state_dict().items()} if hook.offload else None
+        add_hook_to_module(
+            new,
+            AlignDevicesHook(
+                execution_device=hook.execution_device,
+                offload=hook.offload,
+                io_same_device=hook.io_same_device,
+                weights_map=tensors,
+                offload_buffers=hook.offload,
+                place_submodules=hook.place_submodules,
+            ),
+        )

@@ -1,0 +1,124 @@
+"""Sparsity patterns: the one place where scores become a mask.
+
+A mask is a bool tensor of the weight's shape, True = kept. Counts are exact: a pattern removes
+`floor(sparsity * n)` of n weights whatever the ties, computed with the decimal value of the
+sparsity that was written (0.29 of 100 is 29, although 0.29 * 100 < 29 in binary floating point).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weight may go; `sparsity` is the fraction of zeros, 0 <= sparsity < 1."""
+
+    sparsity: float
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def zeros(self, n: int) -> int:
+        """Number of zeros among n weights: floor(sparsity * n)."""
+        return math.floor(Fraction(str(self.sparsity)) * n)
+
+    def mask(
+        self, scores: Float[Tensor, "out in"], *, per_row: bool = False
+    ) -> Bool[Tensor, "out in"]:
+        """Keep the highest scores: over the whole matrix, or within each output row."""
+        if per_row:
+            return keep_highest(scores, self.zeros(scores.shape[1]))
+        return keep_highest(scores.reshape(1, -1), self.zeros(scores.numel())).view_as(scores)
+
+    def column_zeros(self, rows: int, start: int, end: int) -> int:
+        """Zeros that columns start..end of a matrix take, so that all columns add up exactly."""
+        return self.zeros(rows * end) - self.zeros(rows * start)
+
+
+@dataclass(frozen=True)
+class NM:
+    """n kept of every m consecutive inputs of a row.
+
+    A ragged tail of t < m inputs keeps ceil(n * t / m).
+    """
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in a full group: 1 - n/m."""
+        return float(1 - Fraction(self.n, self.m))
+
+    def kept(self, width: int) -> int:
+        """Weights kept in a group of `width` <= m inputs."""
+        return -(-self.n * width // self.m)
+
+    def mask(
+        self, scores: Float[Tensor, "out in"], *, per_row: bool = False
+    ) -> Bool[Tensor, "out in"]:
+        """Keep the n highest scores of each group; groups lie within rows, so per_row is moot."""
+        rows, columns = scores.shape
+        tail = columns % self.m
+        full = scores[:, : columns - tail].reshape(-1, self.m)
+        parts = [keep_highest(full, self.m - self.n).view(rows, columns - tail)]
+        if tail:
+            parts.append(keep_highest(scores[:, columns - tail :], tail - self.kept(tail)))
+        return torch.cat(parts, dim=1)
+
+
+Pattern: TypeAlias = Unstructured | NM
+
+
+def parse_pattern(text: object, sparsity: float) -> Pattern:
+    """`"unstructured"` or `"n:m"` to a pattern.
+
+    Raises:
+        ConfigError: the text is neither, or n:m does not satisfy 1 <= n < m.
+    """
+    if text == "unstructured":
+        return Unstructured(sparsity)
+    match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+    if match is None:
+        raise ConfigError(
+            f"pattern={text!r} is not known: pass 'unstructured' or 'n:m' (n kept of m), e.g. '2:4'"
+        )
+    n, m = int(match[1]), int(match[2])
+    if not 1 <= n < m:
+        raise ConfigError(
+            f"pattern={text!r} keeps {n} of {m} weights: n:m needs 1 <= n < m (n is the number "
+            f"kept)" + (f"; did you mean '{m}:{n}'?" if 1 <= m < n else "")
+        )
+    return NM(n, m)
+
+
+def keep_highest(scores: Float[Tensor, "rows n"], drop: int) -> Bool[Tensor, "rows n"]:
+    """True except for the `drop` lowest scores of each row; of equal scores the earlier go first.
+
+    A threshold alone would remove every tie with it; what is left to remove among the ties is
+    counted out, so the number of zeros is exact.
+    """
+    if drop == 0 or scores.numel() == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(drop, dim=1, keepdim=True).values
+    dropped = scores <= threshold
+    if int(dropped.sum()) != drop * scores.shape[0]:
+        below = scores < threshold
+        ties = dropped & ~below
+        room = drop - below.sum(dim=1, keepdim=True)
+        dropped = below | (ties & (ties.cumsum(dim=1) <= room))
+    return ~dropped

@@ -1,0 +1,263 @@
+"""The adapter between transformers' loading code and this package; no maths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+
+from .checkpoint import PackedLayer, read_layers
+from .config import QUANT_METHOD, SparseConfig
+from .errors import CalibrationError, CheckpointError, ConfigError
+from .layers import SparseLinear
+from .layers.linear import VALUES
+from .layers.replace import replace_module, unpack_linear
+from .logging import get_logger
+from .pipeline import run
+from .report import PruningReport
+from .saving import (
+    ValuesRenaming,
+    install_saving,
+    remove_saving,
+    sparse_layers,
+    sparse_state_dict,
+)
+
+logger = get_logger(__name__)
+
+register_quantization_config(QUANT_METHOD)(SparseConfig)
+
+
+def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
+    """Prune a model that is already loaded, in place.
+
+    Its pruned linear layers become `SparseLinear`s. A transformers model afterwards saves, pushes
+    and dequantizes like one that was pruned by `from_pretrained`, and keeps the report as
+    `model.hf_quantizer.report`.
+
+    Args:
+        model: a transformers model, or any module tree with linear layers.
+        config: what to do.
+
+    Returns:
+        What was done to each layer.
+
+    Raises:
+        ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
+        HfSparseError: see `hf_sparse.errors`.
+    """
+    if not isinstance(config, SparseConfig):
+        raise ConfigError(f"prune needs a SparseConfig, found {type(config).__name__}")
+    if not isinstance(model, PreTrainedModel):
+        return run(model, config, lambda: _load_tokenizer(config, None), {})
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ConfigError(
+            f"{type(model).__name__} is quantised with "
+            f"{model.hf_quantizer.quantization_config.quant_method!r} already: call "
+            "model.dequantize() first, or load the original"
+        )
+    quantizer = SparseQuantizer(config, pre_quantized=False)
+    quantizer.prune(model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True
+    assert quantizer.report is not None
+    return quantizer.report
+
+
+@register_quantizer(QUANT_METHOD)
+class SparseQuantizer(HfQuantizer):
+    """Prunes dense checkpoints after they are loaded; builds sparse layers for sparse ones.
+
+    Attributes:
+        report: what pruning did; None for a model that was loaded sparse.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: SparseConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.quantization_config: SparseConfig = quantization_config
+        self.report: PruningReport | None = None
+        self._layers: dict[str, PackedLayer] = {}
+        self._renamed: frozenset[str] = frozenset()
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Before anything is downloaded: is what the method needs there?"""
+        if not self.pre_quantized:
+            self.quantization_config.check_data()
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        if not checkpoint_files:
+            raise CheckpointError(
+                "a sparse model is loaded from its files; a state_dict alone doesn't tell the "
+                "formats of its layers"
+            )
+        described = read_layers(checkpoint_files)
+        self._renamed = frozenset(described)
+        prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+        modules = dict(model.named_modules())
+        for name, layer in described.items():
+            # A base model reads a head model's checkpoint and the other way round.
+            candidates = (name, name.removeprefix(prefix), prefix + name)
+            own = next((n for n in candidates if n in modules), None)
+            if own is not None:
+                _build_meta(model, modules[own], layer, dtype or torch.get_default_dtype())
+                self._layers[own] = layer
+
+    def get_weight_conversions(self) -> list[Any]:
+        return [ValuesRenaming.of(self._renamed)] if self._renamed else []
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            self._check_loaded(model)
+        else:
+            self.prune(model)
+        install_saving(model)
+
+    def prune(self, model: PreTrainedModel) -> None:
+        """Prune a loaded dense model and keep the report; the config then describes the data."""
+        config = self.quantization_config
+        self.report = run(
+            model, config, lambda: _load_tokenizer(config, model), _default_dense(model)
+        )
+        if self.report.data is not None:
+            self.quantization_config = config.replaced(dataset=self.report.data)
+        model.config.quantization_config = self.quantization_config
+        install_saving(model)
+
+    def _check_loaded(self, model: PreTrainedModel) -> None:
+        """Contents of all packed tensors, before a kernel sees them."""
+        modules = dict(model.named_modules())
+        for name, layer in self._layers.items():
+            module = modules[name]
+            assert isinstance(module, SparseLinear)
+            values = getattr(module, VALUES)
+            wanted = _values_dtype(values.dtype, module.weight_dtype)
+            if values.dtype != wanted:
+                setattr(module, VALUES, values.to(wanted))
+            layer.check(module.packed)
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        for name, sparse in sparse_layers(model).items():
+            dense = _dense_twin(sparse)
+            replace_module(
+                model, sparse, unpack_linear(sparse, dense, dtype or sparse.weight_dtype)
+            )
+            logger.debug("%s is dense again", name)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
+        remove_saving(model)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        return sparse_state_dict(model)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _build_meta(
+    model: PreTrainedModel, module: nn.Module, layer: PackedLayer, dtype: torch.dtype
+) -> None:
+    """Put an empty sparse layer in a dense one's place, with the checkpoint's shapes."""
+    weight = getattr(module, "weight", None)
+    transposed = not isinstance(module, nn.Linear)
+    expected = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
+    found = layer.shape[::-1] if transposed else layer.shape
+    if expected != found or layer.transposed != transposed:
+        raise CheckpointError(
+            f"{layer.file}: {layer.name}.weight is packed from shape {layer.shape}, the model has "
+            f"{type(module).__name__} with weight {expected} there"
+        )
+    packed = {}
+    for key, (shape, stored) in layer.layout.items():
+        kept = _values_dtype(stored, dtype) if key == "weight" else stored
+        packed[key] = torch.empty(shape, dtype=kept, device="meta")
+    bias: Any = module.bias
+    sparse = SparseLinear(layer.format, packed, layer.shape, dtype, bias, transposed)
+    replace_module(model, module, sparse)
+
+
+def _values_dtype(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    """What values are kept in: as stored if the wanted dtype represents them exactly."""
+    return stored if torch.promote_types(stored, wanted) == wanted else wanted
+
+
+def _dense_twin(sparse: SparseLinear) -> nn.Module:
+    """An empty module of the kind that a sparse layer replaced."""
+    with torch.device("meta"):
+        if sparse.transposed:
+            conv: nn.Module = Conv1D(sparse.out_features, sparse.in_features)
+            return conv
+        return nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None)
+
+
+def _default_dense(model: PreTrainedModel) -> dict[str, str]:
+    """Layers that stay dense unless asked for: heads, tied weights, what must stay in fp32."""
+    reasons: dict[str, str] = {}
+    base = model.base_model
+    inside = {id(module) for module in base.modules()}
+    head = model.get_output_embeddings()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied_names = {key.removesuffix(".weight") for pair in tied.items() for key in pair}
+    fp32 = [
+        name
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for name in getattr(model, attribute, None) or ()
+    ]
+    for name, module in model.named_modules():
+        if any(part in name.split(".") or part in name for part in fp32):
+            reasons[name] = "the model keeps it in fp32"
+        if module is head or id(module) not in inside:
+            reasons[name] = "it belongs to the output head"
+        if name in tied_names:
+            reasons[name] = "its weight is tied"
+    return reasons
+
+
+def _load_tokenizer(config: SparseConfig, model: PreTrainedModel | None) -> Any:
+    """The tokenizer to use for calibration text."""
+    given = config.tokenizer
+    if given is not None and not isinstance(given, (str, Path)):
+        return given
+    source = given or getattr(getattr(model, "config", None), "name_or_path", None)
+    if not source:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(
+            f"no tokenizer could be loaded from {str(source)!r}: pass tokenizer= an id, a path or "
+            f"an object ({error})"
+        ) from error

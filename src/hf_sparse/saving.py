@@ -1,0 +1,212 @@
+"""Models <-> files: what a sparse state dict looks like, and how it gets to disk whole.
+
+Keys are transformers' in-memory names, not a family's historic ones: those are reached by
+operations on dense weights (splitting, merging), which packed values would not survive.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
+
+from .checkpoint import PackedLayer, metadata
+from .errors import SaveError
+from .layers import SparseLinear
+from .layers.linear import VALUES
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """The sparse layers of a model, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+
+
+def sparse_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A model's state dict with packed layers under their file keys, and the files' metadata.
+
+    Tensors that accelerate has offloaded from sparse layers are brought to the CPU.
+    """
+    state: dict[str, Tensor] = dict(model.state_dict())
+    layers = sparse_layers(model)
+    described = []
+    for name, layer in layers.items():
+        with align_module_device(layer):
+            for key, tensor in layer.packed.items():
+                memory_key = f"{name}.{VALUES if key == 'weight' else key}"
+                held = state.pop(memory_key)
+                state[f"{name}.{key}"] = tensor.clone() if held.is_meta else held
+            if layer.bias is not None and state[f"{name}.bias"].is_meta:
+                state[f"{name}.bias"] = layer.bias.detach().clone()
+        described.append(PackedLayer(name, layer.format, layer.shape, layer.transposed))
+    return state, metadata(described)
+
+
+class ValuesRenaming(WeightRenaming):
+    """Leads the values of packed layers, stored as NAME.weight, into the layers' buffers.
+
+    A dictionary of names instead of one regex per layer: a checkpoint may have thousands.
+    """
+
+    __slots__ = ("layers",)
+
+    def __init__(
+        self, source_patterns: Any, target_patterns: Any, layers: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__(source_patterns, target_patterns)
+        self.layers = layers
+
+    @classmethod
+    def of(cls, layers: frozenset[str]) -> ValuesRenaming:
+        """The renaming for layers with these names in the checkpoint."""
+        return cls(r"\.weight$", f".{VALUES}", layers)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        name, _, local = source_key.rpartition(".")
+        if local != "weight" or name not in self.layers:
+            return source_key, None
+        self._was_used = True  # type: ignore[misc]
+        return f"{name}.{VALUES}", self.source_patterns[0]
+
+
+def install_saving(model: PreTrainedModel) -> None:
+    """Make `model.save_pretrained` complete or without effect, and keep in-memory names.
+
+    An attribute of the instance, like accelerate's hooked forwards: it survives copies and
+    pickling, and Trainer and push_to_hub come through it.
+    """
+    model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
+
+
+def remove_saving(model: PreTrainedModel) -> None:
+    """Undo `install_saving`."""
+    model.__dict__.pop("save_pretrained", None)
+
+
+def save_pretrained(
+    model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> None:
+    """transformers' `save_pretrained`, so that files appear complete or not at all.
+
+    Args:
+        model: the model to save.
+        save_directory: folder; created if it isn't there.
+        args, kwargs: as for `PreTrainedModel.save_pretrained`. With `push_to_hub`, the name of
+            the folder is the default repository name, as there.
+
+    Raises:
+        SaveError: the path is a file, or writing failed; what was there before is as it was.
+    """
+    kwargs["save_original_format"] = False
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", Path(save_directory).resolve().name)
+    save = type(model).save_pretrained
+    _write(save_directory, lambda folder: save(model, folder, *args, **kwargs))
+
+
+def export_dense(
+    model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any
+) -> None:
+    """Write a sparse model as an ordinary dense checkpoint, zeros included; the model is unchanged.
+
+    It has no trace of hf_sparse in its config, and loads in plain transformers and elsewhere.
+
+    Args:
+        model: a model with sparse layers.
+        save_directory: folder; created if it isn't there.
+        kwargs: as for `PreTrainedModel.save_pretrained` (max_shard_size, push_to_hub, ...).
+
+    Raises:
+        SaveError: the path is a file, or writing failed; what was there before is as it was.
+    """
+    config = deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        dense = type(model)(config).to(model.dtype)
+    if hasattr(model, "_weight_conversions"):
+        conversions = model._weight_conversions or ()
+        dense._weight_conversions = [c for c in conversions if not isinstance(c, ValuesRenaming)]
+    if model.can_generate():
+        dense.generation_config = model.generation_config
+    state = _dense_state_dict(model)
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", Path(save_directory).resolve().name)
+    _write(save_directory, lambda folder: dense.save_pretrained(folder, state_dict=state, **kwargs))
+
+
+def _dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors as the dense architecture names and shapes them, offloaded ones on the CPU."""
+    state: dict[str, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        with torch.no_grad(), align_module_device(module):
+            own = dict(module.named_parameters(recurse=False))
+            if isinstance(module, SparseLinear):
+                weight = module.weight
+                own["weight"] = (weight.T if module.transposed else weight).contiguous()  # type: ignore[assignment]
+            else:
+                skipped = module._non_persistent_buffers_set
+                own |= {k: b for k, b in module.named_buffers(recurse=False) if k not in skipped}  # type: ignore[misc]
+            offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
+            for key, tensor in own.items():
+                state[prefix + key] = tensor.detach().clone() if offloaded else tensor.detach()
+    return state
+
+
+def _write(save_directory: str | os.PathLike[str], save: Callable[[str], Any]) -> None:
+    """Run `save` on a folder beside the target, then move its files over with renames alone.
+
+    Renaming needs no space, so a full disk can only strike before the target is touched. The
+    weights go before the index that names them: a reader never finds an index without its files.
+    """
+    target = Path(save_directory)
+    if target.is_file():
+        raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
+    missing = [p for p in (target, *target.parents) if not p.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    except OSError as error:
+        raise SaveError(f"can't save to {str(target)!r}: {error}") from error
+    try:
+        save(str(staging))
+        target.mkdir(exist_ok=True)
+        _move(staging, target)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        for created in missing:
+            if created.is_dir() and created is not staging and not any(created.iterdir()):
+                created.rmdir()
+        if isinstance(error, RuntimeError) and "No space" not in str(error):
+            raise
+        raise SaveError(
+            f"saving to {str(target)!r} failed, nothing was changed there: {error}"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move(staging: Path, target: Path) -> None:
+    new = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
+    stale = [
+        p.name
+        for pattern in ("model*.safetensors", "model*.safetensors.index.json")
+        for p in target.glob(pattern)
+        if Path(p.name) not in new
+    ]
+    for path in sorted(new, key=lambda p: p.suffix == ".json"):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging / path, target / path)
+    for name in stale:
+        (target / name).unlink()

@@ -1,0 +1,51 @@
+"""What a solver is: a pure function from a weight and its input statistics to a sparse weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..patterns import Pattern
+from ..statistics import Needs, Statistics
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solver's result.
+
+    Attributes:
+        weight: fp32, zero wherever the mask is False.
+        mask: True = kept.
+        notes: what the user should know, e.g. that the damping had to be raised.
+    """
+
+    weight: Float[Tensor, "out in"]
+    mask: Bool[Tensor, "out in"]
+    notes: tuple[str, ...] = ()
+
+
+class Solver(Protocol):
+    """One pruning method; a frozen dataclass whose fields are `SparseConfig` arguments.
+
+    A solver sees tensors only, never a module, and changes none of its arguments.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[Needs]
+    chooses_pattern: ClassVar[bool]
+    """True if the method decides itself how many zeros there are: sparsity is no argument then."""
+
+    def solve(
+        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
+    ) -> Solution:
+        """Prune one fp32 weight to `pattern`.
+
+        Args:
+            weight: dense weight, fp32, left as it is.
+            statistics: at least what `needs` names; None only if that is `Needs.NOTHING`.
+            pattern: how many zeros, and where they may lie.
+        """
+        ...

@@ -1,0 +1,31 @@
+"""`keep`: prunes nothing; packs the zeros that a checkpoint already has.
+
+For dense files full of zeros, as SparseGPT's own code and others leave them. Sparsity and n:m
+pattern of each layer are whatever its weight shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..patterns import Pattern
+from ..statistics import Needs, Statistics
+from .base import Solution
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The identity; its mask is the weight's own."""
+
+    name: ClassVar[str] = "keep"
+    needs: ClassVar[Needs] = Needs.NOTHING
+    chooses_pattern: ClassVar[bool] = True
+
+    def solve(
+        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
+    ) -> Solution:
+        return Solution(weight.clone(), weight != 0)

@@ -1,0 +1,30 @@
+"""`wanda`: score |W_ij| * ||X_j||_2, compared within each output row (Sun et al. 2023, eq. 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..patterns import Pattern
+from ..statistics import Needs, Statistics
+from .base import Solution
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """No weight is changed; each row loses floor(sparsity * in)."""
+
+    name: ClassVar[str] = "wanda"
+    needs: ClassVar[Needs] = Needs.COLUMN_NORMS
+    chooses_pattern: ClassVar[bool] = False
+
+    def solve(
+        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
+    ) -> Solution:
+        assert statistics is not None
+        assert statistics.column_norms is not None
+        mask = pattern.mask(weight.abs() * statistics.column_norms, per_row=True)
+        return Solution(weight.where(mask, 0), mask)

@@ -1,0 +1,107 @@
+"""What a solver may know about a layer's inputs: the frozen result of calibration.
+
+With X the (tokens, in) inputs of a layer, accumulated in fp32:
+
+    column norms   c_j = sqrt(sum_t X_tj^2 / T)    Wanda (Sun et al. 2023, eq. 1)
+    Hessian        H = X'X / T                     SparseGPT (Frantar & Alistarh 2023, sec. 3)
+
+SparseGPT's own H is 2/n X'X with n sequences; a constant factor changes neither the mask nor the
+update, since the damping is relative to the mean of the diagonal. Layers that read the same
+tensor (q/k/v, gate/up) share one `Statistics` and with it one factorisation.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .errors import SolveError
+
+# Damping is raised tenfold at most this often before a Hessian counts as unusable.
+DAMP_STEPS = 4
+
+
+class Needs(enum.IntEnum):
+    """What a solver asks for; each level includes those before it."""
+
+    NOTHING = 0
+    COLUMN_NORMS = 1
+    HESSIAN = 2
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """U, upper triangular with a positive diagonal, H^-1 = U'U after damping.
+
+    Attributes:
+        upper: U, fp32, shape (in, in).
+        dead: inputs that were zero in all tokens, shape (in,).
+        damping: the fraction of mean(diag H) that was added to the diagonal in the end.
+    """
+
+    upper: Float[Tensor, "in in"]
+    dead: Tensor
+    damping: float
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Frozen summary of one input; shared by all layers that read it."""
+
+    tokens: int
+    sample: Float[Tensor, "rows in"]
+    column_norms: Float[Tensor, " in"] | None = None
+    hessian: Float[Tensor, "in in"] | None = None
+    _factors: dict[float, InverseFactor] = field(default_factory=dict, repr=False, compare=False)
+
+    def inverse_factor(self, damp_percent: float) -> InverseFactor:
+        """The factor U of H^-1 = U'U (SparseGPT, sec. 3.2); computed once, in fp64.
+
+        Dead inputs get H_jj = 1 first; then damp_percent * mean(diag H) is added to the diagonal,
+        and ten times more as long as H is not positive definite.
+
+        U is found without forming H^-1: with J the reversal of the order, J H J = L L' gives
+        H = V V' for the upper triangular V = J L J, and U = V^-1.
+
+        Raises:
+            SolveError: H isn't positive definite even with 10^3 times the damping.
+        """
+        if damp_percent not in self._factors:
+            assert self.hessian is not None, "the solver did not ask for the Hessian"
+            self._factors[damp_percent] = _factorise(self.hessian, damp_percent)
+        return self._factors[damp_percent]
+
+    def relative_error(
+        self, before: Float[Tensor, "out in"], after: Float[Tensor, "out in"]
+    ) -> float:
+        """||X (W - W^)'|| / ||X W'|| in the Frobenius norm, on the sampled rows of X."""
+        reference = (self.sample @ before.T).norm()
+        difference = (self.sample @ (before - after).T).norm()
+        return float(difference / reference) if reference > 0 else 0.0
+
+
+def _factorise(hessian: Tensor, damp_percent: float) -> InverseFactor:
+    matrix = hessian.double()
+    dead = matrix.diagonal() == 0
+    matrix.diagonal()[dead] = 1.0
+    mean = float(matrix.diagonal().mean())
+    for step in range(DAMP_STEPS):
+        damping = damp_percent * 10**step
+        damped = matrix.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0:
+            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            upper = inverse.flip(0, 1).float()
+            if bool(torch.isfinite(upper).all()):
+                return InverseFactor(upper.contiguous(), dead, damping)
+    raise SolveError(
+        f"its Hessian is not positive definite, even with {damp_percent * 10 ** (DAMP_STEPS - 1)} "
+        "of the mean diagonal added: use more or more varied calibration data, or a larger "
+        "damp_percent"
+    )

@@ -1,0 +1,157 @@
+"""Which weights are pruned: every `nn.Linear` and `Conv1D` but those kept dense, with the reason.
+
+A name or regex selects a module if it matches whole components of the module's name: "q_proj"
+matches `layers.0.attn.q_proj` but not `xq_proj`, "layers.1" all below `layers.1` but nothing
+below `layers.11`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import align_module_device
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .errors import TargetError
+from .layers import SparseLinear
+
+
+@dataclass(frozen=True)
+class Target:
+    """A prunable layer: its place in the model and its weight as an (out, in) matrix."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def transposed(self) -> bool:
+        """Does the module keep its weight as (in, out)?"""
+        return not isinstance(self.module, nn.Linear)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.module.weight.shape  # type: ignore[misc]
+        return (columns, rows) if self.transposed else (rows, columns)  # type: ignore[return-value]
+
+    @contextmanager
+    def weight(self) -> Iterator[Float[Tensor, "out in"]]:
+        """The weight on its device, also if accelerate has offloaded it; a view, don't write."""
+        with torch.no_grad(), align_module_device(self.module):
+            weight: Tensor = self.module.weight  # type: ignore[assignment]
+            yield weight.T if self.transposed else weight
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers to prune, in the model's order, and why the others stay dense."""
+
+    targets: tuple[Target, ...]
+    left_dense: Mapping[str, str]
+
+
+def is_prunable(module: nn.Module) -> bool:
+    """A dense linear layer? transformers' Conv1D is told by its two sizes, nx -> nf."""
+    if isinstance(module, SparseLinear):
+        return False
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention reads its weight and never calls it
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    weight = getattr(module, "weight", None)
+    sizes = getattr(module, "nx", None), getattr(module, "nf", None)
+    return isinstance(weight, Tensor) and tuple(weight.shape) == sizes
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Does the regex match whole components of a dotted name?"""
+    return re.search(rf"(?:^|\.)(?:{pattern})(?:\.|$)", name) is not None
+
+
+def select_targets(
+    model: nn.Module,
+    targets: Sequence[str] | None,
+    modules_to_not_convert: Sequence[str] | None,
+    default_dense: Mapping[str, str],
+) -> Selection:
+    """Choose the layers to prune.
+
+    Args:
+        model: the model to look through.
+        targets: regexes of what to prune; None for every linear layer.
+        modules_to_not_convert: regexes left dense; None for `default_dense`.
+        default_dense: names of modules that stay dense unless asked for, with the reason.
+
+    Raises:
+        TargetError: a regex matches nothing, selects a tied weight, or nothing is left to prune.
+    """
+    layers = {name: m for name, m in model.named_modules() if is_prunable(m)}
+    names = list(layers)
+    for pattern in (*(targets or ()), *(modules_to_not_convert or ())):
+        require_match(pattern, names)
+    shared = _shared_weights(model)
+    chosen: list[Target] = []
+    left_dense: dict[str, str] = {}
+    for name, module in layers.items():
+        wanted = targets is not None and any(matches(p, name) for p in targets)
+        reason = None
+        if targets is not None and not wanted:
+            reason = "no target matches it"
+        elif modules_to_not_convert is not None:
+            if any(matches(p, name) for p in modules_to_not_convert):
+                reason = "in modules_to_not_convert"
+        elif name in default_dense and not wanted:
+            reason = default_dense[name]
+        if reason is None and id(module.weight) in shared:
+            reason = f"its weight is tied to {_other(shared[id(module.weight)], name)}"
+            if wanted:
+                raise TargetError(
+                    f"{name} can't be pruned: {reason}, which stays dense. Take it out of targets"
+                )
+        if reason is None:
+            chosen.append(Target(name, module))
+        else:
+            left_dense[name] = reason
+    if not chosen:
+        why = "; ".join(f"{n}: {r}" for n, r in list(left_dense.items())[:5]) or "no linear layer"
+        raise TargetError(f"nothing to prune in {type(model).__name__} ({why})")
+    return Selection(tuple(chosen), left_dense)
+
+
+def require_match(pattern: str, names: Iterable[str]) -> None:
+    """Raise a TargetError with near names if a pattern matches no layer."""
+    names = list(names)
+    if any(matches(pattern, name) for name in names):
+        return
+    words = dict.fromkeys(part for name in names for part in (name, *name.split(".")))
+    near = difflib.get_close_matches(pattern, [w for w in words if not w.isdigit()], 4, 0.5)
+    hint = f"near names: {', '.join(near)}" if near else f"layers are e.g. {', '.join(names[:4])}"
+    raise TargetError(
+        f"{pattern!r} matches no linear layer; {hint}. A regex must match whole components of a "
+        "name"
+    )
+
+
+def layer_sparsity(sparsities: Mapping[str, float], name: str) -> float | None:
+    """The sparsity of the first regex that matches a layer's name; None if none does."""
+    return next((s for pattern, s in sparsities.items() if matches(pattern, name)), None)
+
+
+def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that use one parameter between them, by the parameter's id."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return {key: names for key, names in owners.items() if len(names) > 1}
+
+
+def _other(names: list[str], name: str) -> str:
+    return next(other for other in names if other != name)
