@@ -31,7 +31,7 @@ METADATA_KEY = "hf_sparse"
 VERSION = 1
 LARGEST_SIDE = 2**31 - 1
 
-# A module's tensors whose local key starts with "weight": file, shape, dtype (None: unusual).
+# A module's bias and what starts with "weight": file, shape and dtype (None: an unusual one).
 Found = dict[str, tuple[str, tuple[int, ...], torch.dtype | None]]
 
 _DTYPES = {
@@ -59,6 +59,7 @@ class PackedLayer:
         transposed: its dense weight is kept as (in, out), as transformers' Conv1D does.
         layout: shape and dtype of each packed tensor, by local key.
         file: the file that holds its values.
+        has_bias: is there a NAME.bias?
     """
 
     name: str
@@ -67,6 +68,7 @@ class PackedLayer:
     transposed: bool
     layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     file: str = ""
+    has_bias: bool = False
 
     def description(self) -> dict[str, Any]:
         """The JSON object that the metadata keep."""
@@ -111,11 +113,28 @@ def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLaye
                     part = file.get_slice(key)
                     dtype = _DTYPES.get(part.get_dtype())
                     module, _, local = key.rpartition(".")
-                    if local.startswith("weight"):
+                    if local == "bias" or local.startswith("weight"):
                         tensors.setdefault(module, {})[local] = path, tuple(part.get_shape()), dtype
         except (SafetensorError, OSError) as error:
             raise _damaged(path, f"it can't be read: {error}") from None
     return {name: _describe(name, e, tensors.get(name, {})) for name, e in described.items()}
+
+
+def sort_metadata(path: str | os.PathLike[str]) -> None:
+    """Put a safetensors file's metadata in the order of their keys, in place.
+
+    The library writes them in the order of a hash table that is seeded anew in every process;
+    equal models should be equal files. Their order has no meaning and their length stays.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        header = {"__metadata__": header.pop("__metadata__"), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _parse(path: str, text: str | None) -> dict[str, dict[str, Any]]:
@@ -141,6 +160,7 @@ def _parse(path: str, text: str | None) -> dict[str, dict[str, Any]]:
 
 def _describe(name: str, entry: Mapping[str, Any], found: Found) -> PackedLayer:
     """One layer's entry, checked against its tensors as the headers list them."""
+    has_bias = found.pop("bias", None) is not None
     file = found["weight"][0] if "weight" in found else next((v[0] for v in found.values()), "")
     parameters = dict(entry)
     shape, transposed = parameters.pop("shape", None), parameters.pop("transposed", False)
@@ -156,7 +176,7 @@ def _describe(name: str, entry: Mapping[str, Any], found: Found) -> PackedLayer:
         check_layout(fmt, layout, (shape[0], shape[1]))  # type: ignore[arg-type]
     except FormatError as error:
         raise _damaged(file, f"{name}.{error}") from None
-    return PackedLayer(name, fmt, (shape[0], shape[1]), transposed, layout, file)  # type: ignore[arg-type]
+    return PackedLayer(name, fmt, (shape[0], shape[1]), transposed, layout, file, has_bias)  # type: ignore[arg-type]
 
 
 def _damaged(path: str, what: str) -> CheckpointError:

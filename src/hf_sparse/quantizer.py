@@ -200,12 +200,16 @@ def _build_meta(
             f"{layer.file}: {layer.name}.weight is packed from shape {layer.shape}, the model has "
             f"{type(module).__name__} with weight {expected} there"
         )
+    if module.bias is not None and not layer.has_bias:
+        raise CheckpointError(f"{layer.file}: {layer.name}.bias is missing")
     packed = {}
     for key, (shape, stored) in layer.layout.items():
         kept = _values_dtype(stored, dtype) if key == "weight" else stored
         packed[key] = torch.empty(shape, dtype=kept, device="meta")
     bias: Any = module.bias
     sparse = SparseLinear(layer.format, packed, layer.shape, dtype, bias, transposed)
+    # transformers would otherwise unpack each layer to initialise what isn't missing.
+    sparse._is_hf_initialized = True  # type: ignore[assignment]
     replace_module(model, module, sparse)
 
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 
-from .checkpoint import PackedLayer, metadata
+from .checkpoint import PackedLayer, metadata, sort_metadata
 from .errors import SaveError
 from .layers import SparseLinear
 from .layers.linear import VALUES
@@ -95,28 +96,39 @@ def remove_saving(model: PreTrainedModel) -> None:
 
 
 def save_pretrained(
-    model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    *args: Any,
+    push_to_hub: bool = False,
+    **kwargs: Any,
 ) -> None:
     """transformers' `save_pretrained`, so that files appear complete or not at all.
 
     Args:
         model: the model to save.
         save_directory: folder; created if it isn't there.
-        args, kwargs: as for `PreTrainedModel.save_pretrained`. With `push_to_hub`, the name of
-            the folder is the default repository name, as there.
+        push_to_hub: push as well, once the folder is complete; `repo_id` (default: the folder's
+            name) and `model.push_to_hub`'s other arguments may follow.
+        args, kwargs: as for `PreTrainedModel.save_pretrained`.
 
     Raises:
         SaveError: the path is a file, or writing failed; what was there before is as it was.
     """
+    names = ("repo_id", *signature(model.push_to_hub).parameters)
+    hub = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
+    if "max_shard_size" in hub:
+        kwargs["max_shard_size"] = hub["max_shard_size"]
     kwargs["save_original_format"] = False
-    if kwargs.get("push_to_hub"):
-        kwargs.setdefault("repo_id", Path(save_directory).resolve().name)
     save = type(model).save_pretrained
     _write(save_directory, lambda folder: save(model, folder, *args, **kwargs))
+    if push_to_hub:
+        model.push_to_hub(hub.pop("repo_id", Path(save_directory).resolve().name), **hub)
 
 
 def export_dense(
-    model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    max_shard_size: int | str = "50GB",
 ) -> None:
     """Write a sparse model as an ordinary dense checkpoint, zeros included; the model is unchanged.
 
@@ -125,7 +137,7 @@ def export_dense(
     Args:
         model: a model with sparse layers.
         save_directory: folder; created if it isn't there.
-        kwargs: as for `PreTrainedModel.save_pretrained` (max_shard_size, push_to_hub, ...).
+        max_shard_size: as for `PreTrainedModel.save_pretrained`.
 
     Raises:
         SaveError: the path is a file, or writing failed; what was there before is as it was.
@@ -141,9 +153,8 @@ def export_dense(
     if model.can_generate():
         dense.generation_config = model.generation_config
     state = _dense_state_dict(model)
-    if kwargs.get("push_to_hub"):
-        kwargs.setdefault("repo_id", Path(save_directory).resolve().name)
-    _write(save_directory, lambda folder: dense.save_pretrained(folder, state_dict=state, **kwargs))
+    settings = {"state_dict": state, "max_shard_size": max_shard_size}
+    _write(save_directory, lambda folder: dense.save_pretrained(folder, **settings))
 
 
 def _dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -182,6 +193,8 @@ def _write(save_directory: str | os.PathLike[str], save: Callable[[str], Any]) -
         raise SaveError(f"can't save to {str(target)!r}: {error}") from error
     try:
         save(str(staging))
+        for path in staging.glob("*.safetensors"):
+            sort_metadata(path)
         target.mkdir(exist_ok=True)
         _move(staging, target)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -14,7 +14,8 @@ from .bitmask import Bitmask
 from .dense import Dense
 from .nm import NMPacked
 
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Bitmask, NMPacked, Dense)}
+# Of equally small formats the first is chosen.
+FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, NMPacked, Bitmask)}
 
 __all__ = [
     "FORMATS",

@@ -6,9 +6,10 @@ functions leave their inputs alone and work on meta tensors where values don't m
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -60,33 +61,34 @@ class TensorSpec:
         return "(" + ", ".join("*" if size is None else str(size) for size in self.shape) + ")"
 
 
-class Format(Protocol):
+class Format(ABC):
     """One storage layout. Instances are frozen values and carry the layout's parameters only."""
 
     name: ClassVar[str]
 
     @classmethod
+    @abstractmethod
     def fits(cls, weight: Float[Tensor, "out in"], pattern: Pattern) -> Accepted | Rejected:
         """Can this layout hold the weight, with which parameters and how many bytes?"""
-        ...
 
     @classmethod
+    @abstractmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> Format:
         """Rebuild from `parameters()`; raises FormatError on anything unexpected."""
-        ...
 
+    @abstractmethod
     def parameters(self) -> dict[str, Any]:
         """The layout's parameters as JSON values; {} if it has none."""
-        ...
 
+    @abstractmethod
     def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """The packed tensors of an (out, in) weight, by local key."""
-        ...
 
+    @abstractmethod
     def pack(self, weight: Float[Tensor, "out in"]) -> Packed:
         """Dense weight to packed tensors; lossless but for the sign of zeros."""
-        ...
 
+    @abstractmethod
     def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         """Prove that the tensors' contents agree, so that `unpack` can't read out of bounds.
 
@@ -95,13 +97,12 @@ class Format(Protocol):
         Raises:
             FormatError: names the tensor and what is wrong with it.
         """
-        ...
 
+    @abstractmethod
     def unpack(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> Float[Tensor, "out in"]:
         """Packed tensors to the dense weight in `dtype`."""
-        ...
 
 
 def check_packed(fmt: Format, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:

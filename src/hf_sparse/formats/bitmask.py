@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..patterns import Pattern
-from .base import Accepted, Packed, Rejected, TensorSpec
+from .base import Accepted, Format, Packed, Rejected, TensorSpec
 from .bits import pack_bits, padding_is_zero, unpack_bits
 
 
 @dataclass(frozen=True)
-class Bitmask:
+class Bitmask(Format):
     """Mask plus values; see the module's text for the layout."""
 
     name: ClassVar[str] = "bitmask"

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..patterns import Pattern
-from .base import Accepted, Packed, Rejected, TensorSpec
+from .base import Accepted, Format, Packed, Rejected, TensorSpec
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Format):
     """Nothing is packed. A layer in this format stays the module that it was."""
 
     name: ClassVar[str] = "dense"

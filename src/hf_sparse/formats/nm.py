@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..patterns import NM, Pattern
-from .base import Accepted, Packed, Rejected, TensorSpec
+from .base import Accepted, Format, Packed, Rejected, TensorSpec
 from .bits import pack_bits, padding_is_zero, unpack_bits
 
 # C(32, 16) < 2^31: ranks and the binomials they are made of stay far inside int64.
@@ -35,7 +35,7 @@ DETECTED_M = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
-class NMPacked:
+class NMPacked(Format):
     """n kept of m; see the module's text for the layout."""
 
     n: int

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -27,7 +28,7 @@ class Solution:
     notes: tuple[str, ...] = ()
 
 
-class Solver(Protocol):
+class Solver(ABC):
     """One pruning method; a frozen dataclass whose fields are `SparseConfig` arguments.
 
     A solver sees tensors only, never a module, and changes none of its arguments.
@@ -38,6 +39,7 @@ class Solver(Protocol):
     chooses_pattern: ClassVar[bool]
     """True if the method decides itself how many zeros there are: sparsity is no argument then."""
 
+    @abstractmethod
     def solve(
         self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
     ) -> Solution:
@@ -48,4 +50,3 @@ class Solver(Protocol):
             statistics: at least what `needs` names; None only if that is `Needs.NOTHING`.
             pattern: how many zeros, and where they may lie.
         """
-        ...

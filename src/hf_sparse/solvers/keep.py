@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..patterns import Pattern
 from ..statistics import Needs, Statistics
-from .base import Solution
+from .base import Solution, Solver
 
 
 @dataclass(frozen=True)
-class Keep:
+class Keep(Solver):
     """The identity; its mask is the weight's own."""
 
     name: ClassVar[str] = "keep"

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..patterns import Pattern
 from ..statistics import Needs, Statistics
-from .base import Solution
+from .base import Solution, Solver
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Solver):
     """Score |W_ij|, compared over the whole layer."""
 
     name: ClassVar[str] = "magnitude"

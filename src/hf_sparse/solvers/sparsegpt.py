@@ -27,13 +27,13 @@ from torch import Tensor
 
 from ..patterns import NM, Pattern, keep_highest
 from ..statistics import InverseFactor, Needs, Statistics
-from .base import Solution
+from .base import Solution, Solver
 
 STRIP = 32
 
 
 @dataclass(frozen=True)
-class SparseGPT:
+class SparseGPT(Solver):
     """Args: damp_percent, fraction of mean(diag H) added to H; block_size, columns per mask."""
 
     damp_percent: float = 0.01

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..patterns import Pattern
 from ..statistics import Needs, Statistics
-from .base import Solution
+from .base import Solution, Solver
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(Solver):
     """No weight is changed; each row loses floor(sparsity * in)."""
 
     name: ClassVar[str] = "wanda"

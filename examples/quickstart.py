@@ -1,0 +1,66 @@
+"""Prune a small real model while it loads, save it, load it again, and see what came of it.
+
+    python examples/quickstart.py [--sparsity 0.5] [--output DIR]
+
+Perplexity is measured on 64 sequences of 256 tokens of text that was not used to prune.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_sparse import SparseConfig
+
+HERE = Path(__file__).parent
+MODEL = HERE / "models" / "tiny-llama-docs"
+PROMPT = "The function returns"
+
+
+@torch.no_grad()
+def describe(name: str, model, tokenizer, folder: Path) -> None:
+    """Print perplexity, bytes, generation speed and a piece of generated text."""
+    pages = (HERE / "data" / "evaluation.txt").read_text().split("\n\n\0\n")
+    ids = [i for p in pages for i in [0, *tokenizer(p, add_special_tokens=False)["input_ids"]]]
+    sequences = torch.tensor(ids[: 64 * 256]).view(64, 256)
+    loss = sum(model(batch, labels=batch).loss for batch in sequences.split(8)) / 8
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    settings = {"max_new_tokens": 48, "min_new_tokens": 48, "do_sample": False}
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        text = tokenizer.decode(model.generate(**prompt, **settings)[0])
+        seconds.append(time.perf_counter() - started)
+    on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    print(f"{name:<7} perplexity {loss.exp():.2f}, {on_disk / 1e6:.2f} MB on disk, "
+          f"{model.get_memory_footprint() / 1e6:.2f} MB in memory, "
+          f"{48 / sorted(seconds)[1]:.0f} tokens/s")  # fmt: skip
+    print(f"        {text!r}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--output", type=Path, help="keep the sparse checkpoint here")
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    config = SparseConfig(
+        sparsity=arguments.sparsity, dataset=str(HERE / "data" / "calibration.txt"), seq_len=256
+    )
+    pruned = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+    print(pruned.hf_quantizer.report.summary())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.output or Path(temporary)
+        pruned.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        sparse = AutoModelForCausalLM.from_pretrained(folder)
+        dense = AutoModelForCausalLM.from_pretrained(MODEL)
+        describe("dense", dense, tokenizer, MODEL)
+        describe("sparse", sparse, tokenizer, folder)
+
+
+if __name__ == "__main__":
+    main()

