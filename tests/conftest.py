@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_SPARSE_MEASURE"] = "0"  # the choice of kernels must not depend on how busy we are
 
 from jaxtyping import install_import_hook
 

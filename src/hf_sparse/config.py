@@ -31,7 +31,8 @@ class SparseConfig(QuantizationConfigMixin):
     Args:
         sparsity: fraction of zeros in each pruned weight, 0 <= s < 1, exactly floor(s * n) of n
             weights; or `{regex: s}`: the first regex that matches a layer's name decides, a layer
-            that none matches stays dense. Default 0.5, or what an n:m pattern implies.
+            that none matches stays dense (in JSON a list of pairs, to keep their order). Default
+            0.5, or what an n:m pattern implies.
         pattern: "unstructured", or "n:m" for n kept of m consecutive inputs.
         method: a registered solver: "sparsegpt", "wanda", "magnitude"; "keep" prunes nothing and
             packs the zeros that the checkpoint already has.
@@ -60,7 +61,7 @@ class SparseConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        sparsity: float | Mapping[str, float] | None = None,
+        sparsity: float | Mapping[str, float] | Sequence[Any] | None = None,
         pattern: str = "unstructured",
         method: str = "sparsegpt",
         dataset: Any = None,
@@ -99,10 +100,10 @@ class SparseConfig(QuantizationConfigMixin):
 
     def check_data(self) -> None:
         """Raise a ConfigError unless the method can run with the dataset given."""
-        if isinstance(self.dataset, DataRecord) and self.dataset.digest is not None:
+        if isinstance(self.dataset, DataRecord):
             raise ConfigError(
-                f"this config describes data already used ({self.dataset.source}); "
-                "pass dataset= again to prune with it"
+                f"this config only describes its data ({self.dataset.source}): pass dataset= again "
+                "to prune with it"
             )
         if self.dataset is None and get_solver(self.method).needs > Needs.NOTHING:
             raise ConfigError(
@@ -134,8 +135,8 @@ class SparseConfig(QuantizationConfigMixin):
                 f"SparseConfig has no {', '.join(map(repr, unknown))}; it knows {', '.join(known)}."
                 " A newer hf_sparse may have written this config: pip install -U hf-sparse"
             )
-        config = cls(**arguments)
-        unused = config.update(**kwargs)
+        config = cls(**arguments | {k: v for k, v in kwargs.items() if k in known})
+        unused = {k: v for k, v in kwargs.items() if k not in known}
         return (config, unused) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,6 +144,9 @@ class SparseConfig(QuantizationConfigMixin):
         values = self._arguments()
         values["dataset"] = describe_dataset(self.dataset)
         values["tokenizer"] = _tokenizer_name(self.tokenizer)
+        if isinstance(self.sparsity, dict):
+            # The first regex that matches decides; JSON objects are written with sorted keys.
+            values["sparsity"] = [[regex, value] for regex, value in self.sparsity.items()]
         return {"quant_method": self.quant_method, **values}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -202,7 +206,7 @@ def _tokenizer_name(tokenizer: Any) -> str | None:
 
 
 def _resolve_sparsity(
-    sparsity: float | Mapping[str, float] | None, pattern: str, method: str
+    sparsity: float | Mapping[str, float] | Sequence[Any] | None, pattern: str, method: str
 ) -> float | dict[str, float] | None:
     """The sparsity that holds: given, implied by n:m, or None where the method decides."""
     if get_solver(method).chooses_pattern:
@@ -212,6 +216,8 @@ def _resolve_sparsity(
                 f"nor pattern, found sparsity={sparsity!r}, pattern={pattern!r}"
             )
         return None
+    if isinstance(sparsity, list) and all(isinstance(p, list) and len(p) == 2 for p in sparsity):
+        sparsity = dict(sparsity)
     parsed = parse_pattern(pattern, DEFAULT_SPARSITY)
     implied = parsed.sparsity
     if sparsity is None:
@@ -261,7 +267,8 @@ def _positive(name: str, value: object) -> float:
 def _regexes(name: str, patterns: Sequence[str] | None) -> list[str] | None:
     if patterns is None:
         return None
-    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+    listed = isinstance(patterns, (list, tuple, set, frozenset))
+    if not listed or not all(isinstance(p, str) for p in patterns):
         raise ConfigError(f"{name}={patterns!r} must be a list of regexes, e.g. ['q_proj', 'mlp']")
     for pattern in patterns:
         try:

@@ -217,6 +217,8 @@ def _solve(solver: Solver, job: Job, statistics: Statistics | None) -> LayerRepo
         seconds=time.perf_counter() - started,
         bytes_before=after.numel() * after.element_size(),
         bytes_after=after.numel() * after.element_size(),
+        bytes_resident=after.numel() * after.element_size(),
+        kernel="dense",
         notes=solution.notes,
     )
 
@@ -231,7 +233,12 @@ def _pack(
             fmt = choose_format(weight, job.pattern, config.format)
             if not isinstance(fmt, Dense):
                 sparse = pack_linear(model, job.target.module, weight, fmt)
-                size = packed_bytes(sparse.packed)
-                report = replace(report, format=fmt.name, bytes_after=size)
+                report = replace(
+                    report,
+                    format=fmt.name,
+                    bytes_after=packed_bytes(sparse.packed),
+                    bytes_resident=sparse.resident_bytes(),
+                    kernel=sparse.trace[-1].kernel,
+                )
         reports.append(report)
     return reports

@@ -154,6 +154,7 @@ class SparseQuantizer(HfQuantizer):
             if values.dtype != wanted:
                 setattr(module, VALUES, values.to(wanted))
             layer.check(module.packed)
+            module.resolve()
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None

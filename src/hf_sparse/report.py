@@ -27,7 +27,9 @@ class LayerReport:
         tokens: calibration tokens that the layer saw; None if there were no data.
         seconds: time to solve it, statistics excluded.
         bytes_before: of the dense weight, in the model's dtype.
-        bytes_after: of the stored tensors.
+        bytes_after: of the stored tensors, on disk.
+        bytes_resident: of the tensors in memory, in the form that the kernel uses.
+        kernel: what multiplies on this machine.
         notes: what needed attention, e.g. a Hessian that had to be damped more.
     """
 
@@ -42,6 +44,8 @@ class LayerReport:
     seconds: float
     bytes_before: int
     bytes_after: int
+    bytes_resident: int
+    kernel: str
     notes: tuple[str, ...] = ()
 
     def brief(self) -> str:
@@ -79,8 +83,13 @@ class PruningReport:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the pruned weights as stored now."""
+        """Bytes of the pruned weights as stored on disk."""
         return sum(layer.bytes_after for layer in self.layers)
+
+    @property
+    def bytes_resident(self) -> int:
+        """Bytes of the pruned weights in memory, on this machine."""
+        return sum(layer.bytes_resident for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values, totals included."""
@@ -88,6 +97,7 @@ class PruningReport:
             "sparsity": self.sparsity,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "bytes_resident": self.bytes_resident,
             "seconds": self.seconds,
             "data": asdict(self.data) if self.data else None,
             "layers": [asdict(layer) for layer in self.layers],
@@ -103,10 +113,13 @@ class PruningReport:
         if not self.layers:
             return "no layer was pruned"
         share = self.bytes_after / self.bytes_before
+        resident = self.bytes_resident / self.bytes_before
+        memory = f", {resident:.2f} in memory" if resident > 1.1 * share else ""
+        memory += " (the saving is on disk only)" if resident >= 1 > share else ""
         return (
             f"pruned {len(self.layers)} layers to sparsity {self.sparsity:.4f} in "
             f"{self.seconds:.1f} s; their weights take {self.bytes_after / 1e6:.2f} MB, "
-            f"{share:.2f} of the {self.bytes_before / 1e6:.2f} MB before; "
+            f"{share:.2f} of the {self.bytes_before / 1e6:.2f} MB before{memory}; "
             f"{len(self.left_dense)} stay dense"
         )
 

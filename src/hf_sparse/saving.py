@@ -44,10 +44,9 @@ def sparse_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
     described = []
     for name, layer in layers.items():
         with align_module_device(layer):
-            for key, tensor in layer.packed.items():
-                memory_key = f"{name}.{VALUES if key == 'weight' else key}"
-                held = state.pop(memory_key)
-                state[f"{name}.{key}"] = tensor.clone() if held.is_meta else held
+            for key in layer.format.specs(layer.shape):
+                held = state.pop(f"{name}.{layer.buffer_name(key)}")
+                state[f"{name}.{key}"] = layer.packed[key].clone() if held.is_meta else held
             if layer.bias is not None and state[f"{name}.bias"].is_meta:
                 state[f"{name}.bias"] = layer.bias.detach().clone()
         described.append(PackedLayer(name, layer.format, layer.shape, layer.transposed))

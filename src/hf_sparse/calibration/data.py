@@ -164,7 +164,7 @@ def _read_file(path: Path) -> list[Any]:
     text = path.read_text(encoding="utf-8")
     if path.suffix in (".jsonl", ".json"):
         try:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         except json.JSONDecodeError as error:
             raise CalibrationError(f"{path.name} is not JSON lines: {error}") from None
     return [page for page in re.split(r"\n?\n\0\n", text) if page.strip()]
@@ -308,6 +308,8 @@ def _collate(samples: list[Tensor]) -> Batch:
 
 def _check_vocabulary(samples: Iterable[Tensor], vocab_size: int) -> None:
     for index, sample in enumerate(samples):
+        if sample.numel() == 0:
+            raise CalibrationError(f"sample {index} of the dataset has no token")
         low, high = int(sample.min()), int(sample.max())
         if low < 0 or high >= vocab_size:
             raise CalibrationError(

@@ -45,6 +45,8 @@ class StatisticsCollector:
         self._pending.append(rows)
         if sum(len(chunk) for chunk in self._pending) >= FLUSH_ROWS:
             self._flush()
+        elif rows.data_ptr() == inputs.data_ptr():
+            self._pending[-1] = rows.clone()  # the model may go on to write into its activations
 
     def finish(self) -> Statistics:
         """The statistics of all tokens seen.

@@ -41,7 +41,7 @@ class Dense(Format):
         return {"weight": TensorSpec(shape, None)}
 
     def pack(self, weight: Float[Tensor, "out in"]) -> Packed:
-        return {"weight": weight.clone()}
+        return {"weight": weight.clone(memory_format=torch.contiguous_format)}
 
     def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         """Nothing beyond the shape can be wrong."""

@@ -60,7 +60,7 @@ class NMPacked(Format):
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> NMPacked:
         n, m = parameters.get("n"), parameters.get("m")
-        integers = isinstance(n, int) and isinstance(m, int) and len(parameters) == 2
+        integers = type(n) is int and type(m) is int and len(parameters) == 2  # no bool
         if not integers or not 1 <= n < m <= LARGEST_M:  # type: ignore[operator]
             raise FormatError(
                 f"format 'n:m' has parameters {dict(parameters)}, expected integers "

@@ -43,7 +43,7 @@ class SparseLinearFunction(torch.autograd.Function):
             packed = dict(zip(keys, ctx.saved_tensors, strict=True))
             grad_x = grad @ fmt.unpack(packed, shape, grad.dtype)
         if needs_bias:
-            grad_bias = grad.flatten(0, -2).sum(dim=0)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         return grad_x, grad_bias, *(None for _ in rest)
 
 

@@ -1,4 +1,4 @@
-"""`SparseLinear`: an `nn.Linear` that holds only the packed weight."""
+"""`SparseLinear`: an `nn.Linear` that holds only what is left of its weight."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
 from ..formats import Format
-from ..formats.base import Packed
+from ..formats.base import Packed, check_packed
+from ..kernels import Choice, Kernel, Stored, Verdict, choose
 from ..kernels.reference import sparse_linear
 
 # `weight` itself is a property, so the buffer with the values needs a name of its own.
@@ -22,6 +24,10 @@ class SparseLinear(nn.Linear):
     It is an `nn.Linear` so that PEFT and whatever else asks `isinstance(layer, nn.Linear)` treats
     it as one. `.weight` can be read, at the price of unpacking it; it can't be assigned.
 
+    The weight is either in its stored form, as persistent buffers, or `resolve` has handed it to
+    a kernel, whose tensors are then the only ones resident. `state_dict` gives the stored form in
+    both cases.
+
     Args:
         fmt: storage format of the packed tensors.
         packed: the format's tensors, `weight` and companions; meta tensors before loading.
@@ -30,6 +36,10 @@ class SparseLinear(nn.Linear):
             a bf16 checkpoint loaded in fp32 keeps bf16 values, which is exact.
         bias: bias parameter to adopt, shape (out_features,), or None.
         transposed: the layer replaces a `Conv1D`, whose dense weight is (in, out).
+
+    Attributes:
+        kernel: what multiplies; None for the reference path.
+        trace: which kernels were considered, and what came of it.
     """
 
     def __init__(
@@ -46,10 +56,10 @@ class SparseLinear(nn.Linear):
         self.format = fmt
         self.transposed = transposed
         self.weight_dtype = dtype
-        self._keys = tuple(packed)
-        for key, tensor in packed.items():
-            self.register_buffer(VALUES if key == "weight" else key, tensor)
         self.bias = bias  # type: ignore[assignment]
+        self.kernel: Kernel | None = None
+        self.trace: tuple[Verdict, ...] = ()
+        self._store(packed)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,26 +68,98 @@ class SparseLinear(nn.Linear):
 
     @property
     def packed(self) -> Packed:
-        """The format's tensors by their local keys; no copies."""
-        names = {key: VALUES if key == "weight" else key for key in self._keys}
-        return {key: self._buffers[name] for key, name in names.items()}  # type: ignore[misc]
+        """The stored form by local keys; made anew if a kernel holds the weight."""
+        if self.kernel is not None:
+            return self.kernel.packed(self.format, self._values_dtype)
+        return {key: self._buffers[self.buffer_name(key)] for key in self._keys}  # type: ignore[misc]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The dense weight, shape (out, in), unpacked anew at each access."""
+        if self.kernel is not None:
+            return self.kernel.weight(self.weight_dtype)
         return self.format.unpack(self.packed, self.shape, self.weight_dtype)
 
+    @staticmethod
+    def buffer_name(key: str) -> str:
+        """The buffer, and key of `state_dict`, of a format's local key."""
+        return VALUES if key == "weight" else key
+
+    def resident_bytes(self) -> int:
+        """Bytes that the weight takes in memory now."""
+        return sum(b.numel() * b.element_size() for b in self.buffers(recurse=False))
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel.linear(input, self.bias)
         return sparse_linear(input, self.bias, self.format, self.shape, self.packed)
+
+    def resolve(self) -> None:
+        """Hand the weight to the kernel that suits it here; its contents have been checked.
+
+        Tensors on meta, or behind an offloading hook, stay as they are.
+        """
+        hook = getattr(self, "_hf_hook", None)
+        packed = self.packed
+        if self.kernel is not None or any(tensor.is_meta for tensor in packed.values()):
+            return
+        if isinstance(hook, AlignDevicesHook) and hook.offload:
+            self.trace = (Verdict("reference", True, "its tensors are offloaded"),)
+            return
+        choice: Choice = choose(Stored(self.format, packed, self.shape, self.weight_dtype))
+        self.trace = choice.trace
+        if choice.kernel is not None:
+            self._values_dtype = packed["weight"].dtype
+            self._drop_buffers()
+            self.kernel = choice.kernel
+            for name, tensor in choice.kernel.tensors().items():
+                self.register_buffer(name, tensor, persistent=False)
 
     def extra_repr(self) -> str:
         parameters = "".join(f", {k}={v}" for k, v in self.format.parameters().items())
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, format={self.format.name}{parameters}"
+            f"bias={self.bias is not None}, format={self.format.name}{parameters}, "
+            f"kernel={'reference' if self.kernel is None else self.kernel.name}"
         )
+
+    def _store(self, packed: Packed) -> None:
+        """Hold the stored form; the reference path multiplies until `resolve`."""
+        self._drop_buffers()
+        self.kernel = None
+        self.trace = (Verdict("reference", True, "not resolved yet"),)
+        self._keys = tuple(packed)
+        for key, tensor in packed.items():
+            self.register_buffer(self.buffer_name(key), tensor)
+
+    def _drop_buffers(self) -> None:
+        for name in list(self._buffers):
+            delattr(self, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.to()`, `.half()`, ...: the dtype of `.weight` follows as a parameter's would."""
+        resolved = self.kernel is not None
+        self._store(self.packed)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if resolved:
+            self.resolve()
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.kernel is not None:
+            for key, tensor in self.packed.items():
+                destination[prefix + self.buffer_name(key)] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load the stored form and check it before a kernel sees it."""
+        resolved = self.kernel is not None
+        self._store(self.packed)
+        super()._load_from_state_dict(*args, **kwargs)
+        if not any(tensor.is_meta for tensor in self.packed.values()):
+            check_packed(self.format, self.packed, self.shape)
+        if resolved:
+            self.resolve()

@@ -44,6 +44,7 @@ def pack_linear(
     transposed = not isinstance(module, nn.Linear)
     sparse = SparseLinear(fmt, packed, shape, weight.dtype, module.bias, transposed)  # type: ignore[arg-type]
     replace_module(model, module, sparse)
+    sparse.resolve()
     return sparse
 
 

@@ -48,7 +48,7 @@ class SparseGPT(Solver):
         assert statistics is not None
         factor = statistics.inverse_factor(self.damp_percent)
         upper, columns = factor.upper, weight.shape[1]
-        updated = weight.float().T.contiguous()
+        updated = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         mask = torch.ones_like(updated, dtype=torch.bool)
         block = self._block(pattern)
         for start in range(0, columns, block):

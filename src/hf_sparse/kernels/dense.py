@@ -1,0 +1,46 @@
+"""`dense`: decode once and multiply with the library; what is left of the saving is on disk."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..formats import Format
+from ..formats.base import Packed
+from .base import Considered, Kernel, Stored, Verdict
+
+
+class DenseKernel(Kernel):
+    """Where no sparse kernel is there or pays, on a CPU."""
+
+    name: ClassVar[str] = "dense"
+
+    def __init__(self, weight: Float[Tensor, "out in"]) -> None:
+        self._weight = weight
+
+    @classmethod
+    def consider(cls, stored: Stored) -> Considered:
+        if stored.device.type != "cpu":
+            reason = f"would take back the memory that packing saves on {stored.device}"
+            return Considered(Verdict(cls.name, False, reason))
+        reason = "decoded once: the saving is on disk only"
+        weight = stored.dense(stored.dtype)
+        return Considered(Verdict(cls.name, True, reason, 1.0), cls(weight))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"dense": self._weight}
+
+    def linear(
+        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, "*batch out"]:
+        return F.linear(x, self._weight.to(x.dtype), bias)
+
+    def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        return self._weight.to(dtype, copy=True)
+
+    def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
+        return fmt.pack(self._weight.to(dtype))

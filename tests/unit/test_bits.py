@@ -1,0 +1,54 @@
+"""Bit strings: lowest bit first, whole bytes a row, zero padding."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_sparse.formats.bits import pack_bits, padding_is_zero, unpack_bits
+
+
+@st.composite
+def bit_rows(draw) -> list[list[bool]]:
+    rows, n = draw(st.integers(1, 4)), draw(st.integers(1, 33))
+    row = st.lists(st.booleans(), min_size=n, max_size=n)
+    return draw(st.lists(row, min_size=rows, max_size=rows))
+
+
+def bytes_by_hand(row: list[bool]) -> list[int]:
+    """Bit i of the row is bit i % 8 of byte i // 8."""
+    packed = [0] * -(-len(row) // 8)
+    for i, bit in enumerate(row):
+        packed[i // 8] |= int(bit) << i % 8
+    return packed
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(bit_rows())
+def test_bits_are_packed_lowest_first_and_unpacked_again(rows):
+    bits = torch.tensor(rows)
+    packed = pack_bits(bits)
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == [bytes_by_hand(row) for row in rows]
+    assert torch.equal(unpack_bits(packed, bits.shape[1]), bits)
+    assert padding_is_zero(packed, bits.shape[1])
+
+
+def test_unpacking_reads_only_the_bits_asked_for():
+    assert unpack_bits(torch.tensor([[0b11110001]], dtype=torch.uint8), 3).tolist() == [
+        [True, False, False]
+    ]
+
+
+@pytest.mark.parametrize("bit", [3, 7])
+def test_a_bit_set_behind_the_last_one_is_noticed_in_any_row(bit):
+    packed = torch.zeros(3, 2, dtype=torch.uint8)
+    packed[1, 1] = 1 << bit
+    assert not padding_is_zero(packed, 11)
+    assert padding_is_zero(packed, 16)
+
+
+def test_the_last_bit_before_the_padding_is_no_padding():
+    packed = torch.tensor([[0, 0b100]], dtype=torch.uint8)
+    assert padding_is_zero(packed, 11)
+    assert not padding_is_zero(packed, 10)
