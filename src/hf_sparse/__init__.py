@@ -17,6 +17,7 @@ from .errors import (
     SolveError,
     TargetError,
 )
+from .explain import Explanation, explain
 from .layers import SparseLinear
 from .quantizer import SparseQuantizer, prune
 from .report import LayerReport, PruningReport
@@ -29,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataRecord",
+    "Explanation",
     "FormatError",
     "HfSparseError",
     "LayerReport",
@@ -39,6 +41,7 @@ __all__ = [
     "SparseLinear",
     "SparseQuantizer",
     "TargetError",
+    "explain",
     "export_dense",
     "prune",
 ]

@@ -24,8 +24,9 @@ LAYERS = [
     {"kernels"},
     {"layers", "calibration"},
     {"config", "targets", "checkpoint", "report"},
-    {"pipeline", "saving"},
+    {"pipeline", "saving", "explain"},
     {"quantizer"},
+    {"bench"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -34,7 +35,7 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PLUGIN_FOLDERS = {"solvers", "formats", "kernels"}
 SHARED = {"base", "bits", "native", "reference", "speed"}
 
-MAY_IMPORT_TRANSFORMERS = {"config", "quantizer", "saving", "logging"}
+MAY_IMPORT_TRANSFORMERS = {"config", "quantizer", "saving", "logging", "bench.endtoend"}
 
 
 def modules() -> dict[str, Path]:

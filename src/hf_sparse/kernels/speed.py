@@ -81,7 +81,7 @@ def _key(weight: native.T16Weight, dtype: torch.dtype) -> str:
     rows, columns = weight.shape
     sparsity = round(20 * (1 - weight.count / (rows * columns))) * 5
     parts = (
-        _processor(),
+        processor(),
         f"{torch.get_num_threads()} threads",
         f"torch {torch.__version__}",
         f"{list(native.paths())[-1]} {native.ABI_VERSION}",
@@ -94,7 +94,7 @@ def _key(weight: native.T16Weight, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
     """The processor's model name."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

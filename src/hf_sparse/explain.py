@@ -1,0 +1,101 @@
+"""`explain`: which kernel each sparse layer uses on this machine, why, and what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .kernels import Verdict, native
+from .kernels.speed import processor
+from .layers import SparseLinear
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One sparse layer.
+
+    Attributes:
+        name: the module's name.
+        shape: (out, in).
+        format: how it is stored.
+        kernel: what multiplies: "t16" (native), "dense" (decoded once) or "reference".
+        bytes_dense: of the dense weight in the layer's dtype.
+        bytes_resident: of what is in memory.
+        speedup: over the dense product at one token, measured on this machine; None if not
+            measured.
+        trace: every kernel that was considered, with the reason; the last one is used.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    format: str
+    kernel: str
+    bytes_dense: int
+    bytes_resident: int
+    speedup: float | None
+    trace: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All sparse layers of a model on this machine; `print` it."""
+
+    machine: str
+    layers: tuple[LayerExplanation, ...]
+
+    @property
+    def bytes_dense(self) -> int:
+        """Bytes of all sparse layers' weights, were they dense."""
+        return sum(layer.bytes_dense for layer in self.layers)
+
+    @property
+    def bytes_resident(self) -> int:
+        """Bytes of all sparse layers' weights in memory."""
+        return sum(layer.bytes_resident for layer in self.layers)
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers], default=5)
+        lines = [self.machine, f"{'layer':<{width}}  {'shape':<13} kernel     bytes  speed  why"]
+        for layer in self.layers:
+            shape = f"{layer.shape[0]}x{layer.shape[1]}"
+            share = layer.bytes_resident / layer.bytes_dense
+            speed = "    -" if layer.speedup is None else f"{layer.speedup:5.2f}"
+            why = "; ".join(f"{v.kernel}: {v.reason}" for v in layer.trace)
+            lines.append(
+                f"{layer.name:<{width}}  {shape:<13} {layer.kernel:<9} {share:6.3f}  {speed}  {why}"
+            )
+        used = Counter(layer.kernel for layer in self.layers)
+        counts = ", ".join(f"{count} {kernel}" for kernel, count in used.items()) or "none"
+        total = self.bytes_resident / self.bytes_dense if self.layers else 1.0
+        lines.append(f"sparse layers: {counts}; {total:.3f} of the dense bytes in memory")
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Say, for every sparse layer of a model, which kernel it uses here and why.
+
+    Bytes are shares of the dense weight's, speed is over the dense product at one token.
+
+    Args:
+        model: any model with `SparseLinear` layers; without any the table is empty.
+    """
+    machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    layers = [
+        LayerExplanation(
+            name=name,
+            shape=layer.shape,
+            format=layer.format.name,
+            kernel=layer.trace[-1].kernel,
+            bytes_dense=math.prod(layer.shape) * layer.weight_dtype.itemsize,
+            bytes_resident=layer.resident_bytes(),
+            speedup=layer.trace[-1].speedup,
+            trace=layer.trace,
+        )
+        for name, layer in model.named_modules()
+        if isinstance(layer, SparseLinear)
+    ]
+    return Explanation(f"{machine}; {native.describe()}", tuple(layers))

@@ -1,0 +1,49 @@
+"""The benchmark runs and writes its files; what it measures is nobody's business here."""
+
+import json
+import os
+import subprocess
+import sys
+
+
+def bench(folder, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_sparse.bench", *arguments, "--output", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "results.md").read_text() == done.stdout
+    results = json.loads((folder / "results.json").read_text())
+    assert "torch" in results["machine"]
+    assert results["machine"].split(",")[0] in done.stdout
+    return results
+
+
+def test_layers_are_measured_against_every_dense_rival(tmp_path):
+    results = bench(
+        tmp_path, "layers", "--shapes", "64x96,48x40", "--sparsity", "0.5,0.8", "--rows", "1,5",
+        "--values", "bf16,int8", "--cold-mb", "1", "--rounds", "5", "--seconds", "0",
+    )  # fmt: skip
+    points = results["layers"]
+    assert len(points) == 2 * 2 * 2 * 2
+    for point in points:
+        assert {"torch fp32", "torch bf16"} <= set(point["ratios"])
+        assert all(ratio > 0 for ratio in point["ratios"].values())
+        assert point["rounds"] == 5
+        assert point["difference"] < 1e-3
+
+
+def test_a_model_is_measured_end_to_end(tmp_path):
+    results = bench(tmp_path, "model", "--presets", "tiny", "--prompt", "8", "--tokens", "2")
+    assert [point["dtype"] for point in results["speed"]] == ["fp32", "bf16"]
+    for point in results["speed"]:
+        assert point["decode_ratio"] > 0
+        assert point["prefill_ratio"] > 0
+        assert point["difference"] < 0.1
+        assert point["weight_bytes"]["sparse"] > 0
+    (memory,) = results["memory"]
+    assert memory["loaded"]["dense"] >= memory["started"]["dense"]

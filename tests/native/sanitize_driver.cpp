@@ -1,0 +1,222 @@
+// Random weights through every path that this CPU has, against double: the program that
+// sanitize.sh builds under the sanitizers, and runs under valgrind and qemu.
+//
+// All buffers are allocated at their exact sizes, so that a read or write beyond one is seen.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "abi.h"
+#include "convert.h"
+
+using namespace t16;
+
+extern "C" {
+int32_t t16_path_count();
+const char* t16_path_name(int32_t);
+int32_t t16_path_available(int32_t);
+int32_t t16_check(const Weight*);
+int64_t t16_count_dense(int64_t, int64_t, const void*, int64_t, int32_t);
+int32_t t16_pack_dense(int64_t, int64_t, const void*, int64_t, int32_t, uint32_t*, uint64_t*,
+                       uint32_t*, void*, int64_t, ParallelFor);
+int32_t t16_pack_bitmask(int64_t, int64_t, const uint8_t*, const void*, int64_t, int32_t,
+                         uint32_t*, uint64_t*, uint32_t*, void*, int64_t, ParallelFor);
+int32_t t16_unpack(const Weight*, uint8_t*, void*, ParallelFor);
+int32_t t16_linear(const Weight*, int32_t, const void*, int32_t, int64_t, int64_t, const void*,
+                   int32_t, void*, int32_t, int64_t, ParallelFor);
+int32_t t16_decode_panel(const Weight*, int32_t, int64_t, int64_t, void*, int32_t, int64_t,
+                         ParallelFor);
+}
+
+namespace {
+
+std::mt19937_64 rng(1);
+
+int64_t uniform(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(rng);
+}
+double normal() { return std::normal_distribution<double>()(rng); }
+bool chance(double p) { return std::bernoulli_distribution(p)(rng); }
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+  std::exit(1);
+}
+void expect(bool condition, const std::string& what) {
+  if (!condition) fail(what);
+}
+
+// A pool that cuts the range in odd places, to show that the cuts don't matter.
+int32_t uneven(int64_t begin, int64_t end, int64_t grain, Body body, void* context) {
+  while (begin < end) {
+    const int64_t next = min64(end, begin + grain + uniform(0, 3));
+    body(begin, next, context);
+    begin = next;
+  }
+  return 0;
+}
+
+// Exactly `bytes`, and aligned no better than malloc or the offset makes it.
+struct Bytes {
+  explicit Bytes(int64_t count) : data(static_cast<uint8_t*>(std::malloc(count ? count : 1))) {}
+  ~Bytes() { std::free(data); }
+  Bytes(const Bytes&) = delete;
+  uint8_t* data;
+};
+
+void one_case() {
+  const int64_t n = uniform(1, 300), k = uniform(1, 300);
+  // Now and then enough tokens for every level of blocking.
+  const int64_t m = chance(0.04) ? uniform(71, 700) : uniform(0, 70);
+  const int32_t dtype = static_cast<int32_t>(uniform(0, 3));
+  const double sparsities[] = {0.0, 0.3, 0.5, 0.9, 1.0};
+  const double sparsity = sparsities[uniform(0, 4)];
+  const int64_t groups_of[] = {k, k, 2, 32, 64, 128, 1000};
+  const int64_t group = groups_of[uniform(0, 6)];
+
+  Bytes dense(n * k * item_size(dtype));
+  std::vector<bool> empty_column(static_cast<size_t>(k));
+  for (int64_t c = 0; c < k; ++c) empty_column[static_cast<size_t>(c)] = chance(0.05);
+  for (int64_t r = 0; r < n; ++r) {
+    const bool empty = chance(0.05);
+    for (int64_t c = 0; c < k; ++c) {
+      const bool zero = empty || empty_column[static_cast<size_t>(c)] || chance(sparsity);
+      const int64_t i = r * k + c;
+      if (dtype == kI8) {
+        reinterpret_cast<int8_t*>(dense.data)[i] = zero ? 0 : static_cast<int8_t>(uniform(-128, 127));
+      } else {
+        store_from_float(dense.data, i, dtype, zero ? 0.0f : static_cast<float>(normal()));
+      }
+    }
+  }
+
+  const int64_t tiles = ceil_div(n, 16), pairs = (k + 1) / 2, blocks = ceil_div(pairs, 128);
+  const int64_t count = t16_count_dense(n, k, dense.data, k, dtype);
+  const int64_t value_bytes = count * item_size(dtype) + kValuePadding;
+  Bytes masks(tiles * pairs * 4), base((tiles + 1) * 8), off(tiles * blocks * 4);
+  Bytes values(value_bytes);
+  const int64_t groups = ceil_div(k, group);
+  Bytes scales(tiles * groups * 16 * 4);
+  auto* scale = reinterpret_cast<float*>(scales.data);
+  for (int64_t i = 0; i < tiles * groups * 16; ++i) scale[i] = static_cast<float>(normal());
+  expect(t16_pack_dense(n, k, dense.data, k, dtype, reinterpret_cast<uint32_t*>(masks.data),
+                        reinterpret_cast<uint64_t*>(base.data),
+                        reinterpret_cast<uint32_t*>(off.data), values.data, value_bytes,
+                        uneven) == kOk,
+         "pack_dense");
+  Weight w = {n, k, reinterpret_cast<uint32_t*>(masks.data),
+              reinterpret_cast<uint64_t*>(base.data), reinterpret_cast<uint32_t*>(off.data),
+              values.data, dtype == kI8 ? scale : nullptr, value_bytes, group, dtype};
+  expect(t16_check(&w) == kOk, "check");
+
+  // To the file's layout and back: the same bytes.
+  Bytes bitmask(n * ceil_div(k, 8)), kept(count * item_size(dtype));
+  expect(t16_unpack(&w, bitmask.data, kept.data, uneven) == kOk, "unpack");
+  {
+    Bytes masks2(tiles * pairs * 4), base2((tiles + 1) * 8), off2(tiles * blocks * 4);
+    Bytes values2(value_bytes);
+    expect(t16_pack_bitmask(n, k, bitmask.data, kept.data, count, dtype,
+                            reinterpret_cast<uint32_t*>(masks2.data),
+                            reinterpret_cast<uint64_t*>(base2.data),
+                            reinterpret_cast<uint32_t*>(off2.data), values2.data, value_bytes,
+                            uneven) == kOk,
+           "pack_bitmask");
+    expect(std::memcmp(masks.data, masks2.data, static_cast<size_t>(tiles * pairs * 4)) == 0 &&
+               std::memcmp(values.data, values2.data, static_cast<size_t>(value_bytes)) == 0,
+           "unpack and pack again");
+  }
+
+  std::vector<double> weight(static_cast<size_t>(n * k));
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t c = 0; c < k; ++c) {
+      double v = load_as_float(dense.data, r * k + c, dtype);
+      if (dtype == kI8) v *= scale[(r / 16 * groups + c / group) * 16 + r % 16];
+      weight[static_cast<size_t>(r * k + c)] = v;
+    }
+  }
+
+  const int32_t x_dtype = static_cast<int32_t>(uniform(0, 2));
+  const int64_t x_stride = k + uniform(0, 5), y_stride = n + uniform(0, 3);
+  // The last row ends where its columns do.
+  Bytes x(m ? ((m - 1) * x_stride + k) * item_size(x_dtype) : 0);
+  Bytes y(m ? ((m - 1) * y_stride + n) * item_size(x_dtype) : 0);
+  for (int64_t r = 0; r < m; ++r) {
+    for (int64_t c = 0; c < k; ++c) {
+      store_from_float(x.data, r * x_stride + c, x_dtype, static_cast<float>(normal()));
+    }
+  }
+  const bool with_bias = chance(0.5);
+  const int32_t bias_dtype = static_cast<int32_t>(uniform(0, 2));
+  Bytes bias(n * item_size(bias_dtype));
+  for (int64_t r = 0; r < n; ++r) {
+    store_from_float(bias.data, r, bias_dtype, static_cast<float>(normal()));
+  }
+  // Half a unit in the last place of the output.
+  const double unit = x_dtype == kF32 ? 0x1p-24 : x_dtype == kBF16 ? 0x1p-8 : 0x1p-11;
+  if (dtype == kI8 && group < k && group % 2 != 0) fail("the driver's groups are even");
+
+  for (int32_t path = 0; path < t16_path_count(); ++path) {
+    if (!t16_path_available(path)) continue;
+    const std::string name = t16_path_name(path);
+    const int32_t code = t16_linear(&w, path, x.data, x_dtype, m, x_stride,
+                                    with_bias ? bias.data : nullptr, bias_dtype, y.data, x_dtype,
+                                    y_stride, chance(0.5) ? uneven : nullptr);
+    if (code == kBadPath && name == "amx") continue;
+    expect(code == kOk, name + ": linear");
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t r = 0; r < n; ++r) {
+        double sum = 0, size = 0;
+        for (int64_t c = 0; c < k; ++c) {
+          const double term = weight[static_cast<size_t>(r * k + c)] *
+                              load_as_float(x.data, i * x_stride + c, x_dtype);
+          sum += term;
+          size += std::fabs(term);
+        }
+        if (with_bias) {
+          const double b = load_as_float(bias.data, r, bias_dtype);
+          sum += b;
+          size += std::fabs(b);
+        }
+        const double got = load_as_float(y.data, i * y_stride + r, x_dtype);
+        double allowed = 1.01 * unit * std::fabs(sum) +
+                         0x1p-23 * (std::sqrt(static_cast<double>(k)) + 4) * size + 1e-37;
+        if (x_dtype == kF16) allowed += 0x1p-25;
+        const bool overflow = x_dtype == kF16 && std::fabs(sum) > 65500;
+        if (!overflow && !(std::fabs(got - sum) <= allowed)) {
+          std::fprintf(stderr, "n=%ld k=%ld m=%ld dtype=%d x=%d group=%ld: [%ld][%ld] %g not %g\n",
+                       long(n), long(k), long(m), dtype, x_dtype, long(group), long(i), long(r),
+                       got, sum);
+          fail(name + ": linear differs");
+        }
+      }
+    }
+    const int64_t begin = uniform(0, tiles - 1), end = uniform(begin, tiles);
+    const int64_t rows = min64(n, end * 16) - min64(n, begin * 16);
+    Bytes panel(rows * k * 4);
+    expect(t16_decode_panel(&w, path, begin, end, panel.data, kF32, k, uneven) == kOk,
+           name + ": decode");
+    for (int64_t i = 0; i < rows * k; ++i) {
+      const double v = weight[static_cast<size_t>(begin * 16 * k + i)];
+      expect(std::fabs(load_as_float(panel.data, i, kF32) - v) <= 0x1p-23 * std::fabs(v),
+             name + ": decode differs");
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 300;
+  std::printf("paths:");
+  for (int32_t path = 0; path < t16_path_count(); ++path) {
+    if (t16_path_available(path)) std::printf(" %s", t16_path_name(path));
+  }
+  std::printf("\n");
+  for (int i = 0; i < cases; ++i) one_case();
+  std::printf("%d cases passed\n", cases);
+}

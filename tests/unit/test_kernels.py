@@ -1,0 +1,248 @@
+"""The choice of kernels, the torch operator, and what a layer holds and gives back."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hf_sparse
+from hf_sparse import SparseConfig, SparseLinear
+from hf_sparse.formats import Bitmask, choose_format
+from hf_sparse.formats.nm import NMPacked
+from hf_sparse.kernels import Stored, choose, native, speed, t16
+from hf_sparse.kernels.t16 import T16Kernel
+from hf_sparse.patterns import NM, Unstructured
+
+SIXTY = Unstructured(0.6)
+
+
+def pruned(rows=20, columns=36, pattern=SIXTY, dtype=torch.float32):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    return weight.where(pattern.mask(weight.abs()), 0).to(dtype)
+
+
+def layer_of(weight, fmt=None, bias=None):
+    fmt = fmt or Bitmask()
+    layer = SparseLinear(fmt, fmt.pack(weight), tuple(weight.shape), weight.dtype, bias)
+    layer.resolve()
+    return layer
+
+
+def kernel_of(weight, fmt=None):
+    fmt = fmt or Bitmask()
+    stored = Stored(fmt, fmt.pack(weight), tuple(weight.shape), weight.dtype)
+    return choose(stored).kernel
+
+
+@pytest.fixture
+def without_binary(monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda: "no _t16 library in /somewhere")
+    t16._warn_once.cache_clear()
+    yield
+    t16._warn_once.cache_clear()
+
+
+def test_the_native_library_is_built_where_these_tests_run():
+    assert native.unavailable_reason() is None
+    assert "scalar" in native.paths()
+
+
+@pytest.mark.parametrize("fmt", [Bitmask(), NMPacked(2, 4)], ids=["bitmask", "n:m"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_resolved_layer_holds_the_kernel_s_tensors_only_and_gives_the_stored_form_back(
+    fmt, dtype
+):
+    weight = pruned(pattern=NM(2, 4), dtype=dtype)
+    stored = fmt.pack(weight)
+    layer = layer_of(weight, fmt)
+    assert layer.kernel.name == "t16"
+    assert set(dict(layer.named_buffers())) == set(layer.kernel.tensors())
+    assert torch.equal(layer.weight, weight)
+    state = layer.state_dict()
+    assert set(state) == {layer.buffer_name(key) for key in stored}
+    for key, tensor in stored.items():
+        assert torch.equal(layer.packed[key], tensor)
+        assert torch.equal(state[layer.buffer_name(key)], tensor)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "limit"), [(0.5, 0.57), (0.6, 0.47), (0.7, 0.37), (0.8, 0.27)]
+)
+def test_resident_bytes_stay_near_those_of_the_values(sparsity, limit):
+    weight = pruned(512, 768, Unstructured(sparsity), torch.bfloat16)
+    assert layer_of(weight).resident_bytes() <= limit * 2 * weight.numel()
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(36,), (1, 36), (2, 3, 36), (0, 36)])
+def test_products_agree_with_the_dense_layer_in_the_dtype_of_x(x_dtype, shape):
+    weight, bias = pruned(dtype=torch.bfloat16), torch.randn(20)
+    layer = layer_of(weight, bias=torch.nn.Parameter(bias, requires_grad=False))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x_dtype)
+    y = layer(x)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    assert y.dtype == x_dtype
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 3e-3}.get(x_dtype, 1e-5)
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_pass_gradcheck():
+    kernel = kernel_of(pruned())
+    x = torch.randn(3, 36, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, b: kernel.linear(x, b), (x, bias))
+
+
+def test_the_gradient_in_fp32_is_the_dense_layer_s():
+    weight = pruned()
+    layer = layer_of(weight)
+    x = torch.randn(5, 36, requires_grad=True)
+    layer(x).square().sum().backward()
+    other = x.detach().clone().requires_grad_()
+    F.linear(other, weight).square().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_operator_keeps_torch_s_rules():
+    kernel = kernel_of(pruned())
+    arguments = (torch.randn(3, 36, requires_grad=True), *kernel.tensors().values(), 20, 36, 0)
+    torch.library.opcheck(t16.t16_linear, arguments)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_and_exported_layers_give_the_eager_result():
+    layer = layer_of(pruned(), bias=torch.nn.Parameter(torch.randn(20)))
+    x = torch.randn(4, 36)
+    with torch.no_grad():
+        expected = layer(x)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected)
+    exported = torch.export.export(layer, (x,))
+    torch.testing.assert_close(exported.module()(x), expected)
+
+
+def test_tensors_that_belong_to_no_weight_are_checked_before_they_are_used():
+    tensors = [t.clone() for t in kernel_of(pruned()).tensors().values()]
+    x = torch.randn(2, 36)
+    good = t16.t16_linear(x, *tensors, 20, 36, 0)
+    torch.testing.assert_close(good, F.linear(x, pruned()))
+    tensors[0][0, 0] = -1  # all 32 weights of a pair are kept, says the mask
+    with pytest.raises(native.NativeError):
+        t16.t16_linear(x, *tensors, 20, 36, 0)
+    with pytest.raises(ValueError, match="shape"):
+        t16.t16_linear(x, *tensors, 40, 36, 0)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_multiply_by_themselves(copy_of):
+    layer = layer_of(pruned())
+    x = torch.randn(2, 36)
+    other = copy_of(layer)
+    expected = layer(x)
+    del layer
+    assert torch.equal(other(x), expected)
+    assert set(other.kernel.tensors()) == set(dict(other.named_buffers()))
+    for name, tensor in other.named_buffers():
+        assert tensor.data_ptr() == other.kernel.tensors()[name].data_ptr()
+
+
+def test_casts_go_through_the_stored_form():
+    weight = pruned(dtype=torch.float32)
+    layer = layer_of(weight).to(torch.bfloat16)
+    assert layer.kernel.name == "t16"
+    assert layer.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.weight, weight.bfloat16())
+    assert layer.packed["weight"].dtype == torch.bfloat16
+    meta = layer.to("meta")
+    assert meta.kernel is None
+    assert all(tensor.is_meta for tensor in meta.packed.values())
+
+
+def test_loading_a_state_dict_is_checked_and_resolved_again():
+    first, second = layer_of(pruned()), layer_of(-pruned())
+    first.load_state_dict(second.state_dict())
+    assert first.kernel is not None
+    assert torch.equal(first.weight, second.weight)
+    bad = second.state_dict()
+    bad["weight_bitmask"] = bad["weight_bitmask"] ^ 1
+    with pytest.raises(hf_sparse.FormatError, match="weight_bitmask"):
+        first.load_state_dict(bad)
+
+
+def test_without_the_binary_layers_are_dense_and_one_warning_says_so(without_binary, tiny, caplog):
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    report = hf_sparse.prune(tiny, SparseConfig(method="magnitude"))
+    logging.disable_propagation()
+    warnings = {id(r): r for r in caplog.records if "decoded to dense" in r.message}
+    assert [r.levelname for r in warnings.values()] == ["WARNING"]
+    assert {layer.kernel for layer in report.layers} == {"dense"}
+    assert report.bytes_resident == report.bytes_before > report.bytes_after
+    assert "the saving is on disk only" in report.summary()
+    layer = tiny.model.layers[0].mlp.up_proj
+    assert "no _t16 library" in layer.trace[0].reason
+    weight = layer.weight
+    x = torch.randn(3, 24)
+    assert torch.equal(layer(x), F.linear(x, weight))
+    assert torch.equal(layer.packed["weight"], weight[weight != 0])
+
+
+def test_a_shape_that_is_slower_sparse_falls_back_to_dense_and_explain_says_so(monkeypatch, tiny):
+    monkeypatch.setattr(speed, "over_dense", lambda w, d: 0.5 if w.shape[0] == 40 else 2.0)
+    hf_sparse.prune(tiny, SparseConfig(method="magnitude"))
+    explanation = hf_sparse.explain(tiny)
+    kernels = {layer.shape[0]: layer.kernel for layer in explanation.layers}
+    assert kernels == {24: "t16", 12: "t16", 40: "dense"}
+    up = next(layer for layer in explanation.layers if layer.name.endswith("0.mlp.up_proj"))
+    assert up.speedup == 1.0
+    assert up.bytes_resident == up.bytes_dense == 40 * 24 * 4
+    assert "t16: measured 0.50 of the dense product's speed" in str(explanation)
+
+
+def test_offloaded_and_unresolved_layers_use_the_reference_path():
+    weight = pruned()
+    fmt = Bitmask()
+    layer = SparseLinear(fmt, fmt.pack(weight), tuple(weight.shape), weight.dtype)
+    assert layer.kernel is None
+    x = torch.randn(3, 36)
+    torch.testing.assert_close(layer(x), F.linear(x, weight))
+
+
+def test_measurements_are_kept_per_machine_shape_and_sparsity(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(speed.SWITCH, "1")
+    calls = []
+    monkeypatch.setattr(speed, "_measure", lambda weight, dtype: calls.append(weight) or 1.5)
+    weight = native.pack_dense(pruned())
+    assert [speed.over_dense(weight, torch.float32) for _ in range(3)] == [1.5, 1.5, 1.5]
+    assert len(calls) == 1
+    speed.over_dense(native.pack_dense(pruned(24, 36)), torch.float32)
+    speed.over_dense(weight, torch.bfloat16)
+    assert len(calls) == 3
+    content = json.loads((tmp_path / "hf_sparse" / "speed.json").read_text())
+    assert len(content) == 3
+    assert all("20x36" in key or "24x36" in key for key in content)
+    (tmp_path / "hf_sparse" / "speed.json").write_text("{damaged")
+    assert speed.over_dense(weight, torch.float32) == 1.5
+    assert len(calls) == 4
+    monkeypatch.setenv(speed.SWITCH, "0")
+    assert speed.over_dense(weight, torch.float32) is None
+
+
+def test_a_measurement_is_a_positive_ratio(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(speed.SWITCH, "1")
+    assert speed.over_dense(native.pack_dense(pruned()), torch.float32) > 0
+
+
+def test_every_kernel_that_was_turned_down_has_a_reason():
+    weight = pruned(dtype=torch.float64)
+    fmt = choose_format(weight, Unstructured(0.6), "auto")
+    choice = choose(Stored(fmt, fmt.pack(weight), (20, 36), torch.float64))
+    assert [(v.kernel, v.accepted) for v in choice.trace] == [("t16", False), ("dense", True)]
+    assert "no kernel for values in torch.float64" in choice.trace[0].reason
+    assert isinstance(kernel_of(pruned()), T16Kernel)
