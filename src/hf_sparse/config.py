@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .calibration.data import DataRecord
 from .errors import ConfigError
 from .formats import check_format_name
+from .formats.nm import LARGEST_M
 from .patterns import NM, Pattern, parse_pattern
 from .solvers import get_solver
 from .statistics import Needs
@@ -97,6 +98,12 @@ class SparseConfig(QuantizationConfigMixin):
         self.format = format if format == "auto" else check_format_name(format)
         if self.format == "n:m" and pattern == "unstructured" and method != "keep":
             raise ConfigError("format='n:m' stores n:m patterns only: pass pattern='n:m', e.g. 2:4")
+        parsed = parse_pattern(pattern, DEFAULT_SPARSITY)
+        if self.format == "n:m" and isinstance(parsed, NM) and parsed.m > LARGEST_M:
+            raise ConfigError(
+                f"format='n:m' takes groups of at most {LARGEST_M}, pattern={pattern!r} has "
+                f"m = {parsed.m}: pass format='auto' or 'bitmask'"
+            )
 
     def check_data(self) -> None:
         """Raise a ConfigError unless the method can run with the dataset given."""

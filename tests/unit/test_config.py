@@ -263,6 +263,14 @@ def test_the_n_of_m_format_is_refused_for_a_pattern_that_it_can_not_store():
     assert SparseConfig(format="n:m", pattern="2:4").format == "n:m"
 
 
+def test_groups_too_wide_for_the_n_of_m_format_are_refused_before_anything_is_pruned():
+    # The layout takes m <= 32; found out while packing, it would leave a model half pruned.
+    with pytest.raises(ConfigError, match=r"pattern='16:64'|m = 64"):
+        SparseConfig(format="n:m", pattern="16:64")
+    assert SparseConfig(format="n:m", pattern="16:32").pattern == "16:32"
+    assert SparseConfig(format="bitmask", pattern="16:64").pattern == "16:64"
+
+
 def test_an_unknown_allocation_is_refused():
     with pytest.raises(ConfigError, match="allocation='owl'"):
         SparseConfig(allocation="owl")

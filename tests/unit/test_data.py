@@ -517,6 +517,13 @@ def test_lines_that_are_not_json_are_an_error_that_names_the_file(tmp_path):
         make(tmp_path / "a.jsonl", Decoder())
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_text_file_in_another_encoding_is_an_error_that_names_it(tmp_path, name):
+    (tmp_path / name).write_bytes("5 caf\u00e9 6".encode("latin-1"))
+    with pytest.raises(CalibrationError, match=name):
+        make(tmp_path / name, Decoder())
+
+
 @pytest.mark.parametrize("dataset", [5, 0.5, object(), len], ids=["int", "float", "object", "len"])
 def test_something_that_can_not_be_iterated_is_an_error(dataset):
     with pytest.raises(CalibrationError, match=f"type {type(dataset).__name__} can't be iterated"):

@@ -215,7 +215,6 @@ def _weight_bytes(model: PreTrainedModel) -> int:
 
 def _memory(folder: Path, preset: str, sparsity: float, threads: int) -> MemoryPoint:
     figures = {}
-    stages = ("started", "peak", "loaded", "used")
     for kind in KINDS:
         command = [sys.executable, "-m", __name__, str(folder / kind), str(threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

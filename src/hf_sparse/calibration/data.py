@@ -161,7 +161,10 @@ def _read_file(path: Path) -> list[Any]:
                 "reading parquet needs pyarrow: pip install 'hf_sparse[datasets]'"
             ) from None
         return list(pyarrow.parquet.read_table(path).to_pylist())
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"dataset {path.name} is not UTF-8 text: {error}") from None
     if path.suffix in (".jsonl", ".json"):
         try:
             return [json.loads(line) for line in text.split("\n") if line.strip()]
