@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("fixtures", type=Path)
     parser.add_argument("--rows", nargs="*", help="rows of reference.json; default: all known")
     parser.add_argument("--encoder", action="store_true", help="only the sentence encoder")
+    parser.add_argument("--repeats", type=int, default=3, help="timings per row, median counts")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     reference = json.loads((arguments.fixtures / "reference.json").read_text())
@@ -148,7 +149,7 @@ def main() -> None:
             "row             perplexity  reference  quotient  zeros     time  limit  bytes (fp32)"
         )
         for row in rows:
-            got, ref = measure_row(arguments.fixtures, row), reference[row]
+            got, ref = measure_row(arguments.fixtures, row, arguments.repeats), reference[row]
             print(
                 f"{row:<15} {got['ppl']:10.3f} {ref['ppl']:10.3f} {got['ppl'] / ref['ppl']:9.4f}  "
                 f"{got['zeros']:.6f}  {got['ratio']:.3f}  {0.7 * ref['ratio']:.3f}  "

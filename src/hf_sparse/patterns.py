@@ -75,10 +75,11 @@ class NM:
         rows, columns = scores.shape
         tail = columns % self.m
         full = scores[:, : columns - tail].reshape(-1, self.m)
-        parts = [keep_highest(full, self.m - self.n).view(rows, columns - tail)]
-        if tail:
-            parts.append(keep_highest(scores[:, columns - tail :], tail - self.kept(tail)))
-        return torch.cat(parts, dim=1)
+        kept = keep_highest(full, self.m - self.n).view(rows, columns - tail)
+        if not tail:
+            return kept
+        last = keep_highest(scores[:, columns - tail :], tail - self.kept(tail))
+        return torch.cat([kept, last], dim=1)
 
 
 Pattern: TypeAlias = Unstructured | NM

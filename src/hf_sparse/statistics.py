@@ -6,7 +6,8 @@ With X the (tokens, in) inputs of a layer, accumulated in fp32:
     Hessian        H = X'X / T                     SparseGPT (Frantar & Alistarh 2023, sec. 3)
 
 SparseGPT's own H is 2/n X'X with n sequences; a constant factor changes neither the mask nor the
-update, since the damping is relative to the mean of the diagonal. Layers that read the same
+update, since the damping is relative to the mean of the diagonal (only the 1 that stands for a
+dead input in that mean does not scale with it). Layers that read the same
 tensor (q/k/v, gate/up) share one `Statistics` and with it one factorisation.
 """
 
