@@ -5,6 +5,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from hf_sparse.bench.__main__ import main
+
 
 def bench(folder, *arguments):
     done = subprocess.run(
@@ -35,6 +39,22 @@ def test_layers_are_measured_against_every_dense_rival(tmp_path):
         assert all(ratio > 0 for ratio in point["ratios"].values())
         assert point["rounds"] == 5
         assert point["difference"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("layers", "--values", "int4"), "'int4' is not one of fp32, bf16, fp16, int8"),
+        (("layers", "--sparsity", "50"), "50 is no fraction of zeros"),
+        (("layers", "--path", "sse"), "invalid choice: 'sse'"),
+        (("model", "--presets", "big"), "'big' is not one of 135m, 1b, tiny"),
+    ],
+)
+def test_mistakes_end_in_one_line_that_says_what_is_known(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    assert words in capsys.readouterr().err
 
 
 def test_a_model_is_measured_end_to_end(tmp_path):

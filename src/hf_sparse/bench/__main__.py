@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from ..kernels import native
 from . import endtoend, layers
 from .tables import write
 
@@ -18,7 +19,8 @@ Item = TypeVar("Item")
 EXAMPLES = """examples:
   python -m hf_sparse.bench layers --shapes 4096x4096 --sparsity 0.5,0.7 --rows 1,16
   python -m hf_sparse.bench layers --path avx2 --threads 1
-  python -m hf_sparse.bench model --presets 135m --sparsity 0.5
+  python -m hf_sparse.bench layers --values int8 --rows 1
+  python -m hf_sparse.bench model --presets 135m,1b --sparsity 0.5
 """
 
 
@@ -29,6 +31,25 @@ def listed(convert: Callable[[str], Item]) -> Callable[[str], tuple[Item, ...]]:
         return tuple(convert(part) for part in text.split(","))
 
     return parse
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    """An argument type for one of some names."""
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+        return text
+
+    return parse
+
+
+def fraction(text: str) -> float:
+    """A sparsity, 0 <= s < 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no fraction of zeros: pass 0 <= s < 1")
+    return value
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -52,19 +73,31 @@ def parser() -> argparse.ArgumentParser:
         "--shapes", type=listed(shape), default=((4096, 4096), (11008, 4096), (4096, 11008))
     )
     single.add_argument("--rows", type=listed(int), default=(1, 4, 16, 128, 512), help="tokens, M")
-    single.add_argument("--values", type=listed(str), default=("bf16",), help="fp32,bf16,fp16,int8")
-    single.add_argument("--path", help="instruction set of the kernels; default: the best")
+    single.add_argument(
+        "--values",
+        type=listed(one_of(layers.VALUES)),
+        default=("bf16",),
+        help=f"dtypes of the kept values: {','.join(layers.VALUES)}",
+    )
+    paths = list(native.paths()) if native.available() else []
+    single.add_argument(
+        "--path", choices=paths, help="instruction set of the kernels; default: the best"
+    )
     single.add_argument("--cold-mb", type=int, default=512, help="copies of a weight take this")
     single.add_argument("--rounds", type=int, default=7)
     single.add_argument("--seconds", type=float, default=2.0, help="per point, at least")
     whole = commands.add_parser("model", help="a Llama with random weights, end to end")
-    whole.add_argument("--presets", type=listed(str), default=("135m",), help="135m, 1b, tiny")
-    whole.add_argument("--dtypes", type=listed(str), default=("fp32", "bf16"))
+    sizes = ", ".join(endtoend.PRESETS)
+    presets = listed(one_of(endtoend.PRESETS))
+    whole.add_argument("--presets", type=presets, default=("135m",), help=f"sizes: {sizes}")
+    whole.add_argument(
+        "--dtypes", type=listed(one_of(endtoend.DTYPES)), default=tuple(endtoend.DTYPES)
+    )
     whole.add_argument("--prompt", type=int, default=256)
     whole.add_argument("--tokens", type=int, default=16)
     whole.add_argument("--rounds", type=int, default=5)
     for command, sparsity in ((single, (0.5, 0.6, 0.7, 0.8)), (whole, (0.5,))):
-        command.add_argument("--sparsity", type=listed(float), default=sparsity)
+        command.add_argument("--sparsity", type=listed(fraction), default=sparsity)
         command.add_argument("--threads", type=listed(int), default=threads)
         command.add_argument("--output", type=Path, default=Path("bench-results"))
     return top

@@ -64,6 +64,7 @@ class LayerPoint:
     """One measured point.
 
     Attributes:
+        path: instruction set that was asked for, or "best".
         seconds: median of a call, by candidate.
         ratios: how many times as fast the sparse product is, by dense candidate.
         rounds: calls behind each median.
@@ -71,6 +72,7 @@ class LayerPoint:
         sparse_bytes, dense_bytes: of the resident weight, and of a dense bf16 one.
     """
 
+    path: str
     shape: tuple[int, int]
     sparsity: float
     values: str
@@ -112,7 +114,7 @@ def measure(settings: LayerSettings) -> list[LayerPoint]:
             size = weights.sparse[0].nbytes, 2 * shape[0] * shape[1]
             for threads, rows in product(settings.threads, settings.rows):
                 torch.set_num_threads(threads)
-                place = (shape, sparsity, values, threads, rows)
+                place = (settings.path or "best", shape, sparsity, values, threads, rows)
                 try:
                     points.append(LayerPoint(*place, *_measure(settings, weights, rows), *size))
                 except native.NativeError as error:  # AMX, say, takes no single row

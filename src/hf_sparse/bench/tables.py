@@ -28,18 +28,18 @@ def markdown(
     if layers:
         rivals = list(dict.fromkeys(name for point in layers for name in point.ratios))
         lines += [
-            "| shape | sparsity | values | threads | M | bytes / dense bf16 | "
+            "| path | shape | sparsity | values | threads | M | bytes / dense bf16 | "
             + " | ".join(f"over {name}" for name in rivals)
             + " |",
-            "|---" * (6 + len(rivals)) + "|",
+            "|---" * (7 + len(rivals)) + "|",
         ]
         for p in layers:
             ratios = " | ".join(
                 f"{p.ratios[name]:.2f}" if name in p.ratios else "-" for name in rivals
             )
             lines.append(
-                f"| {p.shape[0]}x{p.shape[1]} | {p.sparsity:.0%} | {p.values} | {p.threads} | "
-                f"{p.rows} | {p.sparse_bytes / p.dense_bytes:.3f} | {ratios} |"
+                f"| {p.path} | {p.shape[0]}x{p.shape[1]} | {p.sparsity:.0%} | {p.values} | "
+                f"{p.threads} | {p.rows} | {p.sparse_bytes / p.dense_bytes:.3f} | {ratios} |"
             )
         lines.append("")
     if speed:
