@@ -24,7 +24,7 @@ from .layers.replace import pack_linear, write_weight
 from .logging import get_logger, progress_bar
 from .patterns import Pattern
 from .report import LayerReport, PruningReport
-from .solvers import Solver, make_solver
+from .solvers import Solver, get_solver, make_solver
 from .statistics import Statistics
 from .targets import Target, layer_sparsity, require_match, select_targets
 
@@ -108,7 +108,7 @@ def _plan(
             sparsity = layer_sparsity(sparsities, target.name)
         else:
             sparsity = sparsities
-        if sparsity is None and not make_solver(config.method, config).chooses_pattern:
+        if sparsity is None and not get_solver(config.method).chooses_pattern:
             left_dense[target.name] = "no regex of sparsity matches it"
         elif sparsity == 0:
             left_dense[target.name] = "its sparsity is 0"
@@ -233,10 +233,12 @@ def _pack(
             fmt = choose_format(weight, job.pattern, config.format)
             if not isinstance(fmt, Dense):
                 sparse = pack_linear(model, job.target.module, weight, fmt)
+                stored = packed_bytes(sparse.packed)  # before a kernel takes the weight over
+                sparse.resolve()
                 report = replace(
                     report,
                     format=fmt.name,
-                    bytes_after=packed_bytes(sparse.packed),
+                    bytes_after=stored,
                     bytes_resident=sparse.resident_bytes(),
                     kernel=sparse.trace[-1].kernel,
                 )

@@ -99,9 +99,11 @@ class SparseLinear(nn.Linear):
 
         Tensors on meta, or behind an offloading hook, stay as they are.
         """
+        if self.kernel is not None:
+            return
         hook = getattr(self, "_hf_hook", None)
         packed = self.packed
-        if self.kernel is not None or any(tensor.is_meta for tensor in packed.values()):
+        if any(tensor.is_meta for tensor in packed.values()):
             return
         if isinstance(hook, AlignDevicesHook) and hook.offload:
             self.trace = (Verdict("reference", True, "its tensors are offloaded"),)

@@ -38,13 +38,12 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
 def pack_linear(
     model: nn.Module, module: nn.Module, weight: Float[Tensor, "out in"], fmt: Format
 ) -> SparseLinear:
-    """Replace a dense layer by a `SparseLinear` with the same weight; returns the new layer."""
+    """Replace a dense layer by a `SparseLinear` with the same weight, not resolved yet."""
     shape = (weight.shape[0], weight.shape[1])
     packed = fmt.pack(weight)
     transposed = not isinstance(module, nn.Linear)
     sparse = SparseLinear(fmt, packed, shape, weight.dtype, module.bias, transposed)  # type: ignore[arg-type]
     replace_module(model, module, sparse)
-    sparse.resolve()
     return sparse
 
 
