@@ -17,7 +17,7 @@ from .errors import ConfigError
 from .formats import check_format_name
 from .formats.nm import LARGEST_M
 from .patterns import NM, Pattern, parse_pattern
-from .solvers import get_solver
+from .recipes import get_recipe, get_solver
 from .statistics import Needs
 
 QUANT_METHOD = "hf_sparse"
@@ -35,8 +35,9 @@ class SparseConfig(QuantizationConfigMixin):
             that none matches stays dense (in JSON a list of pairs, to keep their order). Default
             0.5, or what an n:m pattern implies.
         pattern: "unstructured", or "n:m" for n kept of m consecutive inputs.
-        method: a registered solver: "sparsegpt", "wanda", "magnitude"; "keep" prunes nothing and
-            packs the zeros that the checkpoint already has.
+        method: a plain method, "sparsegpt", "alps", "admm", "wanda", "magnitude", as its paper
+            has it; or a recipe, "fast", "balanced" or "best", a name for settings of the arguments
+            below; "keep" prunes nothing and packs the zeros that the checkpoint already has.
         dataset: calibration data: a Hub dataset id, the path of a text, jsonl or parquet file, a
             `datasets.Dataset`, or an iterable of strings, of token id tensors or of dicts of
             model inputs. None only for methods that need no data.
@@ -50,7 +51,18 @@ class SparseConfig(QuantizationConfigMixin):
         targets: regexes of the layers to prune; None for every linear layer.
         damp_percent: SparseGPT's damping, as a fraction of mean(diag H). Default 0.01.
         block_size: SparseGPT's columns per mask decision. Default 128.
-        allocation: how the sparsity is spread over the layers: "uniform".
+        refit: steps of the least-squares refit of the kept weights (preconditioned conjugate
+            gradients) after the mask is chosen; 0 for none. None: what the method says, 0 for
+            the plain ones; so for the next four.
+        stages: solve each block in stages, layers that feed others first, every stage on the
+            inputs that the earlier ones have left. Default False.
+        target: what each layer is to reproduce on the inputs it gets in the pruned model: "layer",
+            its own outputs on them, or "dense", the dense model's. Default "layer".
+        metric: what the refit minimises: "inputs", the error of the layer's outputs, or "fisher",
+            that error weighted by how much the model's loss feels it. Default "inputs".
+        allocation: how the sparsity is spread over the layers: "uniform", "owl", "fisher", or
+            `{regex: s}` for some layers while the others take what is left of the budget, which
+            is met exactly. Unstructured patterns only. Default "uniform".
         format: storage: "auto" (the smallest that fits, layer by layer), "bitmask", "n:m" or
             "dense".
 
@@ -75,7 +87,11 @@ class SparseConfig(QuantizationConfigMixin):
         targets: Sequence[str] | None = None,
         damp_percent: float = 0.01,
         block_size: int = 128,
-        allocation: str = "uniform",
+        refit: int | None = None,
+        stages: bool | None = None,
+        target: str | None = None,
+        metric: str | None = None,
+        allocation: str | Mapping[str, float] | Sequence[Any] | None = None,
         format: str = "auto",
     ) -> None:
         self.quant_method = QUANT_METHOD
@@ -92,9 +108,13 @@ class SparseConfig(QuantizationConfigMixin):
         self.targets = _regexes("targets", targets)
         self.damp_percent = _positive("damp_percent", damp_percent)
         self.block_size = _integer("block_size", block_size, 1)
-        if allocation != "uniform":
-            raise ConfigError(f"allocation={allocation!r} does not exist: pass 'uniform'")
-        self.allocation = allocation
+        recipe = get_recipe(method)
+        self.refit = _integer("refit", _default(refit, recipe.refit), 0)
+        self.stages = _choice("stages", _default(stages, recipe.stages), (True, False))
+        self.target = _choice("target", _default(target, recipe.target), ("layer", "dense"))
+        self.metric = _choice("metric", _default(metric, recipe.metric), ("inputs", "fisher"))
+        self.allocation = _resolve_allocation(allocation, recipe.allocation, self)
+        self._check_combination()
         self.format = format if format == "auto" else check_format_name(format)
         if self.format == "n:m" and pattern == "unstructured" and method != "keep":
             raise ConfigError("format='n:m' stores n:m patterns only: pass pattern='n:m', e.g. 2:4")
@@ -105,6 +125,33 @@ class SparseConfig(QuantizationConfigMixin):
                 f"m = {parsed.m}: pass format='auto' or 'bitmask'"
             )
 
+    @property
+    def solver(self) -> str:
+        """The registered name of the solver that chooses the masks."""
+        return get_recipe(self.method).solver
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics of a layer's inputs that the method needs."""
+        needs = get_solver(self.method).needs
+        return Needs.HESSIAN if self.refit or self.target == "dense" else needs
+
+    @property
+    def needs_gradients(self) -> bool:
+        return "fisher" in (self.metric, self.allocation)
+
+    def _check_combination(self) -> None:
+        if self.metric == "fisher" and not self.refit:
+            raise ConfigError(
+                "metric='fisher' is what the refit minimises, and refit is 0: pass refit=20"
+            )
+        extras = self.refit or self.stages or self.target != "layer"
+        if get_solver(self.method).chooses_pattern and extras:
+            raise ConfigError(
+                f"method={self.method!r} changes no weight: it takes neither refit, stages nor "
+                "target"
+            )
+
     def check_data(self) -> None:
         """Raise a ConfigError unless the method can run with the dataset given."""
         if isinstance(self.dataset, DataRecord):
@@ -112,11 +159,20 @@ class SparseConfig(QuantizationConfigMixin):
                 f"this config only describes its data ({self.dataset.source}): pass dataset= again "
                 "to prune with it"
             )
-        if self.dataset is None and get_solver(self.method).needs > Needs.NOTHING:
+        needed = self.needs > Needs.NOTHING or self.stages or self.allocation in ("owl", "fisher")
+        if self.dataset is None and needed:
             raise ConfigError(
-                f"method={self.method!r} needs calibration data: pass dataset= a Hub id, the path "
-                "of a text, jsonl or parquet file, or a list of strings, token ids or dicts"
+                f"{self._describe_needs()} needs calibration data: pass dataset= a Hub id, the "
+                "path of a text, jsonl or parquet file, or a list of strings, token ids or dicts"
             )
+
+    def _describe_needs(self) -> str:
+        """The argument because of which data are needed."""
+        if get_solver(self.method).needs > Needs.NOTHING:
+            return f"method={self.method!r}"
+        plain = {"refit": 0, "stages": False, "target": "layer", "allocation": "uniform"}
+        name = next(k for k, v in plain.items() if getattr(self, k) != v)
+        return f"{name}={getattr(self, name)!r}"
 
     def layer_pattern(self, sparsity: float) -> Pattern:
         """The pattern of a layer that is pruned to `sparsity`."""
@@ -154,12 +210,14 @@ class SparseConfig(QuantizationConfigMixin):
         if isinstance(self.sparsity, dict):
             # The first regex that matches decides; JSON objects are written with sorted keys.
             values["sparsity"] = [[regex, value] for regex, value in self.sparsity.items()]
+        if isinstance(self.allocation, dict):
+            values["allocation"] = [[regex, value] for regex, value in self.allocation.items()]
         return {"quant_method": self.quant_method, **values}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, and always method, sparsity and pattern."""
+        """What differs from the method's defaults, and always method, sparsity and pattern."""
         always = ("quant_method", "method", "sparsity", "pattern")
-        defaults = SparseConfig().to_dict()
+        defaults = SparseConfig(method=self.method, pattern=self.pattern).to_dict()
         return {k: v for k, v in self.to_dict().items() if k in always or v != defaults[k]}
 
     def __repr__(self) -> str:
@@ -223,8 +281,7 @@ def _resolve_sparsity(
                 f"nor pattern, found sparsity={sparsity!r}, pattern={pattern!r}"
             )
         return None
-    if isinstance(sparsity, list) and all(isinstance(p, list) and len(p) == 2 for p in sparsity):
-        sparsity = dict(sparsity)
+    sparsity = _from_pairs(sparsity)
     parsed = parse_pattern(pattern, DEFAULT_SPARSITY)
     implied = parsed.sparsity
     if sparsity is None:
@@ -246,6 +303,45 @@ def _resolve_sparsity(
                 f"{Fraction(parsed.m - parsed.n, parsed.m)} of the weights zero: leave sparsity out"
             )
     return values if isinstance(sparsity, Mapping) else values[""]
+
+
+def _resolve_allocation(given: Any, default: str, config: SparseConfig) -> str | dict[str, float]:
+    """The allocation that holds: a recipe's gives way where it has no meaning, a given one not."""
+    obstacle = None
+    if config.pattern != "unstructured":
+        obstacle = f"pattern={config.pattern!r} fixes every layer's sparsity"
+    elif isinstance(config.sparsity, dict):
+        obstacle = "sparsity gives each layer its own already"
+    elif config.sparsity is None:
+        obstacle = f"method={config.method!r} keeps the zeros that are there"
+    if given is None:
+        return "uniform" if obstacle else default
+    if given != "uniform" and obstacle:
+        raise ConfigError(f"allocation={given!r} can't be met: {obstacle}. Leave allocation out")
+    given = _from_pairs(given)
+    if not isinstance(given, Mapping):
+        return str(_choice("allocation", given, ("uniform", "owl", "fisher")))
+    if not given:
+        raise ConfigError("allocation={} names no layer: pass {regex: fraction} or 'uniform'")
+    _regexes("allocation", list(given))
+    return {k: _fraction(f"allocation[{k!r}]", v) for k, v in given.items()}
+
+
+def _from_pairs(value: Any) -> Any:
+    """`{regex: s}` is written as a list of pairs in JSON, which sorts an object's keys."""
+    pairs = isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value)
+    return dict(value) if pairs else value
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if not any(value is a if isinstance(a, bool) else value == a for a in allowed):
+        options = " or ".join(map(repr, allowed))
+        raise ConfigError(f"{name}={value!r} does not exist: pass {options}")
+    return value
 
 
 def _fraction(name: str, value: object) -> float:

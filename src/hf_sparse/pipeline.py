@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .calibration.blocks import BlockWalk, find_units
+from .calibration.blocks import BlockWalk, Visit, find_units
 from .calibration.data import CalibrationData, make_batches
-from .calibration.inputs import collect_statistics
+from .calibration.gradients import collect_metrics
+from .calibration.inputs import DensePath, Observed, collect_statistics
+from .calibration.stages import find_stages, residual_writers
 from .config import SparseConfig
 from .errors import CalibrationError, ConfigError, SolveError
 from .formats import Dense, choose_format
@@ -24,8 +27,10 @@ from .layers.replace import pack_linear, write_weight
 from .logging import get_logger, progress_bar
 from .patterns import Pattern
 from .report import LayerReport, PruningReport
-from .solvers import Solver, get_solver, make_solver
-from .statistics import Statistics
+from .solvers import SOLVERS, make_solver
+from .solving import LayerSolver
+from .spread import allocate, exactly
+from .statistics import OutputMetric
 from .targets import Target, layer_sparsity, require_match, select_targets
 
 logger = get_logger(__name__)
@@ -40,6 +45,16 @@ class Job:
 
     target: Target
     pattern: Pattern
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A layer that has its pruned weight and isn't packed yet; its dense weight if still needed,
+    in the module's orientation."""
+
+    job: Job
+    report: LayerReport
+    dense: Tensor | None
 
 
 def run(
@@ -64,34 +79,126 @@ def run(
     """
     started = time.perf_counter()
     config.check_data()
-    solver = make_solver(config.method, config)
     selection = select_targets(model, config.targets, config.modules_to_not_convert, default_dense)
     jobs, left_dense = _plan(selection.targets, config, dict(selection.left_dense))
     _check_weights(jobs)
     data = None if config.dataset is None else _load_data(model, config, load_tokenizer)
     training = model.training
     model.eval()
-    layers: list[LayerReport] = []
-    solved: list[tuple[Job, LayerReport]] = []
     try:
-        with torch.no_grad(), progress_bar(len(jobs), "Pruning") as bar:
-            for label, unit_jobs, statistics in _units(model, jobs, solver, data):
-                # The unit before has fed its pruned outputs on: its dense weights can go.
-                layers += _pack(model, solved, config)
-                solved = []
-                for job in unit_jobs:
-                    layer = _solve(solver, job, statistics.get(job.target.name))
-                    solved.append((job, layer))
-                    bar.set_description(f"Pruning: {label}", refresh=False)
-                    bar.set_postfix_str(layer.brief(), refresh=False)
-                    bar.update()
-            layers += _pack(model, solved, config)
+        layers = _Run(model, config, data).prune(jobs)
     finally:
         model.train(training)
     record = data.record if data else None
     report = PruningReport(tuple(layers), left_dense, record, time.perf_counter() - started)
     logger.info("%s", report.summary())
     return report
+
+
+class _Run:
+    """One run of `run`: what it is done with, unit by unit."""
+
+    def __init__(
+        self, model: nn.Module, config: SparseConfig, data: CalibrationData | None
+    ) -> None:
+        self._model, self._config, self._data = model, config, data
+        solver = make_solver(config.solver, config)
+        self._solver = LayerSolver(solver, config.refit, config.damp_percent)
+        self._metrics: Mapping[str, OutputMetric] = {}
+        self._layers: list[LayerReport] = []
+        self._solved: dict[str, _Solved] = {}
+
+    @torch.no_grad()
+    def prune(self, jobs: Sequence[Job]) -> list[LayerReport]:
+        """Solve all layers and replace them; returns their reports in the order of solving."""
+        jobs = self._prepared(jobs)
+        with progress_bar(len(jobs), "Pruning") as bar:
+            for label, layer in self._solve_all(jobs):
+                bar.set_description(f"Pruning: {label}", refresh=False)
+                bar.set_postfix_str(layer.brief(), refresh=False)
+                bar.update()
+        self._pack()
+        return self._layers
+
+    def _prepared(self, jobs: Sequence[Job]) -> Sequence[Job]:
+        """What has to be known of the whole model before the first layer is touched."""
+        config = self._config
+        units = find_units(self._model, [job.target.name for job in jobs])
+        if config.needs_gradients:
+            assert self._data is not None
+            self._metrics = collect_metrics(self._model, units, self._data.batches, config.seed)
+        if config.allocation == "uniform":
+            return jobs
+        weights = {job.target.name: job.target for job in jobs}
+        batches = self._data.batches if self._data else ()
+        zeros = allocate(self._model, config, weights, units, batches, self._metrics)
+        return [Job(job.target, exactly(zeros[job.target.name], job.target.shape)) for job in jobs]
+
+    def _solve_all(self, jobs: Sequence[Job]) -> Iterator[tuple[str, LayerReport]]:
+        """Solve unit by unit; yields where it is, and the report of each layer that is done."""
+        if self._data is None:
+            for i, job in enumerate(jobs, 1):
+                yield f"layer {i} of {len(jobs)}", self._solve(job, None)
+                self._pack()
+            return
+        by_name = {job.target.name: job for job in jobs}
+        units = find_units(self._model, list(by_name))
+        walk = BlockWalk(self._model, units, self._data.batches, self._config.target == "dense")
+        for i, visit in enumerate(walk, 1):
+            # The unit before has fed its pruned outputs on: its dense weights can go.
+            self._pack()
+            for layer in self._solve_unit(visit, by_name):
+                yield f"block {i} of {len(units)}", layer
+
+    def _solve_unit(self, visit: Visit, jobs: Mapping[str, Job]) -> Iterator[LayerReport]:
+        config = self._config
+        layers = {name: jobs[name].target.module for name in visit.unit.targets}
+        stages = find_stages(visit, layers) if config.stages else [list(layers)]
+        factors = residual_writers(visit, layers) if config.target == "dense" else {}
+        writers = {name: layers[name] for name in factors}
+        for stage in stages:
+            dense = None
+            if config.target == "dense":
+                leave = stage is stages[-1]
+                dense = DensePath(self._dense_weights, leave, writers, factors)
+            watched = {name: layers[name] for name in stage}
+            observed = collect_statistics(visit, watched, config.needs, dense)
+            for name in stage:
+                yield self._solve(jobs[name], observed[name])
+
+    @contextmanager
+    def _dense_weights(self) -> Iterator[None]:
+        """The layers solved since the last `_pack` have their dense weights."""
+        modules = {name: solved.job.target.module for name, solved in self._solved.items()}
+        pruned = {name: module.weight.data for name, module in modules.items()}  # type: ignore[union-attr]
+        try:
+            for name, solved in self._solved.items():
+                modules[name].weight.data = solved.dense  # type: ignore[union-attr,assignment]
+            yield
+        finally:
+            for name, weight in pruned.items():
+                modules[name].weight.data = weight  # type: ignore[union-attr,assignment]
+
+    def _solve(self, job: Job, observed: Observed | None) -> LayerReport:
+        """Solve one layer and write the pruned weight into it, still dense."""
+        report, weight, dense = _solve(
+            self._solver, job, observed, self._metrics_for(job.target.name)
+        )
+        if job.target.transposed:
+            weight, dense = weight.T, dense.T
+        write_weight(job.target.module, weight)
+        kept = dense if self._config.target == "dense" else None
+        self._solved[job.target.name] = _Solved(job, report, kept)
+        return report
+
+    def _metrics_for(self, name: str) -> OutputMetric | None:
+        return self._metrics[name] if self._config.metric == "fisher" else None
+
+    def _pack(self) -> None:
+        """Replace the layers solved since by sparse ones, and complete their reports."""
+        for solved in self._solved.values():
+            self._layers.append(_pack(self._model, solved.job, solved.report, self._config))
+        self._solved.clear()
 
 
 def _plan(
@@ -108,7 +215,7 @@ def _plan(
             sparsity = layer_sparsity(sparsities, target.name)
         else:
             sparsity = sparsities
-        if sparsity is None and not get_solver(config.method).chooses_pattern:
+        if sparsity is None and not SOLVERS[config.solver].chooses_pattern:
             left_dense[target.name] = "no regex of sparsity matches it"
         elif sparsity == 0:
             left_dense[target.name] = "its sparsity is 0"
@@ -168,44 +275,32 @@ def _limits(model: nn.Module) -> tuple[int | None, int | None]:
     return (longest if isinstance(longest, int) and longest > 0 else None), vocab
 
 
-def _units(
-    model: nn.Module, jobs: Sequence[Job], solver: Solver, data: CalibrationData | None
-) -> Iterator[tuple[str, list[Job], Mapping[str, Statistics]]]:
-    """What is pruned together, in order: a label, the jobs, their statistics if there are data."""
-    if data is None:
-        for i, job in enumerate(jobs, 1):
-            yield f"layer {i} of {len(jobs)}", [job], {}
-        return
-    by_name = {job.target.name: job for job in jobs}
-    units = find_units(model, list(by_name))
-    for i, visit in enumerate(BlockWalk(model, units, data.batches), 1):
-        layers = {name: by_name[name].target.module for name in visit.unit.targets}
-        statistics = collect_statistics(visit, layers, solver.needs)
-        yield f"block {i} of {len(units)}", [by_name[name] for name in layers], statistics
-
-
-def _solve(solver: Solver, job: Job, statistics: Statistics | None) -> LayerReport:
-    """Solve one layer and write the pruned weight into it, still dense."""
+def _solve(
+    solver: LayerSolver, job: Job, observed: Observed | None, metric: OutputMetric | None
+) -> tuple[LayerReport, Tensor, Tensor]:
+    """The report, the pruned and the dense weight of one layer, (out, in) in the layer's dtype."""
     started = time.perf_counter()
     name = job.target.name
+    statistics = observed.statistics if observed else None
     with job.target.weight() as weight:
         dtype, device = weight.dtype, weight.device
         before = weight.float()
+        dense = weight.clone()
         if statistics is not None and statistics.sample.device != device:
             raise CalibrationError(
                 f"layer {name}: weight on {device}, inputs on {statistics.sample.device}"
             )
         try:
-            solution = solver.solve(before, statistics, job.pattern)
+            residual = observed.residual if observed else None
+            solution = solver.solve(before, statistics, job.pattern, residual, metric)
         except SolveError as error:
             raise SolveError(f"layer {name}: {error}") from None
         after = solution.weight.to(dtype)
         if not bool(torch.isfinite(after).all()):
             raise SolveError(f"layer {name}: the solved weight overflows {dtype}")
         relative_error = statistics.relative_error(before, after.float()) if statistics else None
-    write_weight(job.target.module, after.T if job.target.transposed else after)
     zeros = after.numel() - int(torch.count_nonzero(after))
-    return LayerReport(
+    report = LayerReport(
         name=name,
         shape=job.target.shape,
         pattern=str(job.pattern),
@@ -221,26 +316,22 @@ def _solve(solver: Solver, job: Job, statistics: Statistics | None) -> LayerRepo
         kernel="dense",
         notes=solution.notes,
     )
+    return report, after, dense
 
 
-def _pack(
-    model: nn.Module, solved: Sequence[tuple[Job, LayerReport]], config: SparseConfig
-) -> list[LayerReport]:
-    """Replace solved layers by sparse ones; returns their completed reports."""
-    reports = []
-    for job, report in solved:
-        with job.target.weight() as weight:
-            fmt = choose_format(weight, job.pattern, config.format)
-            if not isinstance(fmt, Dense):
-                sparse = pack_linear(model, job.target.module, weight, fmt)
-                stored = packed_bytes(sparse.packed)  # before a kernel takes the weight over
-                sparse.resolve()
-                report = replace(
-                    report,
-                    format=fmt.name,
-                    bytes_after=stored,
-                    bytes_resident=sparse.resident_bytes(),
-                    kernel=sparse.trace[-1].kernel,
-                )
-        reports.append(report)
-    return reports
+def _pack(model: nn.Module, job: Job, report: LayerReport, config: SparseConfig) -> LayerReport:
+    """Replace a solved layer by a sparse one; returns its completed report."""
+    with job.target.weight() as weight:
+        fmt = choose_format(weight, job.pattern, config.format)
+        if isinstance(fmt, Dense):
+            return report
+        sparse = pack_linear(model, job.target.module, weight, fmt)
+        stored = packed_bytes(sparse.packed)  # before a kernel takes the weight over
+        sparse.resolve()
+        return replace(
+            report,
+            format=fmt.name,
+            bytes_after=stored,
+            bytes_resident=sparse.resident_bytes(),
+            kernel=sparse.trace[-1].kernel,
+        )

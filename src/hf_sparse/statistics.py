@@ -9,6 +9,11 @@ SparseGPT's own H is 2/n X'X with n sequences; a constant factor changes neither
 update, since the damping is relative to the mean of the diagonal (only the 1 that stands for a
 dead input in that mean does not scale with it). Layers that read the same
 tensor (q/k/v, gate/up) share one `Statistics` and with it one factorisation.
+
+Two things beyond the inputs themselves, when a method asks for them:
+
+    cross moment   C = Xd'X / T       Xd: the same tokens' inputs in the dense model
+    output metric  G = E[d d']        d: gradients of the model's loss in the layer's outputs
 """
 
 from __future__ import annotations
@@ -57,7 +62,20 @@ class Statistics:
     sample: Float[Tensor, "rows in"]
     column_norms: Float[Tensor, " in"] | None = None
     hessian: Float[Tensor, "in in"] | None = None
+    cross: Float[Tensor, "in in"] | None = None
     _factors: dict[float, InverseFactor] = field(default_factory=dict, repr=False, compare=False)
+    _damped: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def damped_hessian(self, damp_percent: float) -> Float[Tensor, "in in"]:
+        """H with H_jj = 1 for dead inputs and damp_percent * mean(diag H) added; fp32, shared."""
+        if damp_percent not in self._damped:
+            assert self.hessian is not None, "the solver did not ask for the Hessian"
+            matrix = self.hessian.clone()
+            diagonal = matrix.diagonal()
+            diagonal[diagonal == 0] = 1.0
+            diagonal.add_(damp_percent * float(diagonal.mean()))
+            self._damped[damp_percent] = matrix
+        return self._damped[damp_percent]
 
     def inverse_factor(self, damp_percent: float) -> InverseFactor:
         """The factor U of H^-1 = U'U (SparseGPT, sec. 3.2); computed once, in fp64.
@@ -83,6 +101,32 @@ class Statistics:
         reference = (self.sample @ before.T).norm()
         difference = (self.sample @ (before - after).T).norm()
         return float(difference / reference) if reference > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class OutputMetric:
+    """How much the model's loss feels an error in a layer's outputs: G = E[d d'].
+
+    Attributes:
+        diagonal: of G, exact, shape (out,).
+        gram: G itself, or None if only a sketch of it was kept.
+        sketch: F with E[F'F] = G, shape (rows, out), or None.
+    """
+
+    diagonal: Float[Tensor, " out"]
+    gram: Float[Tensor, "out out"] | None = None
+    sketch: Float[Tensor, "rows out"] | None = None
+
+    def matrix(self) -> Float[Tensor, "out out"]:
+        """G, or F'F with its diagonal raised to G's where it falls short; relative to the mean
+        of the diagonal."""
+        if self.gram is not None:
+            matrix = self.gram.clone()
+        else:
+            assert self.sketch is not None
+            matrix = self.sketch.T @ self.sketch
+            matrix.diagonal().copy_(torch.maximum(matrix.diagonal(), self.diagonal))
+        return matrix.div_(self.diagonal.mean().clamp_min(torch.finfo(matrix.dtype).tiny))
 
 
 def _factorise(hessian: Tensor, damp_percent: float) -> InverseFactor:

@@ -11,7 +11,8 @@ from hf_sparse import SparseConfig
 from hf_sparse.calibration.statistics import StatisticsCollector
 from hf_sparse.errors import ConfigError
 from hf_sparse.patterns import NM, Pattern, Unstructured
-from hf_sparse.solvers import SOLVERS, Solution, Solver, get_solver, make_solver
+from hf_sparse.recipes import get_solver
+from hf_sparse.solvers import SOLVERS, Solution, Solver, make_solver
 from hf_sparse.statistics import Needs, Statistics
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (5, 17), (7, 40), (4, 131)]

@@ -43,7 +43,11 @@ def everything_set() -> SparseConfig:
         targets=["q_proj|k_proj"],
         damp_percent=0.03,
         block_size=64,
-        allocation="uniform",
+        refit=7,
+        stages=True,
+        target="dense",
+        metric="fisher",
+        allocation="owl",
         format="bitmask",
     )
 
@@ -64,6 +68,10 @@ def test_defaults_are_those_of_the_documentation():
         "targets": None,
         "damp_percent": 0.01,
         "block_size": 128,
+        "refit": 0,
+        "stages": False,
+        "target": "layer",
+        "metric": "inputs",
         "allocation": "uniform",
         "format": "auto",
     }
@@ -271,9 +279,62 @@ def test_groups_too_wide_for_the_n_of_m_format_are_refused_before_anything_is_pr
     assert SparseConfig(format="bitmask", pattern="16:64").pattern == "16:64"
 
 
-def test_an_unknown_allocation_is_refused():
-    with pytest.raises(ConfigError, match="allocation='owl'"):
-        SparseConfig(allocation="owl")
+@pytest.mark.parametrize(
+    ("name", "value"), [("allocation", "owls"), ("target", "model"), ("metric", "output")]
+)
+def test_an_unknown_choice_is_refused_with_what_there_is(name, value):
+    with pytest.raises(ConfigError, match=f"{name}='{value}' does not exist: pass '"):
+        SparseConfig(**{name: value, "refit": 5})
+
+
+def test_a_recipe_stands_for_settings_that_can_be_changed_one_by_one():
+    plain = SparseConfig(method="alps", refit=20, target="dense", metric="fisher")
+    best = SparseConfig(method="best")
+    for name in ("refit", "target", "metric", "stages"):
+        assert getattr(best, name) == getattr(plain, name)
+    assert (best.solver, best.allocation) == ("alps", "fisher")
+    changed = SparseConfig(method="best", refit=3, metric="inputs", allocation="uniform")
+    assert (changed.refit, changed.metric, changed.target) == (3, "inputs", "dense")
+    assert through_json(changed) == changed
+    assert "target" not in repr(changed)
+    assert "refit=3" in repr(changed)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude", "admm", "alps"])
+def test_plain_methods_add_nothing_to_their_papers(method):
+    config = SparseConfig(method=method)
+    assert (config.refit, config.stages, config.target) == (0, False, "layer")
+    assert (config.metric, config.allocation) == ("inputs", "uniform")
+
+
+def test_a_recipe_s_allocation_gives_way_where_the_pattern_leaves_no_choice():
+    assert SparseConfig(method="best", pattern="2:4").allocation == "uniform"
+    assert SparseConfig(method="best", sparsity={"mlp": 0.5}).allocation == "uniform"
+    with pytest.raises(ConfigError, match=r"pattern='2:4' fixes every layer's sparsity"):
+        SparseConfig(allocation="fisher", pattern="2:4")
+    with pytest.raises(ConfigError, match="sparsity gives each layer its own"):
+        SparseConfig(allocation="owl", sparsity={"mlp": 0.5})
+
+
+def test_an_explicit_allocation_round_trips_in_its_order():
+    config = SparseConfig(allocation={"q_proj": 0.7, "mlp": 0.4})
+    assert list(through_json(config).allocation.items()) == [("q_proj", 0.7), ("mlp", 0.4)]
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ConfigError, match=r"metric='fisher'.*refit is 0"):
+        SparseConfig(metric="fisher")
+    with pytest.raises(ConfigError, match="changes no weight"):
+        SparseConfig(method="keep", refit=3)
+
+
+@pytest.mark.parametrize(
+    "extra", [{"refit": 3}, {"stages": True}, {"target": "dense"}, {"allocation": "owl"}]
+)
+def test_settings_that_need_data_say_so(extra):
+    (name,) = extra
+    with pytest.raises(ConfigError, match=f"{name}=.* needs calibration data"):
+        SparseConfig(method="magnitude", **extra).check_data()
 
 
 @pytest.mark.parametrize(
@@ -336,7 +397,12 @@ def test_a_mapping_s_regexes_are_checked():
         ("damp_percent", "0.01"),
         ("damp_percent", None),
         ("block_size", 128.0),
-        ("allocation", None),
+        ("allocation", 3),
+        ("allocation", {"q_proj": "0.5"}),
+        ("refit", True),
+        ("refit", -1),
+        ("stages", 1),
+        ("target", 0),
         ("format", None),
         ("format", ["bitmask"]),
     ],

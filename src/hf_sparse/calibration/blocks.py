@@ -57,6 +57,11 @@ class Visit:
     calls: tuple[Call, ...]
     run: Callable[[Unit, Call], Any]
     """Runs the unit as it is now on one call."""
+    dense_calls: tuple[Call, ...] = ()
+    """The same batches' calls in the dense model, if the walk carries it along."""
+    leave_dense: Callable[[int], None] = lambda index: None
+    """Lets the dense model's pass of one batch go on through the unit as it is now, to the next:
+    call it once for each of `dense_calls`, which is gone then, while the unit is dense."""
 
 
 def find_units(model: nn.Module, targets: Sequence[str]) -> list[Unit]:
@@ -92,6 +97,8 @@ class BlockWalk:
         model: in eval mode; its hooks (accelerate's offloading) stay in force.
         units: from `find_units`.
         batches: model inputs, on the CPU.
+        carry_dense: run a second pass per batch, through the units as they were. It takes the
+            memory of one more set of hidden states.
 
     The caller prunes a visit's unit before asking for the next visit. Leaving the loop, also by
     an exception, unwinds the passes that are under way and removes all hooks.
@@ -100,8 +107,15 @@ class BlockWalk:
         CalibrationError: the model can't be run on a batch, or units were never reached.
     """
 
-    def __init__(self, model: nn.Module, units: Sequence[Unit], batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        batches: Sequence[Batch],
+        carry_dense: bool = False,
+    ) -> None:
         self._model = model
+        self._carry_dense = carry_dense
         self._batches = batches
         self._waiting = {unit.module: unit for unit in units}
         self._order = {unit.name: i for i, unit in enumerate(units)}
@@ -115,21 +129,30 @@ class BlockWalk:
             module.register_forward_pre_hook(self._stop, prepend=True, with_kwargs=True)
             for module in self._waiting
         ]
-        passes = [greenlet.greenlet(self._forward) for _ in self._batches]
+        passes = _Passes(self._forward, self._batches)
+        dense = _Passes(self._forward, self._batches if self._carry_dense else ())
         try:
-            with torch.no_grad(), _without_cache(self._model):
-                stops = [p.switch(batch) for p, batch in zip(passes, self._batches, strict=True)]
+            with torch.no_grad(), without_cache(self._model):
+                passes.start()
+                dense.start()
                 while self._waiting:
-                    unit = self._next_unit(stops)
-                    here = [i for i, stop in enumerate(stops) if stop and stop[0] is unit]
-                    yield Visit(unit, tuple(stops[i][1] for i in here), self._run)
+                    unit = self._next_unit(passes.stops)
+
                     del self._waiting[unit.module]
-                    for i in here if self._waiting else ():
-                        stops[i] = passes[i].switch()
+                    here, twins = passes.at(unit), dense.at(unit)
+                    yield Visit(
+                        unit,
+                        tuple(passes.call(i) for i in here),
+                        self._run,
+                        tuple(dense.call(i) for i in twins),
+                        lambda index, twins=twins: dense.go_on(twins[index]),  # type: ignore[misc]
+                    )
+                    if self._waiting:
+                        for i in here:
+                            passes.go_on(i)
         finally:
-            for running in passes:
-                if running:
-                    running.throw(greenlet.GreenletExit)
+            passes.stop()
+            dense.stop()
             for hook in hooks:
                 hook.remove()
 
@@ -174,8 +197,39 @@ class BlockWalk:
         return min(reached, key=lambda unit: self._order[unit.name])
 
 
+class _Passes:
+    """One forward pass of the model per batch, each standing in front of a unit or at its end."""
+
+    def __init__(self, forward: Callable[[Batch], None], batches: Sequence[Batch]) -> None:
+        self._batches = batches
+        self._passes = [greenlet.greenlet(forward) for _ in batches]
+        self.stops: list[tuple[Unit, Call] | None] = []
+
+    def start(self) -> None:
+        pairs = zip(self._passes, self._batches, strict=True)
+        self.stops = [running.switch(batch) for running, batch in pairs]
+
+    def at(self, unit: Unit) -> list[int]:
+        """The passes that stand in front of a unit."""
+        return [i for i, stop in enumerate(self.stops) if stop and stop[0] is unit]
+
+    def call(self, index: int) -> Call:
+        stop = self.stops[index]
+        assert stop is not None
+        return stop[1]
+
+    def go_on(self, index: int) -> None:
+        """Through the unit that a pass stands in front of to the next one that waits."""
+        self.stops[index] = self._passes[index].switch()
+
+    def stop(self) -> None:
+        for running in self._passes:
+            if running:
+                running.throw(greenlet.GreenletExit)
+
+
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """No key-value caches: a block is run more than once on the same inputs."""
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in found if hasattr(config, "use_cache")}

@@ -1,128 +1,244 @@
 """The inputs of a unit's layers: collected by running the unit on every batch.
 
-Layers that are handed the very same tensor (q/k/v, gate/up) share one collector. Which do is seen
-on the first batch in which they are called and checked on every later one.
+Layers that are handed the very same tensor (q/k/v, gate/up) share one collector, for as long as
+they are.
+
+If the walk carries the dense model along, each call's dense twin runs first, so that the inputs
+of the same tokens in the dense model are at hand when the pruned ones are counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import SolveError
+from ..errors import CalibrationError, SolveError
 from ..statistics import Needs, Statistics
-from .blocks import Visit
+from .blocks import Call, Visit
+from .stages import stream_input
 from .statistics import StatisticsCollector
+
+
+@dataclass(frozen=True)
+class DensePath:
+    """How to run a unit as it was before it was pruned.
+
+    Attributes:
+        weights: a context in which the unit's layers have their dense weights.
+        leave: the dense passes need not come back to this unit: let them go on to the next.
+        writers: the layers that write to the residual stream, in order, with their factors.
+    """
+
+    weights: Callable[[], AbstractContextManager[None]]
+    leave: bool = False
+    writers: Mapping[str, nn.Module] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was seen of one layer.
+
+    Attributes:
+        statistics: the same object for layers with the same input.
+        residual: (Rd - R)' X / (c T), what the layer's output must make up for of the residual
+            stream before it, R here and Rd in the dense model; None without a dense path or if
+            the layer does not write to the stream (factor c).
+    """
+
+    statistics: Statistics
+    residual: Float[Tensor, "out in"] | None = None
 
 
 class _AllSeen(Exception):  # noqa: N818 - a signal, no error
     """Every layer of the unit has had its input: the rest of the pass would be wasted."""
 
 
-class _Regroup(Exception):  # noqa: N818 - a signal, no error
-    """Layers that shared an input no longer do."""
-
-
 def collect_statistics(
-    visit: Visit, layers: Mapping[str, nn.Module], needs: Needs
-) -> dict[str, Statistics]:
-    """Run a visit's unit on all calls and return each layer's statistics, by name.
-
-    Layers with the same input get the same `Statistics` object.
+    visit: Visit, layers: Mapping[str, nn.Module], needs: Needs, dense: DensePath | None = None
+) -> dict[str, Observed]:
+    """Run a visit's unit on all calls and return what was seen of each layer, by name.
 
     Args:
         visit: a unit and the calls that stand in front of it.
         layers: the layers of the unit to watch; inputs are (..., in).
         needs: what to collect.
+        dense: also collect cross moments and residuals against the dense model.
 
     Raises:
         SolveError: a layer saw no token, or NaN or infinite inputs; names the layer.
     """
-    try:
-        return _Collection(visit, layers, needs, share=True).result()
-    except _Regroup:
-        return _Collection(visit, layers, needs, share=False).result()
+    return _Collection(visit, layers, needs, dense).result()
+
+
+@dataclass
+class _Pass:
+    """One pass through the unit: each layer's inputs in the order of its calls, without padding.
+
+    Layers that were handed the same tensor have the same object here.
+    """
+
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    streams: dict[str, Tensor] = field(default_factory=dict)
+    by_tensor: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def calls(self) -> int:
+        return sum(len(inputs) for inputs in self.inputs.values())
+
+
+@dataclass
+class _Group:
+    """Layers that have had the same inputs so far."""
+
+    names: list[str]
+    collector: StatisticsCollector
 
 
 class _Collection:
     """One run over all calls of a visit."""
 
     def __init__(
-        self, visit: Visit, layers: Mapping[str, nn.Module], needs: Needs, share: bool
+        self, visit: Visit, layers: Mapping[str, nn.Module], needs: Needs, dense: DensePath | None
     ) -> None:
-        self._needs, self._share, self._batches = needs, share, len(visit.calls)
+        self._visit, self._needs, self._dense = visit, needs, dense
         self._names = {module: name for name, module in layers.items()}
-        self._collectors: dict[str, StatisticsCollector] = {}
-        self._calls_now: list[str] = []
-        self._inputs_now: dict[int, tuple[Tensor, StatisticsCollector]] = {}
+        self._groups: list[_Group] = []
+        self._residuals: dict[str, Tensor] = {}
+        self._now = _Pass()
+        self._stream: Tensor | None = None
         self._token_mask: Tensor | None = None
         self._stop_early = False
+        if dense is not None and len(visit.dense_calls) != len(visit.calls):
+            raise CalibrationError(
+                f"{visit.unit.name} is reached by other batches in the dense than in the pruned "
+                "model: target='dense' can't compare them; pass target='layer'"
+            )
         hooked = any(hasattr(m, "_hf_hook") for m in visit.unit.module.modules())
         with self._watching(layers):
             for index, call in enumerate(visit.calls):
-                self._calls_now.clear()
-                self._inputs_now.clear()
                 self._token_mask = call.token_mask
-                with suppress(_AllSeen):
-                    visit.run(visit.unit, call)
+                twin = self._pass_dense(index, dense) if dense is not None else None
+                own = self._pass(call, partial(visit.run, visit.unit, call))
                 if index == 0:
                     # Each layer called once: the same will hold for the next batches. Offloading
                     # hooks need the end of the pass to put weights back.
-                    self._stop_early = sorted(self._calls_now) == sorted(layers) and not hooked
-        self._inputs_now.clear()
+                    once = all(len(own.inputs.get(name, ())) == 1 for name in layers)
+                    self._stop_early = once and not hooked
+                self._count(own, twin)
 
-    def result(self) -> dict[str, Statistics]:
-        finished: dict[int, Statistics] = {}
-        statistics: dict[str, Statistics] = {}
-        for name in self._names.values():
-            collector = self._collectors.get(name)
+    def result(self) -> dict[str, Observed]:
+        finished: dict[str, Statistics] = {}
+        for group in self._groups:
             try:
-                if collector is None:
-                    raise SolveError("no calibration token reached it")
-                if id(collector) not in finished:
-                    finished[id(collector)] = collector.finish()
+                statistics = group.collector.finish()
             except SolveError as error:
-                raise SolveError(f"layer {name}: {error}") from None
-            statistics[name] = finished[id(collector)]
-        return statistics
+                raise SolveError(f"layer {group.names[0]}: {error}") from None
+            finished.update(dict.fromkeys(group.names, statistics))
+        observed = {}
+        for name in self._names.values():
+            if name not in finished:
+                raise SolveError(f"layer {name}: no calibration token reached it")
+            residual = self._residuals.get(name)
+            if residual is not None:
+                residual = residual / finished[name].tokens
+            observed[name] = Observed(finished[name], residual)
+        return observed
 
     @contextmanager
     def _watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        hooks = [m.register_forward_pre_hook(self._see, prepend=True) for m in layers.values()]
-        try:
+        with ExitStack() as stack:
+            for module in layers.values():
+                hook = module.register_forward_pre_hook(self._see, prepend=True)
+                stack.callback(hook.remove)
+            if self._dense is not None and self._dense.writers:
+                for name, module in self._dense.writers.items():
+                    hook = module.register_forward_hook(self._continue_stream(name))
+                    stack.callback(hook.remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+    def _pass(self, call: Call, run: Callable[[], Any]) -> _Pass:
+        self._now = _Pass()
+        self._stream = stream_input(call.args, call.kwargs)
+        with suppress(_AllSeen):
+            run()
+        return self._now
+
+    def _pass_dense(self, index: int, dense: DensePath) -> _Pass:
+        visit, stop_early = self._visit, self._stop_early
+        call = visit.dense_calls[index]
+        with dense.weights():
+            if not dense.leave:
+                return self._pass(call, partial(visit.run, visit.unit, call))
+            self._stop_early = False
+            found = self._pass(call, partial(visit.leave_dense, index))
+            self._stop_early = stop_early
+            return found
 
     def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        name, x = self._names[module], args[0]
-        self._calls_now.append(name)
-        mine = self._collectors.get(name)
-        seen = self._inputs_now.get(id(x)) if self._share else None
-        if seen is not None:
-            # The same tensor went to another layer of this unit before: counted there.
-            if mine not in (None, seen[1]):
-                raise _Regroup
-            self._collectors[name] = seen[1]
-        else:
-            if mine is None:
-                mine = StatisticsCollector(x.shape[-1], self._needs, self._batches, x.device)
-                self._collectors[name] = mine
-            elif any(c is mine for _, c in self._inputs_now.values()) and self._is_follower(name):
-                raise _Regroup
-            mine.add(self._tokens(x))
-            self._inputs_now[id(x)] = x, mine
-        if self._stop_early and len(self._calls_now) == len(self._names):
+        name, x, now = self._names[module], args[0], self._now
+        if id(x) not in now.by_tensor:
+            # A copy: the model may write into its activations before the pass is counted.
+            now.by_tensor[id(x)] = x, self._tokens(x).clone()
+        now.inputs.setdefault(name, []).append(now.by_tensor[id(x)][1])
+        if self._stream is not None and self._dense is not None and name in self._dense.writers:
+            now.streams[name] = self._tokens(self._stream)
+        if self._stop_early and now.calls() == len(self._names):
             raise _AllSeen
 
-    def _is_follower(self, name: str) -> bool:
-        """Does the layer share its collector with another one?"""
-        mine = self._collectors[name]
-        return sum(collector is mine for collector in self._collectors.values()) > 1
+    def _count(self, own: _Pass, twin: _Pass | None) -> None:
+        """Add a pass to the sums of the layers that it reached."""
+        self._regroup(own)
+        for group in self._groups:
+            name = group.names[0]
+            dense = twin.inputs.get(name, []) if twin is not None else []
+            for index, rows in enumerate(own.inputs.get(name, ())):
+                # Tokens that the dense model routes otherwise stand in for themselves.
+                same = index < len(dense) and dense[index].shape == rows.shape
+                group.collector.add(rows, dense[index] if same else rows)
+        for name, stream in own.streams.items() if twin is not None else ():
+            assert twin is not None
+            assert self._dense is not None
+            if name in twin.streams:
+                missing = (twin.streams[name] - stream).float() / self._dense.factors[name]
+                rows = own.inputs[name][-1].float()
+                if name not in self._residuals:
+                    self._residuals[name] = missing.new_zeros(missing.shape[1], rows.shape[1])
+                self._residuals[name].addmm_(missing.T, rows)
+
+    def _regroup(self, own: _Pass) -> None:
+        """Layers that no longer have the same inputs part, each with the sums so far."""
+        groups: list[_Group] = []
+        known: set[str] = set()
+        for group in self._groups:
+            known.update(group.names)
+            parts = _by_inputs(group.names, own)
+            copies = [deepcopy(group.collector) for _ in parts[1:]]
+            groups += map(_Group, parts, [group.collector, *copies])
+        for part in _by_inputs([n for n in own.inputs if n not in known], own):
+            rows = own.inputs[part[0]][0]
+            batches, cross = len(self._visit.calls), self._dense is not None
+            groups.append(
+                _Group(
+                    part,
+                    StatisticsCollector(rows.shape[1], self._needs, batches, rows.device, cross),
+                )
+            )
+        self._groups = groups
+
+    def _continue_stream(self, name: str) -> Callable[..., None]:
+        def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            assert self._stream is not None
+            assert self._dense is not None
+            self._stream = self._stream + self._dense.factors[name] * output
+
+        return add
 
     def _tokens(self, x: Tensor) -> Tensor:
         """The input's rows that are no padding, (tokens, in)."""
@@ -131,3 +247,11 @@ class _Collection:
         if mask is not None and mask.numel() == rows.shape[0]:
             rows = rows[mask.to(rows.device).flatten()]
         return rows
+
+
+def _by_inputs(names: list[str], own: _Pass) -> list[list[str]]:
+    """Split layers by what they were handed in a pass."""
+    parts: dict[tuple[int, ...], list[str]] = {}
+    for name in names:
+        parts.setdefault(tuple(id(x) for x in own.inputs.get(name, ())), []).append(name)
+    return list(parts.values())

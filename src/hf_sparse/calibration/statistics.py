@@ -18,9 +18,14 @@ STRIP = 128
 
 
 class StatisticsCollector:
-    """Adds up one input's statistics over batches; `finish` freezes them."""
+    """Adds up one input's statistics over batches; `finish` freezes them.
 
-    def __init__(self, columns: int, needs: Needs, batches: int, device: torch.device) -> None:
+    With `cross`, every batch comes with the same tokens' inputs in the dense model.
+    """
+
+    def __init__(
+        self, columns: int, needs: Needs, batches: int, device: torch.device, cross: bool = False
+    ) -> None:
         self._needs = needs
         self._rows_per_batch = max(1, -(-SAMPLE_ROWS // batches))
         self._sample: list[Tensor] = []
@@ -30,8 +35,11 @@ class StatisticsCollector:
         self._hessian = (
             torch.zeros(columns, columns, device=device) if needs >= Needs.HESSIAN else None
         )
+        self._cross = torch.zeros(columns, columns, device=device) if cross else None
 
-    def add(self, inputs: Float[Tensor, "tokens in"]) -> None:
+    def add(
+        self, inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens in"] | None = None
+    ) -> None:
         """Count a batch's tokens; padding has been taken out before."""
         if inputs.shape[0] == 0:
             return
@@ -39,6 +47,9 @@ class StatisticsCollector:
         self._tokens += rows.shape[0]
         step = max(1, rows.shape[0] // self._rows_per_batch)
         self._sample.append(rows[::step][: self._rows_per_batch].clone())
+        if self._cross is not None:
+            assert dense is not None
+            self._cross.addmm_(dense.float().T, rows)
         if self._hessian is None:
             self._squares += rows.square().sum(dim=0)
             return
@@ -67,7 +78,8 @@ class StatisticsCollector:
         if not bool(torch.isfinite(squares).all()):
             raise SolveError("its input activations are NaN or infinite, or overflow fp32 squared")
         norms = squares.sqrt() if self._needs >= Needs.COLUMN_NORMS else None
-        return Statistics(self._tokens, torch.cat(self._sample), norms, hessian)
+        cross = self._cross.div_(self._tokens) if self._cross is not None else None
+        return Statistics(self._tokens, torch.cat(self._sample), norms, hessian, cross)
 
     def _flush(self) -> None:
         if not self._pending:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from ..errors import ConfigError
+from .admm import ADMM
+from .alps import ALPS
 from .base import Solution, Solver
 from .keep import Keep
 from .magnitude import Magnitude
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
-SOLVERS: dict[str, type[Solver]] = {cls.name: cls for cls in (SparseGPT, Wanda, Magnitude, Keep)}
+SOLVERS: dict[str, type[Solver]] = {
+    cls.name: cls for cls in (SparseGPT, ALPS, ADMM, Wanda, Magnitude, Keep)
+}
 
-__all__ = ["SOLVERS", "Solution", "Solver", "get_solver", "make_solver"]
-
-
-def get_solver(method: object) -> type[Solver]:
-    """The solver class registered under a name, or a ConfigError that lists the names."""
-    if not isinstance(method, str) or method not in SOLVERS:
-        raise ConfigError(f"method={method!r} does not exist: pass one of {', '.join(SOLVERS)}")
-    return SOLVERS[method]
+__all__ = ["SOLVERS", "Solution", "Solver", "make_solver"]
 
 
-def make_solver(method: str, settings: object) -> Solver:
-    """The solver with its fields taken from the attributes of the same name of `settings`."""
-    cls = get_solver(method)
+def make_solver(name: str, settings: object) -> Solver:
+    """A registered solver, its fields taken from the attributes of the same name of `settings`."""
+    cls = SOLVERS[name]
     return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})  # type: ignore[arg-type]

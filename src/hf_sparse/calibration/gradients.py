@@ -1,0 +1,205 @@
+"""The output metric of every layer: how much the model's own loss feels an error in its outputs.
+
+G = E[d d'] is the Fisher information of a layer's outputs (K-FAC, Martens & Grosse 2015): d is the
+gradient of the negative log-likelihood of a label that is drawn from the model itself. Where the
+model gives logits the label is a class; otherwise its outputs are the means of unit normals.
+
+One backward pass per batch runs through the dense model. Each unit's activations are computed
+again when the backward pass reaches it, so that only hidden states between units are held.
+Of each layer G's diagonal is kept, and G itself up to ROWS outputs, else a random sketch of it
+with ROWS rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import CalibrationError
+from ..logging import progress_bar
+from ..statistics import OutputMetric
+from .blocks import Unit, without_cache
+from .data import Batch
+
+# Of the calibration batches; the gradients' second moments settle early.
+SHARE = 0.125
+ROWS = 256
+
+
+def collect_metrics(
+    model: nn.Module, units: Sequence[Unit], batches: Sequence[Batch], seed: int
+) -> dict[str, OutputMetric]:
+    """The output metric of every target of the units, by name.
+
+    Args:
+        model: dense, in eval mode.
+        units: from `find_units`; their insides are recomputed in the backward pass.
+        batches: calibration batches; an evenly spaced SHARE of them is used.
+        seed: of the labels and sketches.
+
+    Raises:
+        CalibrationError: no gradient reaches a target, or it isn't finite.
+    """
+    layers = {name: model.get_submodule(name) for unit in units for name in unit.targets}
+    sums: dict[str, _Sums] = {}
+    generator = torch.Generator().manual_seed(seed)
+    used = batches[:: round(1 / SHARE)]
+    with ExitStack() as stack, progress_bar(len(used), "Gradients") as bar:
+        stack.enter_context(_frozen(model))
+        stack.enter_context(without_cache(model))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_recomputed(units))
+        stack.enter_context(_watched(layers, sums, generator))
+        for batch in used:
+            _backward(model, batch, generator)
+            bar.update()
+    tokens = sum(int(batch["input_ids"].numel()) if "input_ids" in batch else 1 for batch in used)
+    metrics = {}
+    for name in layers:
+        if name not in sums:
+            raise CalibrationError(
+                f"layer {name}: no gradient of the model's output reaches it; pass "
+                "metric='inputs' and an allocation other than 'fisher', or leave it dense"
+            )
+        metrics[name] = sums[name].finish(name, tokens)
+    return metrics
+
+
+class _Sums:
+    """What is added up of one layer's output gradients."""
+
+    def __init__(self, outputs: int, device: torch.device, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._exact = outputs <= ROWS
+        self._diagonal = torch.zeros(outputs, device=device)
+        self._moments = torch.zeros(outputs if self._exact else ROWS, outputs, device=device)
+
+    def add(self, gradient: Tensor) -> None:
+        rows = gradient.reshape(-1, gradient.shape[-1]).float()
+        self._diagonal += rows.square().sum(dim=0)
+        if self._exact:
+            self._moments.addmm_(rows.T, rows)
+        else:
+            signs = torch.randint(2, (ROWS, len(rows)), generator=self._generator)
+            signs = (2 * signs - 1).to(rows) / ROWS**0.5
+            self._moments.addmm_(signs, rows)
+
+    def finish(self, name: str, tokens: int) -> OutputMetric:
+        if not bool(torch.isfinite(self._diagonal).all()):
+            raise CalibrationError(f"layer {name}: the gradients of its outputs are not finite")
+        diagonal = self._diagonal / tokens
+        if self._exact:
+            return OutputMetric(diagonal, gram=self._moments / tokens)
+        return OutputMetric(diagonal, sketch=self._moments / tokens**0.5)
+
+
+def _backward(model: nn.Module, batch: Batch, generator: torch.Generator) -> None:
+    """Draw labels from the model for one batch and send their gradient through it."""
+    device = getattr(model, "device", None) or next(model.parameters()).device
+    output = model(**{key: value.to(device) for key, value in batch.items()})
+    scores, gradient = _label_gradient(output, generator)
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.shape == scores.shape[:-1]:
+        gradient = gradient * mask.to(gradient).unsqueeze(-1)
+    if scores.grad_fn is None:
+        raise CalibrationError(
+            f"{type(model).__name__} gives no gradient: metric and allocation 'fisher' need one"
+        )
+    scores.backward(gradient)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def _label_gradient(output: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What the model predicts with, and the gradient of -log p(label) in it."""
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        shares = logits.detach().float().softmax(dim=-1)
+        flat = shares.reshape(-1, shares.shape[-1])
+        labels = torch.multinomial(flat.cpu(), 1, generator=generator).to(flat.device)
+        drawn = torch.zeros_like(flat).scatter_(1, labels, 1)
+        return logits, (flat - drawn).view_as(logits).to(logits.dtype)
+    values = output if isinstance(output, (tuple, list)) else list(output.values())
+    means = next(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+    return means, torch.randn(means.shape, generator=generator).to(means)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for parameters: only those of activations are wanted."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _recomputed(units: Sequence[Unit]) -> Iterator[None]:
+    """Units keep only their inputs for the backward pass; these take gradients."""
+    before = {unit.module: unit.module.__dict__.get("forward") for unit in units}
+    hooks = [
+        module.register_forward_pre_hook(_take_gradients, with_kwargs=True) for module in before
+    ]
+    try:
+        for module in before:
+            module.forward = _checkpointed(module.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward  # type: ignore[method-assign]
+        for hook in hooks:
+            hook.remove()
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _take_gradients(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The graph begins at the first unit: embeddings in front of it are constants."""
+    values = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    if any(v.requires_grad for v in values):
+        return None
+
+    def begin(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().requires_grad_().clone()
+        return value
+
+    return tuple(begin(v) for v in args), {k: begin(v) for k, v in kwargs.items()}
+
+
+@contextmanager
+def _watched(
+    layers: Mapping[str, nn.Module], sums: dict[str, _Sums], generator: torch.Generator
+) -> Iterator[None]:
+    """Add up the gradients of the layers' outputs; recomputed outputs have none of their own."""
+
+    def watch(name: str, output: Tensor) -> None:
+        if not output.requires_grad or torch._C._current_graph_task_id() != -1:
+            return
+        if name not in sums:
+            sums[name] = _Sums(output.shape[-1], output.device, generator)
+        output.register_hook(sums[name].add)  # type: ignore[no-untyped-call]
+
+    hooks = [
+        module.register_forward_hook(lambda _, args, output, name=name: watch(name, output))
+        for name, module in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

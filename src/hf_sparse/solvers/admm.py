@@ -1,0 +1,72 @@
+"""`admm`: the mask grows while the weights adapt to it (Boza 2024, algorithm 1).
+
+In coordinates in which every input has the same scale, s = sqrt(diag Hd), Hn = Hd / (s s'), the
+weight V and its sparse copy Z are pulled together by the alternating direction method of
+multipliers:
+
+    Z = (V + U) * M,    U = V + U - Z,    V = (W s Hn + Z - U) (Hn + I)^-1
+
+M keeps the largest |V + U|. The sparsity rises to its goal over the first GROWTH iterations, as
+sp (1 - (1 - t / GROWTH)^3); then the mask stands still while the values settle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..patterns import Pattern, keep_highest
+from ..statistics import Needs, Statistics
+from .base import Solution, Solver
+from .refit import keep_better
+
+ITERATIONS = 20
+GROWTH = 15
+
+
+@dataclass(frozen=True)
+class ADMM(Solver):
+    """Args: damp_percent, fraction of mean(diag H) added to H."""
+
+    damp_percent: float = 0.01
+    name: ClassVar[str] = "admm"
+    needs: ClassVar[Needs] = Needs.HESSIAN
+    chooses_pattern: ClassVar[bool] = False
+
+    def solve(
+        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
+    ) -> Solution:
+        assert statistics is not None
+        hessian = statistics.damped_hessian(self.damp_percent)
+        scale = hessian.diagonal().sqrt()
+        normal = hessian / torch.outer(scale, scale)
+        value = (weight * scale).contiguous()
+        goal = value @ normal
+        normal.diagonal().add_(1)
+        inverse = torch.linalg.inv(normal.double()).float()
+        dual = torch.zeros_like(value)
+        mask = torch.ones_like(value, dtype=torch.bool)
+        sparse = value
+        for i in range(ITERATIONS):
+            value = value + dual
+            if i < GROWTH:
+                mask = _growing_mask(value.abs(), pattern, 1 - (1 - (i + 1) / GROWTH) ** 3)
+            sparse = value * mask
+            dual = value - sparse
+            value = (goal + sparse - dual) @ inverse
+        return Solution(keep_better(sparse / scale, weight * mask, weight, hessian), mask)
+
+
+def _growing_mask(
+    scores: Float[Tensor, "out in"], pattern: Pattern, share: float
+) -> Bool[Tensor, "out in"]:
+    """The pattern's mask, of whose zeros only the `share` with the lowest scores are made."""
+    mask = pattern.mask(scores)
+    if share >= 1:
+        return mask
+    count = int(share * (mask.numel() - int(torch.count_nonzero(mask))))
+    return keep_highest(scores.masked_fill(mask, torch.inf).view(1, -1), count).view_as(mask)

@@ -1,0 +1,104 @@
+"""One layer, from its dense weight to its pruned one: target, mask, refit.
+
+Sees tensors only. What is done beyond the solver's own work is what the config composes: the
+solver doesn't know whether it prunes the layer's weight or the dense model's target, nor that its
+values are refitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .errors import SolveError
+from .patterns import Pattern
+from .solvers import Solution, Solver
+from .solvers.refit import refit, refit_fisher
+from .statistics import OutputMetric, Statistics
+
+
+@dataclass(frozen=True)
+class LayerSolver:
+    """The method of a config.
+
+    Attributes:
+        solver: chooses the mask and gives first values.
+        refit_steps: of PCG in the inputs metric, and as many in the Fisher metric if there is one.
+        damp_percent: the refit's and the target's, as the solver's.
+    """
+
+    solver: Solver
+    refit_steps: int
+    damp_percent: float
+
+    def solve(
+        self,
+        weight: Float[Tensor, "out in"],
+        statistics: Statistics | None,
+        pattern: Pattern,
+        residual: Float[Tensor, "out in"] | None = None,
+        metric: OutputMetric | None = None,
+    ) -> Solution:
+        """Prune one layer.
+
+        Args:
+            weight: dense, fp32.
+            statistics: of the inputs; with a cross moment the target is the dense model's output.
+            pattern: how many zeros, and where they may lie.
+            residual: what the residual stream before the layer lacks, see `calibration.inputs`.
+            metric: of the outputs; refit in it, too.
+
+        Raises:
+            SolveError: the Hessian is unusable, or the result isn't finite.
+        """
+        target = weight
+        if statistics is not None and statistics.cross is not None:
+            target = dense_target(weight, statistics, self.damp_percent, residual)
+        solution = self.solver.solve(target, statistics, pattern)
+        if self.refit_steps:
+            assert statistics is not None
+            solution = self._refitted(solution, target, statistics, metric)
+        if not bool(torch.isfinite(solution.weight).all()):
+            raise SolveError("the solved weight is not finite: raise damp_percent")
+        return solution
+
+    def _refitted(
+        self,
+        solution: Solution,
+        target: Tensor,
+        statistics: Statistics,
+        metric: OutputMetric | None,
+    ) -> Solution:
+        hessian = statistics.damped_hessian(self.damp_percent)
+        mask = solution.mask
+        weight = refit(solution.weight, target, mask, hessian, self.refit_steps)
+        if metric is not None:
+            sensitivity = metric.matrix()
+            weight = refit_fisher(weight, target, mask, hessian, sensitivity, self.refit_steps)
+        return replace(solution, weight=weight)
+
+
+def dense_target(
+    weight: Float[Tensor, "out in"],
+    statistics: Statistics,
+    damp_percent: float,
+    residual: Float[Tensor, "out in"] | None = None,
+) -> Float[Tensor, "out in"]:
+    """The weight that on the pruned model's inputs X comes closest to the dense model's output.
+
+    Xd being the dense model's inputs, it minimises ||X V' - Xd W'||^2 with a pull towards W of
+    the strength of the damping (as in GPTAQ, Li et al. 2025, which corrects the quantisation of
+    one column by the error of the inputs):
+
+        V = W + (W (C - H) + residual) Hd^-1,    C = Xd'X / T
+    """
+    assert statistics.cross is not None
+    assert statistics.hessian is not None
+    missing = weight @ (statistics.cross - statistics.hessian)
+    if residual is not None:
+        missing = missing + residual
+    upper = statistics.inverse_factor(damp_percent).upper
+    return weight + (missing @ upper.T) @ upper

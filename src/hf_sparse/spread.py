@@ -1,0 +1,122 @@
+"""From a model and a config to the number of zeros of every layer: measures, then allocates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from .allocation import (
+    Curve,
+    cost_quantiles,
+    explicit_curves,
+    fisher_curves,
+    meet_budget,
+    outlier_share,
+    owl_curves,
+)
+from .calibration.blocks import BlockWalk, Unit
+from .calibration.data import Batch
+from .calibration.gradients import SHARE
+from .calibration.inputs import Observed, collect_statistics
+from .config import SparseConfig
+from .logging import progress_bar
+from .patterns import Unstructured
+from .statistics import Needs, OutputMetric
+from .targets import Target, layer_sparsity, require_match
+
+# log costs of fp32 numbers lie within these, and owl's and explicit's t does, too.
+LOWEST, HIGHEST = -200.0, 200.0
+
+
+def exactly(zeros: int, shape: tuple[int, int]) -> Unstructured:
+    """The pattern with just that many zeros in a weight of a shape."""
+    return Unstructured((zeros + 0.5) / (shape[0] * shape[1]))
+
+
+def allocate(
+    model: nn.Module,
+    config: SparseConfig,
+    targets: Mapping[str, Target],
+    units: Sequence[Unit],
+    batches: Sequence[Batch],
+    metrics: Mapping[str, OutputMetric],
+) -> dict[str, int]:
+    """Zeros of each layer, by name; together as many as uniform sparsity makes.
+
+    owl and fisher measure the dense model on an evenly spaced part of the calibration batches.
+    """
+    assert isinstance(config.sparsity, float)
+    sizes = {name: target.shape[0] * target.shape[1] for name, target in targets.items()}
+    budget = sum(Unstructured(config.sparsity).zeros(size) for size in sizes.values())
+    curves: dict[str, Curve]
+    low, high = LOWEST, HIGHEST
+    if isinstance(config.allocation, dict):
+        for regex in config.allocation:
+            require_match(regex, targets)
+        fixed = {name: layer_sparsity(config.allocation, name) for name in targets}
+        curves, low, high = explicit_curves(fixed), 0.0, 1.0
+    elif config.allocation == "owl":
+        curves = owl_curves(_outliers(model, units, targets, batches), config.sparsity)
+    else:
+        curves = fisher_curves(
+            _costs(model, units, targets, batches, metrics, config.damp_percent), config.sparsity
+        )
+    return meet_budget(curves, sizes, budget, low, high)
+
+
+def _outliers(
+    model: nn.Module,
+    units: Sequence[Unit],
+    targets: Mapping[str, Target],
+    batches: Sequence[Batch],
+) -> dict[str, float]:
+    """Each layer's block's share of outliers."""
+    shares = {}
+    for unit, observed in _visits(model, units, targets, batches, Needs.COLUMN_NORMS):
+        found = total = 0.0
+        for name, seen in observed.items():
+            assert seen.statistics.column_norms is not None
+            with targets[name].weight() as weight:
+                share = outlier_share(weight.float(), seen.statistics.column_norms)
+                found, total = found + share * weight.numel(), total + weight.numel()
+        shares.update(dict.fromkeys(unit.targets, found / total))
+    return {name: shares[name] for name in targets}
+
+
+def _costs(
+    model: nn.Module,
+    units: Sequence[Unit],
+    targets: Mapping[str, Target],
+    batches: Sequence[Batch],
+    metrics: Mapping[str, OutputMetric],
+    damp_percent: float,
+) -> dict[str, torch.Tensor]:
+    """Quantiles of what removing each layer's weights costs."""
+    costs = {}
+    for _, observed in _visits(model, units, targets, batches, Needs.HESSIAN):
+        for name, seen in observed.items():
+            # H^-1 = U'U, so its diagonal is that of U's columns squared.
+            upper = seen.statistics.inverse_factor(damp_percent).upper
+            inverse_diagonal = upper.square().sum(dim=0)
+            with targets[name].weight() as weight:
+                outputs = metrics[name].diagonal
+                costs[name] = cost_quantiles(weight.float(), outputs, inverse_diagonal)
+    return {name: costs[name] for name in targets}
+
+
+def _visits(
+    model: nn.Module,
+    units: Sequence[Unit],
+    targets: Mapping[str, Target],
+    batches: Sequence[Batch],
+    needs: Needs,
+) -> Iterator[tuple[Unit, dict[str, Observed]]]:
+    """Walk the dense model: each unit and what was seen of its layers."""
+    used = batches[:: round(1 / SHARE)]
+    with progress_bar(len(units), "Allocating") as bar:
+        for visit in BlockWalk(model, units, used):
+            layers = {name: targets[name].module for name in visit.unit.targets}
+            yield visit.unit, collect_statistics(visit, layers, needs)
+            bar.update()
