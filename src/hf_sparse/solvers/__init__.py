@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import fields
 
 from ..errors import ConfigError
+from .adaprune import AdaPrune
 from .base import Solution, Solver
 from .keep import Keep
 from .magnitude import Magnitude
+from .obc import OBC
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
-SOLVERS: dict[str, type[Solver]] = {cls.name: cls for cls in (SparseGPT, Wanda, Magnitude, Keep)}
+SOLVERS: dict[str, type[Solver]] = {
+    cls.name: cls for cls in (SparseGPT, Wanda, Magnitude, OBC, AdaPrune, Keep)
+}
 
 __all__ = ["SOLVERS", "Solution", "Solver", "get_solver", "make_solver"]
 
