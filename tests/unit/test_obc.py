@@ -261,6 +261,29 @@ def test_inputs_that_are_all_the_same_leave_finite_weights_and_exact_counts(patt
     torch.testing.assert_close(solution.weight.sum(dim=1), weight.sum(dim=1), rtol=1e-3, atol=1e-3)
 
 
+def low_rank(columns: int, rank: int) -> Statistics:
+    """Fewer tokens than inputs, and a Hessian in double precision."""
+    generator = torch.Generator().manual_seed(columns)
+    inputs = torch.randn(rank, columns, generator=generator, dtype=torch.float64)
+    hessian = inputs.T @ inputs
+    return Statistics(rank, inputs, hessian.diagonal().sqrt(), hessian)
+
+
+def test_a_damping_near_rounding_errors_still_gives_finite_weights_and_exact_counts():
+    solver = OBC(damp_percent=1e-15)
+    solution = solver.solve(make_weight(6, 64), low_rank(64, rank=2), Unstructured(0.9))
+    assert solution.notes == ()
+    assert bool(torch.isfinite(solution.weight).all())
+    assert int((~solution.mask).sum()) == 345
+
+
+def test_a_hessian_too_close_to_singular_is_an_error_that_asks_for_more_damping():
+    with pytest.raises(SolveError, match=r"too close to singular.*larger damp_percent"):
+        OBC(damp_percent=1e-15).solve(
+            make_weight(6, 150), low_rank(150, rank=75), Unstructured(0.9)
+        )
+
+
 def test_a_layer_with_too_many_inputs_is_refused_with_what_to_do_instead():
     with pytest.raises(SolveError) as caught:
         OBC().solve(torch.ones(2, 1025), freeze(torch.eye(1025)), Unstructured(0.5))

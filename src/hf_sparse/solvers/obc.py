@@ -8,10 +8,10 @@ smallest and makes up for it with all that are left (algorithm 1):
 
 For n:m only weights of groups that may still lose one are considered. For unstructured sparsity
 every row is pruned to the end and its losses are noted; then the layer's zeros are given to the
-rows as if the cheapest next removal of all rows had been taken each time (sec. 4, "jointly
-considering all rows"). Losses along a row may fall: a cheap removal behind a dear one has to wait
-for it. So each loss counts as the highest that its row has seen up to there, and the smallest of
-those are taken.
+rows as if the cheapest next removal of all rows had been taken each time (sec. 4, global step).
+Losses along a row may fall: a cheap removal behind a dear one has to wait for it. So each loss
+counts as the highest that its row has seen up to there, and the smallest of those are taken. (The
+published code sorts the losses as they are.)
 
 The greedy order only serves to find the mask. Weights then come from removing all the zeros P of a
 row at once (group OBS, the optimum on that mask, where the single steps lead too): the change d of
@@ -33,6 +33,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..errors import SolveError
 from ..patterns import NM, Pattern, keep_highest
@@ -76,8 +77,14 @@ class OBC(Solver):
         factor = statistics.inverse_factor(self.damp_percent)
         hessian = _damped(statistics.hessian, factor)
         dense = weight.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-        mask = _choose(dense, hessian, factor.dead, pattern)
-        updated = _reconstruct(dense, hessian, mask).float()
+        try:
+            mask = _choose(dense, hessian, factor.dead, pattern)
+            updated = _reconstruct(dense, hessian, mask).float()
+        except LinAlgError:
+            raise SolveError(
+                f"its Hessian is too close to singular for method='obc' with damp_percent="
+                f"{self.damp_percent}: use a larger damp_percent, or more varied calibration data"
+            ) from None
         raised = f"Hessian not positive definite: damping raised to {factor.damping:g}"
         notes = (raised,) if factor.damping != self.damp_percent else ()
         return Solution(updated, mask, notes)
@@ -112,11 +119,15 @@ def _choose(
     else:
         group = torch.zeros_like(index)
         room = index.new_tensor([min(columns, pattern.zeros(rows * columns))])
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    # In the order of columns in which `inverse_factor` has shown that it can be factorised.
+    lower = torch.linalg.cholesky(hessian.flip(0, 1))
+    inverse = torch.cholesky_inverse(lower).flip(0, 1)
     floor = 1 / hessian.diagonal()
     parts = torch.split(weight, _chunk(columns))
     traces = [_greedy(part, inverse, floor, dead, group, room) for part in parts]
     order, losses = (torch.cat(of_rows) for of_rows in zip(*traces, strict=True))
+    if not bool(torch.isfinite(losses).all()):
+        raise LinAlgError("the downdates have lost all precision")
     taken = torch.ones_like(order, dtype=torch.bool)
     if not isinstance(pattern, NM):
         highest = losses.cummax(dim=1).values.reshape(1, -1)
