@@ -35,9 +35,10 @@ class SparseConfig(QuantizationConfigMixin):
             that none matches stays dense (in JSON a list of pairs, to keep their order). Default
             0.5, or what an n:m pattern implies.
         pattern: "unstructured", or "n:m" for n kept of m consecutive inputs.
-        method: a plain method, "sparsegpt", "alps", "admm", "wanda", "magnitude", as its paper
-            has it; or a recipe, "fast", "balanced" or "best", a name for settings of the arguments
-            below; "keep" prunes nothing and packs the zeros that the checkpoint already has.
+        method: a plain method, "sparsegpt", "wanda", "magnitude", "admm", "alps", "obc" or
+            "adaprune", as its paper has it; or a recipe, "fast", "balanced" or "best", a name for
+            settings of the arguments below; "keep" prunes nothing and packs the zeros that the
+            checkpoint already has.
         dataset: calibration data: a Hub dataset id, the path of a text, jsonl or parquet file, a
             `datasets.Dataset`, or an iterable of strings, of token id tensors or of dicts of
             model inputs. None only for methods that need no data.

@@ -27,7 +27,7 @@ from .layers.replace import pack_linear, write_weight
 from .logging import get_logger, progress_bar
 from .patterns import Pattern
 from .report import LayerReport, PruningReport
-from .solvers import SOLVERS, make_solver
+from .solvers import SOLVERS, Solver, make_solver
 from .solving import LayerSolver
 from .spread import allocate, exactly
 from .statistics import OutputMetric
@@ -81,12 +81,13 @@ def run(
     config.check_data()
     selection = select_targets(model, config.targets, config.modules_to_not_convert, default_dense)
     jobs, left_dense = _plan(selection.targets, config, dict(selection.left_dense))
-    _check_weights(jobs)
+    solver = make_solver(config.solver, config)
+    _check_weights(solver, jobs)
     data = None if config.dataset is None else _load_data(model, config, load_tokenizer)
     training = model.training
     model.eval()
     try:
-        layers = _Run(model, config, data).prune(jobs)
+        layers = _Run(model, config, solver, data).prune(jobs)
     finally:
         model.train(training)
     record = data.record if data else None
@@ -99,10 +100,13 @@ class _Run:
     """One run of `run`: what it is done with, unit by unit."""
 
     def __init__(
-        self, model: nn.Module, config: SparseConfig, data: CalibrationData | None
+        self,
+        model: nn.Module,
+        config: SparseConfig,
+        solver: Solver,
+        data: CalibrationData | None,
     ) -> None:
         self._model, self._config, self._data = model, config, data
-        solver = make_solver(config.solver, config)
         self._solver = LayerSolver(solver, config.refit, config.damp_percent)
         self._metrics: Mapping[str, OutputMetric] = {}
         self._layers: list[LayerReport] = []
@@ -224,8 +228,12 @@ def _plan(
     return jobs, left_dense
 
 
-def _check_weights(jobs: Sequence[Job]) -> None:
+def _check_weights(solver: Solver, jobs: Sequence[Job]) -> None:
     for job in jobs:
+        try:
+            solver.check_shape(job.target.shape)
+        except SolveError as error:
+            raise SolveError(f"layer {job.target.name}: {error}") from None
         with job.target.weight() as weight:
             if not bool(torch.isfinite(weight).all()):
                 raise SolveError(

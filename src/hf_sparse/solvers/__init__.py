@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from .adaprune import AdaPrune
 from .admm import ADMM
 from .alps import ALPS
 from .base import Solution, Solver
 from .keep import Keep
 from .magnitude import Magnitude
+from .obc import OBC
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
 SOLVERS: dict[str, type[Solver]] = {
-    cls.name: cls for cls in (SparseGPT, ALPS, ADMM, Wanda, Magnitude, Keep)
+    cls.name: cls for cls in (SparseGPT, ALPS, ADMM, Wanda, Magnitude, OBC, AdaPrune, Keep)
 }
 
 __all__ = ["SOLVERS", "Solution", "Solver", "make_solver"]

@@ -39,6 +39,9 @@ class Solver(ABC):
     chooses_pattern: ClassVar[bool]
     """True if the method decides itself how many zeros there are: sparsity is no argument then."""
 
+    def check_shape(self, shape: tuple[int, int]) -> None:  # noqa: B027 - most take any
+        """Raise a SolveError that says what to do unless the method takes an (out, in) weight."""
+
     @abstractmethod
     def solve(
         self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
