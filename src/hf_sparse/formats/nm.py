@@ -158,8 +158,8 @@ class NMPacked(Format):
         group, value, column = 0, 0, 0
         for groups, width, kept in self._sections(columns):
             positions = _unrank(codes[:, group : group + groups], kept, binomials)
-            section = values[:, value : value + groups * kept].unflatten(1, (groups, kept))
-            places = dense[:, column : column + groups * width].unflatten(1, (groups, width))
+            section = values[:, value : value + groups * kept].view(-1, groups, kept)
+            places = dense[:, column : column + groups * width].view(-1, groups, width)
             places.scatter_(2, positions.clamp(max=width - 1), section)
             group += groups
             value += groups * kept
