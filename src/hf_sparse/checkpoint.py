@@ -58,7 +58,7 @@ class PackedLayer:
         shape: (out, in).
         transposed: its dense weight is kept as (in, out), as transformers' Conv1D does.
         layout: shape and dtype of each packed tensor, by local key.
-        file: the file that holds its values.
+        files: the file that holds each packed tensor, by local key.
         has_bias: is there a NAME.bias?
     """
 
@@ -67,8 +67,13 @@ class PackedLayer:
     shape: tuple[int, int]
     transposed: bool
     layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
-    file: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
     has_bias: bool = False
+
+    @property
+    def file(self) -> str:
+        """The file that holds its values."""
+        return self.files["weight"]
 
     def description(self) -> dict[str, Any]:
         """The JSON object that the metadata keep."""
@@ -79,6 +84,16 @@ class PackedLayer:
             **transposed,
             **self.format.parameters(),
         }
+
+    def read(self, key: str) -> Tensor:
+        """One of its tensors, through a mapping of the file that ends when the tensor does."""
+        path = self.files[key]
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(f"{self.name}.{key}")
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, f"it can't be read: {error}") from None
+        return tensor
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise a CheckpointError, with file and tensor, unless the contents agree."""
@@ -176,7 +191,8 @@ def _describe(name: str, entry: Mapping[str, Any], found: Found) -> PackedLayer:
         check_layout(fmt, layout, (shape[0], shape[1]))  # type: ignore[arg-type]
     except FormatError as error:
         raise _damaged(file, f"{name}.{error}") from None
-    return PackedLayer(name, fmt, (shape[0], shape[1]), transposed, layout, file, has_bias)  # type: ignore[arg-type]
+    files = {key: value[0] for key, value in found.items()}
+    return PackedLayer(name, fmt, (shape[0], shape[1]), transposed, layout, files, has_bias)  # type: ignore[arg-type]
 
 
 def _damaged(path: str, what: str) -> CheckpointError:

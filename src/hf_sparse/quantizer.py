@@ -16,7 +16,6 @@ from .checkpoint import PackedLayer, read_layers
 from .config import QUANT_METHOD, SparseConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
 from .layers import SparseLinear
-from .layers.linear import VALUES
 from .layers.replace import replace_module, unpack_linear
 from .logging import get_logger
 from .pipeline import run
@@ -127,7 +126,7 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
-            self._check_loaded(model)
+            self._take_over(model)
         else:
             self.prune(model)
         install_saving(model)
@@ -143,16 +142,13 @@ class SparseQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         install_saving(model)
 
-    def _check_loaded(self, model: PreTrainedModel) -> None:
-        """Contents of all packed tensors, before a kernel sees them."""
+    def _take_over(self, model: PreTrainedModel) -> None:
+        """Check the packed tensors and hand them to kernels, one layer after the other."""
         modules = dict(model.named_modules())
         for name, layer in self._layers.items():
             module = modules[name]
             assert isinstance(module, SparseLinear)
-            values = getattr(module, VALUES)
-            wanted = _values_dtype(values.dtype, module.weight_dtype)
-            if values.dtype != wanted:
-                setattr(module, VALUES, values.to(wanted))
+            _finish_stored(module, layer)
             layer.check(module.packed)
             module.resolve()
 
@@ -203,15 +199,29 @@ def _build_meta(
         )
     if module.bias is not None and not layer.has_bias:
         raise CheckpointError(f"{layer.file}: {layer.name}.bias is missing")
-    packed = {}
-    for key, (shape, stored) in layer.layout.items():
-        kept = _values_dtype(stored, dtype) if key == "weight" else stored
-        packed[key] = torch.empty(shape, dtype=kept, device="meta")
+    packed = {
+        key: torch.empty(shape, dtype=stored, device="meta")
+        for key, (shape, stored) in layer.layout.items()
+    }
     bias: Any = module.bias
     sparse = SparseLinear(layer.format, packed, layer.shape, dtype, bias, transposed)
     # transformers would otherwise unpack each layer to initialise what isn't missing.
     sparse._is_hf_initialized = True  # type: ignore[assignment]
     replace_module(model, module, sparse)
+
+
+def _finish_stored(module: SparseLinear, layer: PackedLayer) -> None:
+    """Replace tensors that were loaded to the CPU by equal ones with files of their own.
+
+    transformers maps a file once, and every page of it that was read stays resident until the last
+    of its tensors is gone, which embeddings never are. A mapping per tensor ends with the tensor:
+    then only one layer at a time is resident both as stored and in its kernel's form.
+    """
+    for key, loaded in module.packed.items():
+        tensor = layer.read(key) if loaded.device.type == "cpu" else loaded
+        if key == "weight":
+            tensor = tensor.to(_values_dtype(tensor.dtype, module.weight_dtype))
+        setattr(module, module.buffer_name(key), tensor)
 
 
 def _values_dtype(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:

@@ -8,11 +8,13 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from hf_sparse.errors import ConfigError, FormatError
 from hf_sparse.formats import (
@@ -218,6 +220,28 @@ def test_the_same_weight_is_packed_to_the_same_bytes(name):
     _, second, _ = packed_case(name)
     for key, tensor in first.items():
         assert tensor.numpy().tobytes() == second[key].numpy().tobytes()
+
+
+@every_format
+def test_a_check_takes_less_memory_than_what_it_checks(name, tmp_path):
+    weight = torch.ones(1024, 4096, dtype=torch.bfloat16)
+    weight[:, ::4] = weight[:, 3::4] = 0
+    fmt = accepted(name, weight, (2, 4)).format
+    packed = fmt.pack(weight)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        check_packed(fmt, packed, (1024, 4096))
+    assert most_allocated(profiler, tmp_path / "trace.json") < packed_bytes(packed)
+
+
+def most_allocated(profiler: profile, trace: Path) -> int:
+    """The most bytes that were allocated at one time on top of those at the start."""
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    held = most = 0
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        most = max(most, held)
+    return most
 
 
 # --- parameters and names -------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_layers_are_measured_against_every_dense_rival(tmp_path):
         (("layers", "--values", "int4"), "'int4' is not one of fp32, bf16, fp16, int8"),
         (("layers", "--sparsity", "50"), "50 is no fraction of zeros"),
         (("layers", "--path", "sse"), "invalid choice: 'sse'"),
-        (("model", "--presets", "big"), "'big' is not one of 135m, 1b, tiny"),
+        (("model", "--presets", "big"), "'big' is not one of 135m, 1b, 1.1b, tiny"),
     ],
 )
 def test_mistakes_end_in_one_line_that_says_what_is_known(arguments, words, capsys, monkeypatch):

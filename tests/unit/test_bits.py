@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sparse.formats.bits import pack_bits, padding_is_zero, unpack_bits
+from hf_sparse.formats.bits import count_ones, pack_bits, padding_is_zero, unpack_bits
 
 
 @st.composite
@@ -32,6 +32,14 @@ def test_bits_are_packed_lowest_first_and_unpacked_again(rows):
     assert packed.tolist() == [bytes_by_hand(row) for row in rows]
     assert torch.equal(unpack_bits(packed, bits.shape[1]), bits)
     assert padding_is_zero(packed, bits.shape[1])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(bit_rows())
+def test_ones_are_counted_in_the_packed_bits(rows):
+    assert count_ones(torch.tensor([bytes_by_hand(row) for row in rows], dtype=torch.uint8)) == sum(
+        map(sum, rows)
+    )
 
 
 def test_unpacking_reads_only_the_bits_asked_for():

@@ -32,18 +32,23 @@ from ..logging import progress_bar
 from ..quantizer import prune
 from ..saving import export_dense, sparse_layers
 
-_SIZES = (
+_SHAPE = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "vocab_size",
+    "tie_word_embeddings",
 )
-PRESETS: dict[str, tuple[int, ...]] = {
-    "135m": (576, 1536, 30, 9, 3, 49152),  # as SmolLM-135M
-    "1b": (2048, 8192, 16, 32, 8, 128256),  # as Llama-3.2-1B
-    "tiny": (64, 128, 2, 4, 2, 512),  # for tests
+PRESETS: dict[str, dict[str, int]] = {
+    name: dict(zip(_SHAPE, shape, strict=True))
+    for name, shape in {
+        "135m": (576, 1536, 30, 9, 3, 49152, True),  # as SmolLM-135M
+        "1b": (2048, 8192, 16, 32, 8, 128256, True),  # as Llama-3.2-1B
+        "1.1b": (2048, 5632, 22, 32, 4, 32000, False),  # as TinyLlama-1.1B
+        "tiny": (64, 128, 2, 4, 2, 512, True),  # for tests
+    }.items()
 }
 KINDS = ("dense", "sparse")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -129,8 +134,7 @@ def measure(settings: ModelSettings) -> tuple[list[SpeedPoint], list[MemoryPoint
 
 def _write(folder: Path, preset: str, sparsity: float) -> None:
     """The two checkpoints, `folder`/dense and `folder`/sparse."""
-    sizes = dict(zip(_SIZES, PRESETS[preset], strict=True))
-    config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=True)
+    config = LlamaConfig(**PRESETS[preset], max_position_embeddings=4096)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -152,7 +156,7 @@ def _speed(
         (dtype, kind): _load(folder / kind, DTYPES[dtype])
         for dtype, kind in product(settings.dtypes, KINDS)
     }
-    vocabulary = PRESETS[preset][-1]
+    vocabulary = PRESETS[preset]["vocab_size"]
     prompt = torch.randint(
         vocabulary, (1, settings.prompt), generator=torch.Generator().manual_seed(0)
     )

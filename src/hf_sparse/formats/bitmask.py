@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..patterns import Pattern
 from .base import Accepted, Format, Packed, Rejected, TensorSpec
-from .bits import pack_bits, padding_is_zero, unpack_bits
+from .bits import count_ones, pack_bits, padding_is_zero, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Bitmask(Format):
         bitmask, values = tensors["weight_bitmask"], tensors["weight"]
         if not padding_is_zero(bitmask, shape[1]):
             raise FormatError(f"weight_bitmask has bits set behind column {shape[1]}")
-        kept = int(unpack_bits(bitmask, shape[1]).sum())
+        kept = count_ones(bitmask)
         if kept != values.numel():
             raise FormatError(
                 f"weight_bitmask marks {kept} kept weights, but weight holds {values.numel()}"

@@ -22,6 +22,13 @@ def unpack_bits(packed: UInt8[Tensor, "rows bytes"], n: int) -> Bool[Tensor, "ro
     return bits.view(packed.shape[0], -1)[:, :n].to(torch.bool)
 
 
+def count_ones(packed: UInt8[Tensor, "rows bytes"]) -> int:
+    """How many bits are set, without a temporary that grows with their number."""
+    bytes_of_value = torch.bincount(packed.flatten(), minlength=256)
+    ones = torch.tensor([value.bit_count() for value in range(256)], device=packed.device)
+    return int((bytes_of_value * ones).sum())
+
+
 def padding_is_zero(packed: UInt8[Tensor, "rows bytes"], n: int) -> bool:
     """Are the bits behind the first n of each row all 0?"""
     if n % 8 == 0 or packed.numel() == 0:
