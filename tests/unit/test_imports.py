@@ -25,6 +25,7 @@ LAYERS = [
     {"layers", "calibration"},
     {"config", "targets", "checkpoint", "report"},
     {"pipeline", "saving", "explain"},
+    {"evaluation"},
     {"quantizer"},
     {"bench"},
     {"__init__"},
