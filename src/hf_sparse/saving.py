@@ -204,8 +204,9 @@ def write_folder(save_directory: str | os.PathLike[str], save: Callable[[str], A
         target.mkdir(exist_ok=True)
         _move(staging, target)
     except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
         for created in missing:
-            if created.is_dir() and created is not staging and not any(created.iterdir()):
+            if created.is_dir() and not any(created.iterdir()):
                 created.rmdir()
         if isinstance(error, RuntimeError) and "No space" not in str(error):
             raise

@@ -55,19 +55,18 @@ def _hub(error: BaseException) -> str | None:
     if isinstance(error, errors.RevisionNotFoundError | errors.RemoteEntryNotFoundError):
         return f"the repository has no such revision or file: {error.server_message}"
     if isinstance(error, errors.HfHubHTTPError):
-        return _http(error.response.status_code, str(error.request.url), error.server_message)
+        return _http(error.response.status_code, str(error).strip().splitlines()[0])
     if isinstance(error, errors.HFValidationError):
         return f"this is neither a folder nor a Hub id: {error}"
     return None
 
 
-def _http(status: int, url: str, message: str | None) -> str:
-    where = f"{status} for {url}: {message or 'no reason given'}"
+def _http(status: int, message: str) -> str:
     if status == 401:
         return (
             "the Hub refused the token, it is wrong or has expired: run `hf auth login` or set "
-            f"HF_TOKEN ({where})"
+            f"HF_TOKEN ({message})"
         )
     if status == 403:
-        return f"the Hub says that this token may not do that, is the repository yours? ({where})"
-    return f"the Hub answered {where}"
+        return f"this token may not do that on the Hub, is the repository yours? ({message})"
+    return f"the Hub refused: {message}"

@@ -79,7 +79,8 @@ def read_headers(model: str, revision: str | None) -> Headers:
         else:
             found = huggingface_hub.get_safetensors_metadata(model, revision=revision)
     except errors.NotASafetensorsRepoError:
-        raise Failure(f"{model} has no model.safetensors, nor an index of several") from None
+        where = " in the cache, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+        raise Failure(f"{model} has no model.safetensors or index of several{where}") from None
     except (errors.SafetensorsParsingError, TypeError, AttributeError, ValueError) as error:
         raise Failure(f"{model}: {error}") from None
     except OSError as error:
@@ -131,7 +132,7 @@ def _layers(where: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
 def _layer(model: str, name: str, entry: Any, tensors: Mapping[str, Any]) -> StoredLayer:
     try:
         (rows, columns), values = entry["shape"], tensors["weight"]
-        parameters = [f"{k} {v}" for k, v in entry.items() if k not in ("format", "shape")]
+        parameters = [f"{k} {v}" for k, v in sorted(entry.items()) if k not in ("format", "shape")]
         if min(rows, columns) < 1:
             raise ValueError
     except (KeyError, TypeError, ValueError):

@@ -62,7 +62,8 @@ class Argument:
             kind = _SIMPLE[self.kinds[0]]
         if kind is bool:
             option += f"/--no-{option[2:]}"
-        text = f"{self.text} May be repeated." if kind == list[str] else self.text
+        text = self.text[:1].upper() + self.text[1:]
+        text += " May be repeated." if kind == list[str] else ""
         return inspect.Parameter(
             self.name,
             inspect.Parameter.KEYWORD_ONLY,
