@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -40,20 +41,30 @@ class Command:
     generated: Sequence[inspect.Parameter] = ()
 
 
-_SHARED = {
-    "as_json": Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")],
-    "debug": Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")],
-}
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@contextmanager
+def one_sentence(debug: bool) -> Iterator[None]:
+    """Turn an error into a sentence on stderr and exit code 1, unless `debug`."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(f"Error: {sentence(error)}", err=True)
+        raise typer.Exit(1) from None
 
 
 def register(app: typer.Typer, command: Command) -> None:
     """Add a command to a program."""
     own = inspect.signature(command.function, eval_str=True).parameters
     shared = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation
-        )
-        for name, annotation in _SHARED.items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in (("as_json", Json), ("debug", Debug))
     ]
     generated = {parameter.name for parameter in command.generated}
 
@@ -61,16 +72,9 @@ def register(app: typer.Typer, command: Command) -> None:
         if command.generated:
             given = {name: options.pop(name) for name in generated}
             options["settings"] = {k: v for k, v in given.items() if v not in (None, [])}
-        try:
+        with one_sentence(debug):
             result = command.function(**options)
             text = json.dumps(result.to_dict(), indent=2) if as_json else str(result)
-        except (typer.Exit, typer.Abort, typer.BadParameter):
-            raise
-        except Exception as error:
-            if debug:
-                raise
-            typer.echo(f"Error: {sentence(error)}", err=True)
-            raise typer.Exit(1) from None
         sys.stdout.write(text + "\n")
 
     parameters = [*(p for p in own.values() if p.name != "settings"), *command.generated, *shared]

@@ -216,6 +216,39 @@ def test_inspect_shows_layers_of_one_kind_in_a_line(cli, sparse):
     assert values["bytes_packed"] == sum(layer["bytes"] for layer in values["layers"])
 
 
+def test_inspect_takes_little_memory_on_a_hundred_thousand_tensors(tmp_path):
+    names = [f"model.layers.{i // 8}.experts.{i % 8}.up_proj" for i in range(50_000)]
+    header = {"__metadata__": {"hf_sparse": json.dumps({
+        "version": 1, "layers": {name: {"format": "bitmask", "shape": [16, 16]} for name in names}
+    })}}  # fmt: skip
+    for i, name in enumerate(names):
+        values, end = 288 * i, 288 * (i + 1)
+        mask = {"dtype": "U8", "shape": [16, 2], "data_offsets": [values + 256, end]}
+        header[f"{name}.weight_bitmask"] = mask
+        offsets = [values, values + 256]
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": [128], "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + 288 * len(names))
+    config = {"quantization_config": {"quant_method": "hf_sparse"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = """
+import resource, sys
+from hf_sparse_cli import main
+try:
+    main(["inspect", sys.argv[1]])
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "x50000  16x16  bitmask  BF16    0.5000" in done.stdout
+    assert "all 100000 tensors in 1 files, 14.40 MB" in done.stdout
+    assert int(done.stderr.split()[-1]) * (1 if sys.platform == "darwin" else 1024) < 500e6
+
+
 def test_explain_names_a_kernel_for_each_layer(cli, sparse):
     code, out, _ = cli("explain", sparse)
     assert code == 0
@@ -371,6 +404,14 @@ def test_eval_says_what_is_missing(fails, sparse, dense, text):
     assert "--dense compares on text: pass --data" in said
     said = fails("eval", sparse, "--data", text, "--seq-len", 65)
     assert "at most the 64 positions" in said
+
+
+def test_a_bench_that_fails_says_so_in_a_sentence(fails, tmp_path):
+    (tmp_path / "file").touch()
+    said = fails("bench", "layers", "--shapes", "32x32", "--sparsity", "0.5", "--rows", "1",
+                 "--cold-mb", "1", "--rounds", "1", "--seconds", "0",
+                 "--output", tmp_path / "file")  # fmt: skip
+    assert said.startswith("FileExistsError: ")
 
 
 def test_debug_shows_the_traceback():

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -227,3 +228,9 @@ def test_a_hub_id_that_the_hub_does_not_give_is_named(tiny):
     pytest.importorskip("datasets")
     with pytest.raises(EvaluationError, match="'nobody/nothing' is neither a file here nor"):
         hf_sparse.perplexity(tiny, None, "nobody/nothing")
+
+
+def test_without_lm_eval_the_extra_is_named(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # an import of it fails
+    with pytest.raises(EvaluationError, match=r"not installed: pip install 'hf_sparse\[eval\]'"):
+        hf_sparse.evaluate_tasks(tiny, None, ["arc_easy"])
