@@ -20,7 +20,7 @@ examples:
   hf-sparse export opt-sparse --format dense --output opt-dense
 
 \b
-exit codes: 0 done, 1 failed (one sentence on stderr), 2 wrong options
+exit codes: 0 done, 1 failed (one sentence on stderr), 2 unknown or missing options
 """
 
 app = typer.Typer(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hf_sparse import SparseConfig
 
 _SIMPLE: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "Any": str}
-_LISTS = {"Sequence[str]"}
+_LISTS = {"Sequence[str]", "list[str]"}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..command import Command
-from ..failures import Failure
+from ..failures import Failure, sentence
 from ..models import DeviceMap, Dtype, Model, Revision, check_dtype, load, quantisation, read_config
 from ..options import config_parameters, make_config
 from ..output import Output, check_output
@@ -75,8 +75,13 @@ def prune(
     parts = [part for part in (pruned, tokenizer) if part is not None]
     write_folder(output, lambda folder: [part.save_pretrained(folder) for part in parts])
     if push_to_hub:
-        for part in parts:
-            part.push_to_hub(push_to_hub, private=private)
+        try:
+            for part in parts:
+                part.push_to_hub(push_to_hub, private=private or None)
+        except Exception as error:
+            raise Failure(
+                f"saved in {output}, but not pushed to {push_to_hub}: {sentence(error)}"
+            ) from error
     return Pruned(pruned.hf_quantizer.report, output, push_to_hub)
 
 
