@@ -114,7 +114,7 @@ def test_every_module_says_what_it_is(name):
     assert ast.get_docstring(ast.parse(modules()[name].read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("path", COMMAND_LINE.rglob("*.py"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(COMMAND_LINE.rglob("*.py")), ids=lambda path: path.stem)
 def test_every_module_of_the_command_line_says_what_it_is(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
