@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,19 @@ class Headers:
     bytes: int
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: it would go through 100,000 entries that stay, over and over."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collection()
 def read_headers(model: str, revision: str | None) -> Headers:
     """Read all headers of a checkpoint: of a folder, or of a Hub id by asking for these bytes only.
 
