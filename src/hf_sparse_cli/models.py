@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,11 +71,20 @@ def load(model: str, revision: str | None, dtype: str, device_map: str | None, *
     config = transformers.AutoConfig.from_pretrained(model, revision=revision)
     settings = {"revision": revision, "dtype": dtype, "device_map": device_map, **more}
     loaded = _auto_class(config).from_pretrained(model, **settings)
+    return loaded, _load_tokenizer(model, revision)
+
+
+def _load_tokenizer(model: str, revision: str | None) -> Any:
+    """A model's tokenizer; None if it has none."""
+    import transformers
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
     except (OSError, ValueError, KeyError):
-        tokenizer = None
-    return loaded, tokenizer
+        return None
+    # Where there are no files, transformers may make one up, of special tokens and at most "▁".
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    return tokenizer if len(words) > 1 else None
 
 
 def check_dtype(dtype: str) -> None:
@@ -108,7 +116,7 @@ def _auto_class(config: Any) -> Any:
 
 def _is_path(model: str) -> bool:
     """Can it be no Hub id?"""
-    return model.startswith((".", "~", "/")) or model.count("/") > 1 or os.sep == "\\" in model
+    return model.startswith((".", "~", "/")) or model.count("/") > 1 or "\\" in model
 
 
 def _download_config(model: str, revision: str | None) -> Path:
