@@ -7,37 +7,28 @@ Perplexity is measured on 64 sequences of 256 tokens of text that was not used t
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_sparse import SparseConfig
+from hf_sparse import SparseConfig, generation_speed, perplexity
 
 HERE = Path(__file__).parent
 MODEL = HERE / "models" / "tiny-llama-docs"
 PROMPT = "The function returns"
 
 
-@torch.no_grad()
 def describe(name: str, model, tokenizer, folder: Path) -> None:
     """Print perplexity, bytes, generation speed and a piece of generated text."""
     pages = (HERE / "data" / "evaluation.txt").read_text().split("\n\n\0\n")
-    ids = [i for p in pages for i in [0, *tokenizer(p, add_special_tokens=False)["input_ids"]]]
-    sequences = torch.tensor(ids[: 64 * 256]).view(64, 256)
-    loss = sum(model(batch, labels=batch).loss for batch in sequences.split(8)) / 8
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    settings = {"max_new_tokens": 48, "min_new_tokens": 48, "do_sample": False}
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        text = tokenizer.decode(model.generate(**prompt, **settings)[0])
-        seconds.append(time.perf_counter() - started)
+    quality = perplexity(model, tokenizer, iter(pages), 256, num_samples=64, batch_size=8)
+    speed = generation_speed(model, prompt_tokens=16, new_tokens=48)
     on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    print(f"{name:<7} perplexity {loss.exp():.2f}, {on_disk / 1e6:.2f} MB on disk, "
-          f"{model.get_memory_footprint() / 1e6:.2f} MB in memory, "
-          f"{48 / sorted(seconds)[1]:.0f} tokens/s")  # fmt: skip
+    print(f"{name:<7} perplexity {quality.perplexity:.2f}, {on_disk / 1e6:.2f} MB on disk, "
+          f"{speed.weight_bytes / 1e6:.2f} MB in memory, "
+          f"{speed.tokens_per_second:.0f} tokens/s")  # fmt: skip
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=48, do_sample=False)[0])
     print(f"        {text!r}")
 
 

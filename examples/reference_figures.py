@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from hf_sparse import SparseConfig, prune
+from hf_sparse import SparseConfig, perplexity, prune
 
 SEQUENCE = 256
 
@@ -36,17 +36,6 @@ def token_stream(tokenizer, path: Path, count: int) -> torch.Tensor:
     for page in path.read_text().split("\n\n\0\n"):
         stream += [0, *tokenizer(page, add_special_tokens=False)["input_ids"]]
     return torch.tensor(stream[: count * SEQUENCE]).view(count, SEQUENCE)
-
-
-@torch.no_grad()
-def perplexity(model, sequences: torch.Tensor) -> float:
-    """exp of the mean negative log-likelihood over all predictions."""
-    total = 0.0
-    for batch in sequences.split(8):
-        logits = model(batch).logits[:, :-1].float().flatten(0, 1)
-        total += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
-    predictions = sequences.shape[0] * (sequences.shape[1] - 1)
-    return float(torch.tensor(total / predictions).exp())
 
 
 @torch.no_grad()
@@ -81,7 +70,7 @@ def measure_row(fixtures: Path, row: str, repeats: int = 3) -> dict[str, float]:
     model = model.dequantize()
     evaluation = token_stream(tokenizer, fixtures / "evaluation.txt", 256)
     return {
-        "ppl": perplexity(model, evaluation),
+        "ppl": perplexity(model, None, list(evaluation), SEQUENCE, batch_size=8).perplexity,
         "zeros": report.sparsity,
         "ratio": statistics.median(ratios),
         "bytes": share,

@@ -11,11 +11,22 @@ from .errors import (
     CalibrationError,
     CheckpointError,
     ConfigError,
+    EvaluationError,
     FormatError,
     HfSparseError,
     SaveError,
     SolveError,
     TargetError,
+)
+from .evaluation import (
+    Agreement,
+    GenerationSpeed,
+    Perplexity,
+    TaskResults,
+    agreement,
+    evaluate_tasks,
+    generation_speed,
+    perplexity,
 )
 from .explain import Explanation, explain
 from .layers import SparseLinear
@@ -26,14 +37,18 @@ from .saving import export_dense
 __version__ = _version("hf_sparse")
 
 __all__ = [
+    "Agreement",
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
     "DataRecord",
+    "EvaluationError",
     "Explanation",
     "FormatError",
+    "GenerationSpeed",
     "HfSparseError",
     "LayerReport",
+    "Perplexity",
     "PruningReport",
     "SaveError",
     "SolveError",
@@ -41,7 +56,12 @@ __all__ = [
     "SparseLinear",
     "SparseQuantizer",
     "TargetError",
+    "TaskResults",
+    "agreement",
+    "evaluate_tasks",
     "explain",
     "export_dense",
+    "generation_speed",
+    "perplexity",
     "prune",
 ]

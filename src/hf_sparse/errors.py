@@ -4,6 +4,7 @@ HfSparseError
 ├── ConfigError       a SparseConfig argument, or a combination of them, can't work  (ValueError)
 ├── TargetError       a regex matches nothing, or something that can't be pruned     (ValueError)
 ├── CalibrationError  the calibration data, or what came of them, are unusable       (ValueError)
+├── EvaluationError   a model can't be measured the way that was asked for           (ValueError)
 ├── SolveError        the maths failed for a layer: NaN weights, a bad Hessian  (ArithmeticError)
 ├── FormatError       tensors do not fit a storage format                            (ValueError)
 │   └── CheckpointError   ... and were read from a file; names the file and the tensor
@@ -27,6 +28,10 @@ class TargetError(HfSparseError, ValueError):
 
 class CalibrationError(HfSparseError, ValueError):
     """Calibration data are missing, too short or don't suit the model."""
+
+
+class EvaluationError(HfSparseError, ValueError):
+    """A measurement can't be made: of this model, with these arguments or packages."""
 
 
 class SolveError(HfSparseError, ArithmeticError):

@@ -119,7 +119,7 @@ def save_pretrained(
         kwargs["max_shard_size"] = hub["max_shard_size"]
     kwargs["save_original_format"] = False
     save = type(model).save_pretrained
-    _write(save_directory, lambda folder: save(model, folder, *args, **kwargs))
+    write_folder(save_directory, lambda folder: save(model, folder, *args, **kwargs))
     if push_to_hub:
         model.push_to_hub(hub.pop("repo_id", Path(save_directory).resolve().name), **hub)
 
@@ -153,7 +153,7 @@ def export_dense(
         dense.generation_config = model.generation_config
     state = _dense_state_dict(model)
     settings = {"state_dict": state, "max_shard_size": max_shard_size}
-    _write(save_directory, lambda folder: dense.save_pretrained(folder, **settings))
+    write_folder(save_directory, lambda folder: dense.save_pretrained(folder, **settings))
 
 
 def _dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -175,11 +175,18 @@ def _dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _write(save_directory: str | os.PathLike[str], save: Callable[[str], Any]) -> None:
+def write_folder(save_directory: str | os.PathLike[str], save: Callable[[str], Any]) -> None:
     """Run `save` on a folder beside the target, then move its files over with renames alone.
 
     Renaming needs no space, so a full disk can only strike before the target is touched. The
     weights go before the index that names them: a reader never finds an index without its files.
+
+    Args:
+        save_directory: folder; created if it isn't there.
+        save: writes everything into the folder it is given; may itself use `write_folder`.
+
+    Raises:
+        SaveError: the path is a file, or writing failed; what was there before is as it was.
     """
     target = Path(save_directory)
     if target.is_file():
@@ -197,14 +204,16 @@ def _write(save_directory: str | os.PathLike[str], save: Callable[[str], Any]) -
         target.mkdir(exist_ok=True)
         _move(staging, target)
     except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
         for created in missing:
-            if created.is_dir() and created is not staging and not any(created.iterdir()):
+            if created.is_dir() and not any(created.iterdir()):
                 created.rmdir()
         if isinstance(error, RuntimeError) and "No space" not in str(error):
             raise
+        reason = error.__cause__ if isinstance(error, SaveError) else error
         raise SaveError(
-            f"saving to {str(target)!r} failed, nothing was changed there: {error}"
-        ) from error
+            f"saving to {str(target)!r} failed, nothing was changed there: {reason}"
+        ) from reason
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -137,14 +137,21 @@ class Handler(BaseHTTPRequestHandler):
         raise HubError(404, f"no route for {asked}")
 
     def create_repo(self) -> Reply:
-        self._check_write()
         asked = json.loads(self.body)
         name = f"{asked['organization'] or USER}/{asked['name']}"
+        self._check_write(name)
         created = name not in self.hub.repos
         if created:
             self.hub.repos[name] = Repo(private=asked.get("visibility") == "private")
             self.hub.repos[name].commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
         return _json({"url": f"{self.hub.url}/{name}"}, 200 if created else 409)
+
+    def whoami(self) -> Reply:
+        if not self.token:
+            raise HubError(401, "Invalid username or password.")
+        role = "write" if self.token == WRITE_TOKEN else "read"
+        token = {"displayName": "a token", "role": role}
+        return _json({"name": USER, "orgs": [], "auth": {"accessToken": token}})
 
     def validate_yaml(self) -> Reply:
         return _json({"errors": [], "warnings": []})
@@ -164,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
         return _json(entries)
 
     def create_branch(self, name: str, branch: str) -> Reply:
-        self._check_write()
+        self._check_write(name)
         repo = self._repo(name)
         if branch in repo.refs:
             raise HubError(409, f"Reference already exists: {branch}")
@@ -172,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
         return _json({})
 
     def preupload(self, name: str, revision: str) -> Reply:
-        self._check_write()
+        self._check_write(name)
         held = self._repo(name).files(revision)
         modes = []
         for path in (file["path"] for file in json.loads(self.body)["files"]):
@@ -182,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
         return _json({"files": modes})
 
     def lfs_batch(self, name: str) -> Reply:
-        self._check_write()
+        self._check_write(name)
         objects = json.loads(self.body)["objects"]
         for entry in objects:
             if entry["oid"] not in self.hub.uploaded:
@@ -196,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         return Reply()
 
     def commit(self, name: str, revision: str) -> Reply:
-        self._check_write()
+        self._check_write(name)
         repo = self._repo(name)
         files = dict(repo.files(revision))
         for line in map(json.loads, self.body.splitlines()):
@@ -238,9 +245,11 @@ class Handler(BaseHTTPRequestHandler):
             raise HubError(404, "Repository not found", "RepoNotFound")
         return repo
 
-    def _check_write(self) -> None:
+    def _check_write(self, name: str) -> None:
         if self.token != WRITE_TOKEN:
             raise HubError(403 if self.token else 401, "you need a token with write permission")
+        if name.split("/")[0] != USER:
+            raise HubError(403, f"you don't have the rights to write to {name}")
 
     def log_message(self, *args: Any) -> None:
         """Nothing: `Hub.requests` is the log."""
@@ -253,6 +262,7 @@ def _json(value: Any, status: int = 200) -> Reply:
 REPO = "([^/]+/[^/]+)"
 ROUTES: list[tuple[str, Callable[..., Reply]]] = [
     ("POST /api/repos/create", Handler.create_repo),
+    ("GET /api/whoami-v2", Handler.whoami),
     ("POST /api/validate-yaml", Handler.validate_yaml),
     (f"GET /api/models/{REPO}", Handler.info),
     (f"GET /api/models/{REPO}/revision/([^/]+)", Handler.info),

@@ -1,17 +1,35 @@
-"""Every Python block of the README and the docs runs, in order, in one namespace a page."""
+"""Every Python block of the README and the docs runs, in order, in one namespace a page.
+
+So do the lines of shell blocks that call hf-sparse; a YAML block is the file that its first line
+names.
+"""
 
 import json
 import re
+import shlex
 
 import pytest
 
 from conftest import ROOT
+from hf_sparse_cli import main
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(page, language):
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+def blocks(page, *languages):
+    """(language, code) of the page's blocks, in order."""
+    pattern = rf"```({'|'.join(languages)})\n(.*?)```"
+    return re.findall(pattern, page.read_text(), flags=re.DOTALL)
+
+
+def run_commands(block):
+    """Run the lines that call hf-sparse."""
+    for line in block.replace("\\\n", " ").splitlines():
+        program, *arguments = shlex.split(line)
+        if program == "hf-sparse":
+            with pytest.raises(SystemExit) as ended:
+                main(arguments)
+            assert ended.value.code == 0, line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -19,10 +37,15 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    for block in blocks(page, "python"):
-        exec(compile(block, page.name, "exec"), namespace)
-    for block in blocks(page, "json"):
-        json.loads(block)
+    for language, block in blocks(page, "python", "json", "yaml", "sh"):
+        if language == "python":
+            exec(compile(block, page.name, "exec"), namespace)
+        elif language == "json":
+            json.loads(block)
+        elif language == "yaml":
+            (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block)
+        else:
+            run_commands(block)
 
 
 def test_the_readme_lists_every_argument_of_the_config():

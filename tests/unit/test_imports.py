@@ -14,6 +14,7 @@ import pytest
 import hf_sparse
 
 SOURCE = Path(hf_sparse.__file__).parent
+COMMAND_LINE = SOURCE.parent / "hf_sparse_cli"
 ROOT = Path(__file__).parents[2]
 
 # Modules and folders from the bottom up: each may import from lower ranks only.
@@ -26,6 +27,7 @@ LAYERS = [
     {"config", "targets", "checkpoint", "report"},
     {"spread"},
     {"pipeline", "saving", "explain"},
+    {"evaluation"},
     {"quantizer"},
     {"bench"},
     {"__init__"},
@@ -113,6 +115,11 @@ def test_every_module_says_what_it_is(name):
     assert ast.get_docstring(ast.parse(modules()[name].read_text(encoding="utf-8")))
 
 
+@pytest.mark.parametrize("path", sorted(COMMAND_LINE.rglob("*.py")), ids=lambda path: path.stem)
+def test_every_module_of_the_command_line_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
 def test_the_version_is_the_newest_one_in_the_changelog():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     newest = re.search(r"^## \[?v?(\d+\.\d+\.\d+[\w.+-]*)", text, re.MULTILINE)
@@ -135,6 +142,10 @@ def test_only_the_outer_modules_know_transformers():
 
 def test_no_module_knows_huggingface_hub():
     assert importers("huggingface_hub") == set()
+
+
+def test_the_package_does_not_know_its_command_line():
+    assert importers("hf_sparse_cli") == set()
 
 
 def test_every_module_has_a_rank():

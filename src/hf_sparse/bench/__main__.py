@@ -1,10 +1,11 @@
-"""`python -m hf_sparse.bench`: arguments in, tables out."""
+"""`hf-sparse bench`, or `python -m hf_sparse.bench`: arguments in, tables out."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,15 +13,16 @@ import torch
 
 from ..kernels import native
 from . import endtoend, layers
-from .tables import write
+from .tables import RESULTS, write
 
 Item = TypeVar("Item")
 
+PROGRAM = "python -m hf_sparse.bench"
 EXAMPLES = """examples:
-  python -m hf_sparse.bench layers --shapes 4096x4096 --sparsity 0.5,0.7 --rows 1,16
-  python -m hf_sparse.bench layers --path avx2 --threads 1
-  python -m hf_sparse.bench layers --values int8 --rows 1
-  python -m hf_sparse.bench model --presets 135m,1b --sparsity 0.5
+  hf-sparse bench layers --shapes 4096x4096 --sparsity 0.5,0.7 --rows 1,16
+  hf-sparse bench layers --path avx2 --threads 1
+  hf-sparse bench layers --values int8 --rows 1
+  hf-sparse bench model --presets 135m,1b --sparsity 0.5
 """
 
 
@@ -58,10 +60,10 @@ def shape(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """The command line, of a program of that name."""
     top = argparse.ArgumentParser(
-        prog="python -m hf_sparse.bench",
+        prog=program,
         description="Times sparse layers, or a whole model, against dense ones on this machine.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -99,12 +101,19 @@ def parser() -> argparse.ArgumentParser:
     for command, sparsity in ((single, (0.5, 0.6, 0.7, 0.8)), (whole, (0.5,))):
         command.add_argument("--sparsity", type=listed(fraction), default=sparsity)
         command.add_argument("--threads", type=listed(int), default=threads)
+        command.add_argument("--json", action="store_true", help="print results.json, no tables")
         command.add_argument("--output", type=Path, default=Path("bench-results"))
     return top
 
 
-def main() -> None:
-    given = parser().parse_args()
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> None:
+    """Measure and print; ends in SystemExit if an argument is wrong.
+
+    Args:
+        arguments: without the program's name; None for those of the process.
+        program: its name, for help and errors.
+    """
+    given = _parse(arguments, program)
     points: list[layers.LayerPoint] = []
     speed: list[endtoend.SpeedPoint] = []
     memory: list[endtoend.MemoryPoint] = []
@@ -134,7 +143,20 @@ def main() -> None:
                 given.rounds,
             )
         )
-    sys.stdout.write(write(given.output, points, speed, memory))
+    tables = write(given.output, points, speed, memory)
+    sys.stdout.write((given.output / RESULTS).read_text() + "\n" if given.json else tables)
+
+
+def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
+    """Read the command line; for an unknown option name the nearest ones."""
+    read = parser(program)
+    given, unknown = read.parse_known_args(arguments)
+    if unknown:
+        known = [f"--{name.replace('_', '-')}" for name in vars(given)]
+        near = difflib.get_close_matches(unknown[0], known)
+        hint = f" (possible: {', '.join(near)})" if near else ""
+        read.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return given
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import product
@@ -24,10 +23,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ..config import SparseConfig
+from ..evaluation.generation import time_generation
+from ..evaluation.memory import peak_resident, resident, weight_bytes
 from ..logging import progress_bar
 from ..quantizer import prune
 from ..saving import export_dense, sparse_layers
@@ -160,13 +160,15 @@ def _speed(
     prompt = torch.randint(
         vocabulary, (1, settings.prompt), generator=torch.Generator().manual_seed(0)
     )
-    logits = {key: _round(model, prompt, 1)[2] for key, model in models.items()}  # warms up, too
+    logits = {
+        key: time_generation(model, prompt, 1)[2] for key, model in models.items()
+    }  # warms up, too
     prefill: dict[tuple[str, str], list[float]] = {key: [] for key in models}
     decode: dict[tuple[str, str], list[float]] = {key: [] for key in models}
     bar = progress_bar(settings.rounds * len(models), f"{preset}, {sparsity}, {threads} threads")
     for _ in range(settings.rounds):
         for key, model in models.items():
-            times = _round(model, prompt, settings.tokens)
+            times = time_generation(model, prompt, settings.tokens)
             prefill[key].append(times[0])
             decode[key].append(times[1])
             bar.update(1)
@@ -188,33 +190,12 @@ def _speed(
                 per_token,
                 seconds["dense"] / seconds["sparse"],
                 per_token["dense"] / per_token["sparse"],
-                {kind: _weight_bytes(models[dtype, kind]) for kind in KINDS},
+                {kind: weight_bytes(models[dtype, kind]) for kind in KINDS},
                 float(difference),
                 dict(Counter(x.trace[-1].kernel for x in sparse_layers(models[sparse]).values())),
             )
         )
     return points
-
-
-@torch.no_grad()
-def _round(model: PreTrainedModel, prompt: Tensor, tokens: int) -> tuple[float, float, Tensor]:
-    """Seconds for the prompt, seconds a token, and the prompt's last logits."""
-    started = time.perf_counter()
-    out = model(prompt, use_cache=True, logits_to_keep=1)
-    prefilled = time.perf_counter()
-    logits: Tensor = out.logits[:, -1]
-    for _ in range(tokens):
-        following = out.logits[:, -1:].argmax(dim=-1)
-        out = model(following, past_key_values=out.past_key_values, use_cache=True)
-    return prefilled - started, (time.perf_counter() - prefilled) / tokens, logits
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in (*model.parameters(), *model.buffers())
-    }
-    return sum(storages.values())
 
 
 def _memory(folder: Path, preset: str, sparsity: float, threads: int) -> MemoryPoint:
@@ -233,24 +214,15 @@ def _memory(folder: Path, preset: str, sparsity: float, threads: int) -> MemoryP
     )
 
 
-def _status(field: str) -> int:
-    """A figure of this process in bytes, from the kernel; 0 where there is none (not Linux)."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(field)), 0)
-
-
 def _report_memory(folder: Path, threads: int) -> None:
     torch.set_num_threads(threads)
-    started = _status("VmRSS")
+    started = resident()
     model = _load(folder, torch.bfloat16)
     gc.collect()
-    figures = {"started": started, "peak": _status("VmHWM"), "loaded": _status("VmRSS")}
+    figures = {"started": started, "peak": peak_resident(), "loaded": resident()}
     with torch.no_grad():
         model(torch.tensor([[1]]))
-    figures["used"] = _status("VmRSS")
+    figures["used"] = resident()
     sys.stdout.write(json.dumps(figures) + "\n")
 
 

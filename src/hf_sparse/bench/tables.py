@@ -14,6 +14,8 @@ from ..kernels.speed import processor
 from .endtoend import MemoryPoint, SpeedPoint
 from .layers import LayerPoint
 
+RESULTS = "results.json"
+
 
 def machine() -> str:
     """The processor, the library versions and the kernels, in a line."""
@@ -88,7 +90,7 @@ def write(
         "speed": [asdict(point) for point in speed],
         "memory": [asdict(point) for point in memory],
     }
-    (folder / "results.json").write_text(json.dumps(content, indent=1))
+    (folder / RESULTS).write_text(json.dumps(content, indent=1))
     text = markdown(layers, speed, memory)
     if layers:
         text += _plot(folder / "speedup.png", layers)

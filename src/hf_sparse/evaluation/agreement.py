@@ -1,0 +1,107 @@
+"""How closely a model follows another one: its next-token distributions, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.data import DataRecord
+from ..errors import EvaluationError
+from ..logging import progress_bar
+from .data import evaluating, load_data, to_device, token_mask
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What `agreement` measured.
+
+    Attributes:
+        kl_divergence: mean over all positions of KL(dense || sparse), in nats.
+        top1: fraction of positions at which both models' most probable token is the same.
+        tokens: number of positions.
+        seq_len: longest sequence, in tokens.
+        data: where the data came from, with their digest.
+    """
+
+    kl_divergence: float
+    top1: float
+    tokens: int
+    seq_len: int
+    data: DataRecord
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"agreement with the dense model: KL divergence {self.kl_divergence:.4f} nats, same "
+            f"most probable token at {self.top1:.2%} of {self.tokens} positions"
+        )
+
+
+def agreement(
+    model: nn.Module,
+    dense: nn.Module,
+    tokenizer: Any,
+    data: Any,
+    seq_len: int | None = None,
+    *,
+    num_samples: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    split: str = "test",
+) -> Agreement:
+    """Compare the next-token distributions of a model with those of the one it was made from.
+
+    At each position, also the last, KL(P || Q) = sum over v of P(v) log(P(v) / Q(v)) with P the
+    dense model's softmax and Q the other's, both in fp32.
+
+    Args:
+        model: the sparse model.
+        dense: the model to compare with; same vocabulary.
+        tokenizer, data, seq_len, num_samples, batch_size, seed, split: as for `perplexity`.
+
+    Raises:
+        EvaluationError: an argument is out of range, or the vocabularies differ.
+        CalibrationError: the data are unusable.
+    """
+    loaded, seq_len = load_data(
+        model,
+        tokenizer,
+        data,
+        seq_len=seq_len,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        split=split,
+    )
+    divergence, same, tokens = 0.0, 0, 0
+    with evaluating(model, dense), progress_bar(len(loaded.batches), "Agreement") as bar:
+        for batch in loaded.batches:
+            expected: Tensor = dense(**to_device(batch, dense), use_cache=False).logits
+            found: Tensor = model(**to_device(batch, model), use_cache=False).logits
+            if expected.shape != found.shape:
+                raise EvaluationError(
+                    f"the models' vocabularies have {expected.shape[-1]} and {found.shape[-1]} "
+                    "entries: compare a model with the one that it was made from"
+                )
+            # A sample at a time: logits in fp32 are the largest tensors here.
+            for p, q, mask in zip(expected, found, token_mask(batch), strict=True):
+                keep = mask.to(p.device)
+                kl = _kl_divergence(p[keep].float(), q.to(p.device)[keep].float())
+                divergence += kl.sum(dtype=torch.float64).item()
+                same += int((p[keep].argmax(-1) == q.to(p.device)[keep].argmax(-1)).sum())
+                tokens += len(kl)
+            bar.update()
+    return Agreement(divergence / tokens, same / tokens, tokens, seq_len, loaded.record)
+
+
+def _kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(softmax p || softmax q) of each row; tokens that p rules out count nothing."""
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    probability = log_p.exp()
+    return torch.where(probability > 0, probability * (log_p - log_q), 0.0).sum(-1)

@@ -1,0 +1,131 @@
+"""Evaluation data: what users pass for calibration, read by the same rules, but in full."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.data import FILE_TYPES, HUB_NAMES, Batch, CalibrationData, make_batches
+from ..errors import EvaluationError
+from ..pipeline import LONGEST_SEQUENCE, _limits
+
+
+def load_data(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Any,
+    *,
+    seq_len: int | None,
+    num_samples: int | None,
+    batch_size: int,
+    seed: int,
+    split: str,
+) -> tuple[CalibrationData, int]:
+    """The batches to evaluate on, and the sequence length that holds.
+
+    Args:
+        model: tells the longest sequence and the vocabulary.
+        tokenizer: for text; None if the data are token ids or dicts of model inputs.
+        data: as `SparseConfig.dataset`.
+        seq_len: tokens a sample; None for min(2048, what the model allows).
+        num_samples: samples wanted; None for all.
+        batch_size: samples per batch.
+        seed: order in which documents of a file are drawn.
+        split: of a data set that is named by its Hub id.
+
+    Raises:
+        EvaluationError: a number is out of range, or the model can't take it.
+        CalibrationError: the data are unusable; see `make_batches`.
+    """
+    check_causal(model)
+    longest, vocab_size = _limits(model)
+    seq_len = seq_len or min(LONGEST_SEQUENCE, longest or LONGEST_SEQUENCE)
+    if seq_len < 2 or (longest is not None and seq_len > longest):
+        raise EvaluationError(
+            f"seq_len={seq_len} must be at least 2 and at most the {longest} positions of the model"
+        )
+    check_positive(num_samples=num_samples, batch_size=batch_size)
+    loaded = make_batches(
+        _held_out(data, split),
+        lambda: tokenizer,
+        num_samples=num_samples or sys.maxsize,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        vocab_size=vocab_size,
+    )
+    if not all("input_ids" in batch for batch in loaded.batches):
+        raise EvaluationError("the evaluation data have no input_ids: pass text or token ids")
+    return loaded, seq_len
+
+
+def check_positive(**values: int | None) -> None:
+    """Raise an EvaluationError that names the first value below 1; None is allowed."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise EvaluationError(f"{name}={value} must be at least 1")
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raise an EvaluationError unless the model predicts the next token."""
+    causal = getattr(model, "can_generate", bool)()
+    if not causal or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise EvaluationError(
+            f"{type(model).__name__} is no causal language model: load it with AutoModelForCausalLM"
+        )
+
+
+def _held_out(data: Any, split: str) -> Any:
+    """A Hub id's split, streamed: calibration reads the training split. Else `data` itself."""
+    if not isinstance(data, str) or Path(data).exists() or Path(data).suffix in FILE_TYPES:
+        return data
+    try:
+        import datasets
+    except ImportError:
+        raise EvaluationError(
+            f"data={data!r} is no file, so it is looked up on the Hub, which needs the package "
+            "datasets: pip install 'hf_sparse[datasets]'"
+        ) from None
+    repository, _, configuration = data.partition(":")
+    repository, configuration = HUB_NAMES.get(data, (repository, configuration))
+    try:
+        return iter(
+            datasets.load_dataset(repository, configuration or None, split=split, streaming=True)
+        )
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"data={data!r} is neither a file here nor a data set with a split {split!r} that the "
+            f"Hub gave: {error}"
+        ) from error
+
+
+def to_device(batch: Batch, model: nn.Module) -> Batch:
+    """A batch where the model's inputs belong."""
+    device: Any = model.device
+    return {key: tensor.to(device) for key, tensor in batch.items()}
+
+
+def token_mask(batch: Batch) -> Tensor:
+    """True where `input_ids` holds a token, False at padding; (batch, tokens)."""
+    ids = batch["input_ids"]
+    return batch.get("attention_mask", torch.ones_like(ids)).bool()
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout; the models' modes are restored."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)

@@ -1,0 +1,44 @@
+"""The program: its commands, and what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+
+from .command import register
+from .commands import COMMANDS, bench
+
+HELP = """Prune language models in one shot, and store, measure and run them sparse.
+
+\b
+examples:
+  hf-sparse prune facebook/opt-125m --sparsity 0.5 --dataset wikitext2 --output opt-sparse
+  hf-sparse inspect opt-sparse
+  hf-sparse eval opt-sparse --dense facebook/opt-125m --data wikitext2
+  hf-sparse explain opt-sparse
+  hf-sparse export opt-sparse --format dense --output opt-dense
+
+\b
+exit codes: 0 done, 1 failed (one sentence on stderr), 2 unknown or missing options
+"""
+
+app = typer.Typer(
+    name="hf-sparse",
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for command in COMMANDS:
+    register(app, command)
+bench.add_to(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; ends in SystemExit with the exit code.
+
+    Args:
+        arguments: without the program's name; None for those of the process.
+    """
+    app(None if arguments is None else list(arguments), prog_name="hf-sparse")

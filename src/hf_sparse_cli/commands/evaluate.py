@@ -1,0 +1,136 @@
+"""`hf-sparse eval`: what a model is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..command import Command
+from ..failures import Failure
+from ..models import DeviceMap, Dtype, Model, Revision, load, read_config
+
+if TYPE_CHECKING:
+    from hf_sparse import Agreement, GenerationSpeed, Perplexity, TaskResults
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured; None for what was not asked for."""
+
+    model: str
+    perplexity: Perplexity | None
+    dense_perplexity: Perplexity | None
+    agreement: Agreement | None
+    speed: GenerationSpeed | None
+    tasks: TaskResults | None
+
+    def _measured(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was measured, as JSON values."""
+        results = {name: value.to_dict() for name, value in self._measured().items()}
+        return {"model": self.model, **results}
+
+    def __str__(self) -> str:
+        dense = {"dense_perplexity": "dense: "}
+        return "\n".join(f"{dense.get(k, '')}{value}" for k, value in self._measured().items())
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text for perplexity: a text, jsonl or parquet file, or a Hub data set."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a window.  [default: 2048, or the model's limit]")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Sliding windows, this many tokens apart, not blocks.")
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Windows to use at most.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 1,
+    seed: Annotated[int, typer.Option(help="Order of the documents of a file.")] = 0,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Compare with this dense model: perplexity, KL divergence, top-1 agreement.",
+        ),
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time generation, and report its peak memory.")
+    ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, separated by commas.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder with lm-eval tasks of your own.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in the prompt of a task.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Samples of a task at most.")] = None,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+) -> Evaluation:
+    """Measure perplexity, agreement with the dense model, speed, or tasks of lm-eval.
+
+    The model may be sparse or dense.
+    """
+    if not (data or speed or tasks):
+        raise Failure("nothing to measure: pass --data, --speed or --tasks")
+    if dense and not data:
+        raise Failure("--dense compares on text: pass --data, too")
+    for name, of_revision in ((model, revision), *([(dense, None)] if dense else [])):
+        read_config(name, of_revision)
+    import hf_sparse
+
+    loaded, tokenizer = load(model, revision, dtype, device_map)
+    text: dict[str, Any] = {
+        "data": data,
+        "seq_len": seq_len,
+        "num_samples": num_samples,
+        "batch_size": batch_size,
+        "seed": seed,
+        "split": split,
+    }
+    measured = hf_sparse.perplexity(loaded, tokenizer, stride=stride, **text) if data else None
+    # Before a dense model joins it in memory.
+    timed = hf_sparse.generation_speed(loaded) if speed else None
+    dense_measured = agreed = None
+    if dense:
+        other, _ = load(dense, None, dtype, device_map)
+        dense_measured = hf_sparse.perplexity(other, tokenizer, stride=stride, **text)
+        agreed = hf_sparse.agreement(loaded, other, tokenizer, **text)
+    done = None
+    if tasks:
+        done = hf_sparse.evaluate_tasks(
+            loaded,
+            tokenizer,
+            tasks.split(","),
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+        )
+    return Evaluation(model, measured, dense_measured, agreed, timed, done)
+
+
+COMMAND = Command(
+    "eval",
+    evaluate,
+    (
+        "hf-sparse eval opt-sparse --data wikitext2 --dense facebook/opt-125m",
+        "hf-sparse eval opt-sparse --data held-out.txt --seq-len 512 --stride 256 --speed",
+        "hf-sparse eval opt-sparse --tasks arc_easy,hellaswag --limit 100 --json",
+    ),
+)

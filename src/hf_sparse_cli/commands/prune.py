@@ -1,0 +1,114 @@
+"""`hf-sparse prune`: from a dense model to a sparse checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..command import Command
+from ..failures import Failure, sentence
+from ..models import DeviceMap, Dtype, Model, Revision, check_dtype, load, quantisation, read_config
+from ..options import config_parameters, make_config
+from ..output import Output, check_output
+
+if TYPE_CHECKING:
+    from hf_sparse import PruningReport
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was made, and where it is."""
+
+    report: PruningReport
+    output: Path
+    pushed: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report's values, and where the checkpoint is."""
+        return {**self.report.to_dict(), "output": str(self.output), "pushed": self.pushed}
+
+    def __str__(self) -> str:
+        pushed = f", pushed to {self.pushed}" if self.pushed else ""
+        return f"{self.report.summary()}\nsaved in {self.output}{pushed}"
+
+
+def prune(
+    model: Model,
+    settings: Mapping[str, Any],
+    output: Output,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON file with any of the arguments below; options win."),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="ID", help="Push the result to this Hub repository, too.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+) -> Pruned:
+    """Prune a model in one shot and save it sparse, with its tokenizer.
+
+    The folder appears complete or not at all. Whatever can be checked is checked before the model
+    is loaded: the options, the output, the rights to push.
+    """
+    method = quantisation(read_config(model, revision))
+    if method:
+        kind = "sparse already" if method == "hf_sparse" else f"quantised with {method}"
+        raise Failure(f"{model} is {kind}: prune the dense model that it was made from")
+    check_output(output)
+    if push_to_hub:
+        check_push(push_to_hub)
+    sparse_config = make_config(settings, config)
+    sparse_config.check_data()
+    check_dtype(dtype)
+    from hf_sparse.saving import write_folder
+
+    pruned, tokenizer = load(model, revision, dtype, device_map, quantization_config=sparse_config)
+    parts = [part for part in (pruned, tokenizer) if part is not None]
+    write_folder(output, lambda folder: [part.save_pretrained(folder) for part in parts])
+    if push_to_hub:
+        try:
+            for part in parts:
+                part.push_to_hub(push_to_hub, private=private or None)
+        except Exception as error:
+            raise Failure(
+                f"saved in {output}, but not pushed to {push_to_hub}: {sentence(error)}"
+            ) from error
+    return Pruned(pruned.hf_quantizer.report, output, push_to_hub)
+
+
+def check_push(repository: str) -> None:
+    """Raise unless the token may write to a repository: pruning for hours must not be in vain."""
+    from huggingface_hub import HfApi
+
+    user = HfApi().whoami()
+    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
+    owner = repository.rpartition("/")[0]
+    if owner and owner not in owners:
+        raise Failure(
+            f"{repository} belongs to {owner}, and the token in use to {user['name']}, who can "
+            f"push to {', '.join(f'{name}/...' for name in owners)}"
+        )
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise Failure(f"the token in use may only read, and {repository} is to be written")
+
+
+COMMAND = Command(
+    "prune",
+    prune,
+    (
+        "hf-sparse prune facebook/opt-125m --sparsity 0.5 --dataset wikitext2 --output out",
+        "hf-sparse prune ./llama --pattern 2:4 --dataset text.txt --output out --push-to-hub me/x",
+        "hf-sparse prune ./llama --method magnitude --sparsity '{\"mlp\": 0.6}' --output out",
+        "hf-sparse prune ./llama --config sparse.yaml --seed 1 --output out --json > report.json",
+    ),
+    generated=config_parameters(),
+)

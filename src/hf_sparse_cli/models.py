@@ -1,0 +1,132 @@
+"""Models named on the command line: checked before anything is loaded, then loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .failures import Failure, sentence
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Dtype = Annotated[
+    str, typer.Option(help="What is computed in: auto (the checkpoint's), float32, bfloat16, ...")
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Where weights go, as for from_pretrained: auto, cuda, ...")
+]
+
+
+def read_config(model: str, revision: str | None) -> dict[str, Any]:
+    """A model's config.json, without loading the model.
+
+    Raises:
+        Failure: there is no such model, or no config in it.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise Failure(f"{model} is a file: pass the model's folder or a Hub id")
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.is_file():
+            raise Failure(f"the folder {model} has no config.json: it is no transformers model")
+    elif _is_path(model):
+        raise Failure(f"there is no folder {model}")
+    else:
+        file = _download_config(model, revision)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise Failure(f"the config.json of {model} can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise Failure(f"the config.json of {model} holds no object")
+    return content
+
+
+def require_sparse(model: str, config: Mapping[str, Any]) -> None:
+    """Raise a Failure unless the config is that of a checkpoint that hf_sparse wrote."""
+    method = quantisation(config)
+    if method != "hf_sparse":
+        kind = f"quantised with {method}" if method else "dense"
+        raise Failure(f"{model} is {kind}, no sparse checkpoint: `hf-sparse prune` makes one")
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """The quantisation method that a model's config names."""
+    described = config.get("quantization_config")
+    return described.get("quant_method") if isinstance(described, Mapping) else None
+
+
+def load(model: str, revision: str | None, dtype: str, device_map: str | None, **more: Any) -> Any:
+    """A model, of the kind that its config names, and its tokenizer, or None if it has none."""
+    import transformers
+
+    import hf_sparse  # noqa: F401 - registers the method
+
+    check_dtype(dtype)
+    config = transformers.AutoConfig.from_pretrained(model, revision=revision)
+    settings = {"revision": revision, "dtype": dtype, "device_map": device_map, **more}
+    loaded = _auto_class(config).from_pretrained(model, **settings)
+    return loaded, _load_tokenizer(model, revision)
+
+
+def _load_tokenizer(model: str, revision: str | None) -> Any:
+    """A model's tokenizer; None if it has none."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
+    except (OSError, ValueError, KeyError):
+        return None
+    # Where there are no files, transformers may make one up, of special tokens and at most "▁".
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    return tokenizer if len(words) > 1 else None
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise a Failure unless torch has a floating-point dtype of that name."""
+    import torch
+
+    known = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise Failure(f"--dtype {dtype} is not known: pass auto, float32, bfloat16 or float16")
+
+
+def _auto_class(config: Any) -> Any:
+    """The class whose from_pretrained loads what a config's `architectures` names."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    named = {
+        "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForSeq2SeqLM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForMaskedLM": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "AutoModelForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForImageTextToText": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    }
+    for name, classes in named.items():
+        if classes.get(config.model_type) in (config.architectures or ()):
+            return getattr(transformers, name)
+    return transformers.AutoModel
+
+
+def _is_path(model: str) -> bool:
+    """Can it be no Hub id?"""
+    return model.startswith((".", "~", "/")) or model.count("/") > 1 or "\\" in model
+
+
+def _download_config(model: str, revision: str | None) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))
+    except huggingface_hub.errors.RemoteEntryNotFoundError:
+        raise Failure(
+            f"{model} on the Hub has no config.json: it is no transformers model"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise Failure(f"there is no folder {model}, and from the Hub: {sentence(error)}") from error

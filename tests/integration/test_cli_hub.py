@@ -1,0 +1,119 @@
+"""The command line against a Hub: pruning to it, looking into it, being refused by it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hub_client import LAYERS, Client
+from hub_server import READ_TOKEN, Hub, serve
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# Runs command lines, given as JSON, one after the other; prints each one's results as JSON.
+RUN = """
+import contextlib, io, json, sys
+from hf_sparse_cli import main
+
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as ended:
+            code = ended.code
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    path = tmp_path_factory.mktemp("dense")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def run(client: Client, *commands: list[str], **env: str) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each command."""
+    done = client.run(RUN, json.dumps(commands), **env)
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def sentence(result: tuple[int, str, str]) -> str:
+    """What a command that failed said."""
+    code, out, err = result
+    assert (code, out) == (1, "")
+    return err.splitlines()[-1].removeprefix("Error: ")
+
+
+def test_a_model_is_pruned_to_the_hub_and_inspected_there(
+    hub: Hub, dense: Path, tmp_path: Path
+) -> None:
+    client = Client(hub, tmp_path / "home")
+    prune = ["prune", str(dense), "--method", "magnitude", "--output", str(tmp_path / "out")]
+    pushed, seen, missing, revision, theirs = run(
+        client,
+        [*prune, "--push-to-hub", "me/pruned", "--private", "--json"],
+        ["inspect", "me/pruned", "--json"],
+        ["inspect", "me/missing"],
+        ["inspect", "me/pruned", "--revision", "nope"],
+        [*prune, "--push-to-hub", "you/pruned"],
+    )
+    assert pushed[0] == 0, pushed
+    assert json.loads(pushed[1])["pushed"] == "me/pruned"
+    repo = hub.repos["me/pruned"]
+    assert repo.private
+    stored = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert repo.files()["model.safetensors"] == stored
+
+    values = json.loads(seen[1])
+    assert len(values["layers"]) == LAYERS
+    downloads = [r for r in hub.requests if r.startswith("GET") and "model.safetensors" in r]
+    assert downloads  # ranges of it: the headers
+    assert not list((tmp_path / "home").rglob("model.safetensors"))
+
+    assert "there is no folder me/missing, and from the Hub: the Hub has no such" in sentence(
+        missing
+    )
+    assert "no such revision or file" in sentence(revision)
+    assert "you/pruned belongs to you, and the token in use to me" in sentence(theirs)
+    assert "you/pruned" not in hub.repos
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"HF_TOKEN": "hf_expired"}, "the Hub refused the token, it is wrong or has expired"),
+        ({"HF_TOKEN": READ_TOKEN}, "the token in use may only read, and me/x is to be written"),
+        ({"HF_TOKEN": ""}, "this needs a Hub token, and there is none"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and this needs the Hub"),
+    ],
+)
+def test_a_push_that_can_not_succeed_is_refused_before_the_work(
+    hub: Hub, dense: Path, tmp_path: Path, env: dict[str, str], words: str
+) -> None:
+    client = Client(hub, tmp_path / "home")
+    prune = ["prune", str(dense), "--method", "magnitude", "--output", str(tmp_path / "out")]
+    result, model = run(client, [*prune, "--push-to-hub", "me/x"], ["inspect", "me/x"], **env)
+    assert words in sentence(result)
+    assert not (tmp_path / "out").exists()
+    assert "me/x" not in hub.repos
+    expected = {"hf_expired": "wrong or has expired", "1": "not in the cache"}
+    value = next(iter(env.values()))
+    assert expected.get(value, "the Hub has no such repository") in sentence(model)

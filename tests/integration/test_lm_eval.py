@@ -1,0 +1,110 @@
+"""lm-eval on a sparse checkpoint, with a task of our own in a local folder."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_sparse
+from hf_sparse import EvaluationError
+from hf_sparse_cli import main
+
+pytest.importorskip("lm_eval", reason="needs hf_sparse[eval]")
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
+
+QUESTIONS = {
+    "The function returns": (" a list", " a kitchen", " the"),
+    "SQL is a": (" table", " banana", " query language"),
+    "If the value is": (" NULL", " green", " not an integer"),
+    "import": (" sys", " the", " potatoes"),
+    "The server": (" is", " module is", " returns"),
+}
+TASK = """
+task: questions
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+metadata: {version: 7}
+"""
+
+
+@pytest.fixture
+def sparse(trained, tokenizer, tmp_path):
+    hf_sparse.prune(trained, hf_sparse.SparseConfig(method="magnitude", sparsity=0.6))
+    trained.save_pretrained(tmp_path / "sparse")
+    tokenizer.save_pretrained(tmp_path / "sparse")
+    return tmp_path / "sparse"
+
+
+def most_probable(model, tokenizer, question, choices) -> int:
+    """The choice whose tokens have the largest sum of log-probabilities, in float64."""
+    start, sums = len(tokenizer(question).input_ids), []
+    for choice in choices:
+        ids = tokenizer(question + choice).input_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        sums.append(sum(float(logits[t - 1, ids[t]]) for t in range(start, len(ids))))
+    return sums.index(max(sums))
+
+
+@pytest.fixture
+def task(sparse, tokenizer, tmp_path, monkeypatch):
+    """A folder with the task; the model answers three of its five questions right."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    model = AutoModelForCausalLM.from_pretrained(sparse)
+    rows = []
+    for number, (question, choices) in enumerate(QUESTIONS.items()):
+        chosen = most_probable(model, tokenizer, question, choices)
+        answer = chosen if number < 3 else (chosen + 1) % 3
+        rows.append({"question": question, "choices": choices, "answer": answer})
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "questions.yaml").write_text(TASK.replace("FILE", str(folder / "q.jsonl")))
+    return folder
+
+
+def test_eval_runs_a_task_on_a_sparse_checkpoint(sparse, task, capsys):
+    options = ["--tasks", "questions", "--include-path", str(task), "--batch-size", "2", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", str(sparse), *options])
+    assert ended.value.code == 0
+    found = json.loads(capsys.readouterr().out)["tasks"]
+    assert found["results"]["questions"]["acc"] == 0.6
+    assert found["samples"] == {"questions": 5}
+    assert found["versions"] == {"questions": 7}
+
+
+def test_the_stock_program_runs_it_once_hf_sparse_is_imported(sparse, task, tmp_path):
+    code = "import hf_sparse; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    arguments = ["run", "--model", "hf", "--model_args", f"pretrained={sparse}", "--device", "cpu"]
+    where = ["--tasks", "questions", "--include_path", task, "--output_path", tmp_path / "results"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, [*arguments, *where])],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ,
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "results").rglob("results*.json")
+    assert json.loads(file.read_text())["results"]["questions"]["acc,none"] == 0.6
+
+
+def test_a_task_that_lm_eval_does_not_know_is_named(sparse, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(sparse)
+    with pytest.raises(EvaluationError, match="lm-eval has no task 'no_such_task'"):
+        hf_sparse.evaluate_tasks(model, tokenizer, ["no_such_task"])
+    with pytest.raises(EvaluationError, match="nowhere' is no folder"):
+        hf_sparse.evaluate_tasks(model, tokenizer, ["x"], include_path=tmp_path / "nowhere")
