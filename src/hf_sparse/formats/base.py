@@ -69,6 +69,11 @@ class Format(ABC):
 
     name: ClassVar[str]
 
+    @property
+    def label(self) -> str:
+        """What reports and tables call it."""
+        return self.name
+
     @abstractmethod
     def parameters(self) -> dict[str, Any]:
         """The format's parameters as JSON values; {} if it has none."""

@@ -40,6 +40,10 @@ class Quantized(Format):
     layout: Layout
     name: ClassVar[str] = "quantized"
 
+    @property
+    def label(self) -> str:
+        return f"{self.grid.bits}-bit {self.layout.name}"
+
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any], layout: Layout) -> Quantized:
         """Rebuild from `parameters()` without "layout", and from the layout that was named there.

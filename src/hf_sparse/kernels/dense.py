@@ -41,7 +41,8 @@ class DenseKernel(Kernel):
     def linear(
         self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "*batch out"]:
-        return F.linear(x, self._weight.to(x.dtype), bias)
+        own_bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, self._weight.to(x.dtype), own_bias)
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         return self._weight.to(dtype, copy=True)
