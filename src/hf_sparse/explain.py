@@ -69,7 +69,8 @@ class Explanation:
             speed = "    -" if layer.speedup is None else f"{layer.speedup:5.2f}"
             why = "; ".join(f"{v.kernel}: {v.reason}" for v in layer.trace)
             lines.append(
-                f"{layer.name:<{width}}  {shape:<13} {layer.format:<14} {layer.kernel:<9} {share:6.3f}  {speed}  {why}"
+                f"{layer.name:<{width}}  {shape:<13} {layer.format:<14} {layer.kernel:<9} "
+                f"{share:6.3f}  {speed}  {why}"
             )
         used = Counter(layer.kernel for layer in self.layers)
         counts = ", ".join(f"{count} {kernel}" for kernel, count in used.items()) or "none"

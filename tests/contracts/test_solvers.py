@@ -178,7 +178,7 @@ def test_a_solver_is_a_frozen_value_made_of_config_arguments(method):
     assert solver == make_solver(method, config)
     hash(solver)
     for field in fields(cls):
-        assert getattr(solver, field.name) == getattr(config, field.name)
+        assert getattr(solver, field.name) == getattr(config, field.name, field.default)
         with pytest.raises(AttributeError):
             setattr(solver, field.name, 1)
 

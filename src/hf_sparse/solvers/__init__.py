@@ -24,6 +24,6 @@ def get_solver(method: object) -> type[Solver]:
 
 
 def make_solver(method: str, settings: object) -> Solver:
-    """The solver with its fields taken from the attributes of the same name of `settings`."""
+    """The solver with its fields from the attributes of the same name that `settings` has."""
     cls = get_solver(method)
-    return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})  # type: ignore[arg-type]
+    return cls(**{f.name: getattr(settings, f.name, f.default) for f in fields(cls)})  # type: ignore[arg-type]
