@@ -76,9 +76,8 @@ def oracle(weight, hessian, pattern, grid, block):
         if i % size == 0:
             end = min(i + size, columns)
             scores = torch.tensor([[score(row, j) for j in range(i, end)] for row in range(rows)])
-            importance = (1 / upper.diagonal()[i:end] ** 2).float()
             kept = pattern.mask(scores)
-            scales = Grid(grid.bits, None, grid.sym).fit(work[:, i:end].float(), kept, importance)
+            scales = Grid(grid.bits, None, grid.sym).fit(work[:, i:end].float(), kept)
         for row in range(rows):
             value, code = float(work[row, i]), 0
             scale = float(scales.scale[row, 0])
@@ -125,14 +124,18 @@ def test_the_weight_is_what_the_codes_say_and_zero_where_the_mask_says(pattern, 
     if isinstance(pattern, Unstructured):
         assert int((~solution.mask).sum()) == pattern.zeros(9 * 70)
     else:
-        assert torch.equal(solution.mask, solution.mask)
         assert int(solution.mask[:, : pattern.m].sum()) == 9 * pattern.n
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
 def test_rounding_in_the_same_pass_loses_less_than_rounding_afterwards(pattern):
-    weight, statistics = problem(64, 128)
-    grid = Grid(3, 32, True)
+    # Inputs of few directions: what one column loses, others can make up for.
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(32, 128, generator=generator)
+    inputs = torch.randn(512, 32, generator=generator) @ directions / 32**0.5
+    inputs += 0.3 * torch.randn(512, 128, generator=generator)
+    statistics = Statistics(512, inputs, None, inputs.T @ inputs / 512)
+    weight, grid = torch.randn(64, 128, generator=generator), Grid(3, 32, True)
     joint = SparseGPT(bits=3, group_size=32).solve(weight, statistics, pattern).weight
     pruned = SparseGPT().solve(weight, statistics, pattern)
     assert pruned.quantized is None

@@ -18,8 +18,7 @@ Dead inputs (H_jj = 0) score 0 and so go first; what is kept of them keeps its v
 With `bits`, what is kept is rounded to a grid in the same pass (sec. 3.5; GPTQ, Frantar et al.
 2023): w_masked above becomes round(w_masked), and later columns make up for the rounding too. The
 scales of a group are fitted when its first column is reached, on weights that all columns before
-have updated, for what the pattern would keep of the group as it then is; a rounding error in
-column i counts 1 / U_ii^2, as in the scores.
+have updated, for what the pattern would keep of the group as it then is.
 """
 
 from __future__ import annotations
@@ -116,8 +115,7 @@ class _Rounding:
         diagonal = self.factor.upper.diagonal()[column:stop].unsqueeze(1)
         scores = _scores(weights, diagonal, self.factor.dead[column:stop])
         kept = self.pattern.mask(scores.T.contiguous())
-        importance = diagonal.squeeze(1).square().reciprocal()
-        self.fitted.append(self.grid.fit(weights.T.contiguous(), kept, importance))
+        self.fitted.append(self.grid.fit(weights.T.contiguous(), kept))
 
     def round(self, weights: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
         """A column of the group that was reached last."""
