@@ -26,6 +26,8 @@ struct Isa {
   static constexpr int kMicroTokens = 6;
   static constexpr float kInt8Unit = 0x1p-16f;
   static constexpr float kInt4Unit = 0x1p-20f;
+  template <int32_t>
+  static constexpr bool kDecodesTwo = false;
 
   static T16_INLINE F zero() { return _mm256_setzero_ps(); }
   static T16_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }

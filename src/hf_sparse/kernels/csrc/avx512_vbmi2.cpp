@@ -22,6 +22,17 @@ namespace {
 struct Isa : Avx512 {
   static constexpr float kInt4Unit = 1.0f;
 
+  template <int32_t D>
+  static constexpr bool kDecodesTwo = D == kI4;
+
+  static T16_INLINE void decode_two(Nibbles values, uint64_t masks, F (&even)[2][1],
+                                    F (&odd)[2][1]) {
+    __m512i first, second;
+    int4_words_of_two(values, masks, first, second);
+    bf16_columns(first, even[0][0], odd[0][0]);
+    bf16_columns(second, even[1][0], odd[1][0]);
+  }
+
   static T16_INLINE __m512i expand_words(const uint16_t* values, uint32_t mask) {
     return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
   }

@@ -23,6 +23,8 @@ struct Isa {
   static constexpr int kMicroTokens = 6;
   static constexpr float kInt8Unit = 0x1p-16f;
   static constexpr float kInt4Unit = 0x1p-20f;
+  template <int32_t>
+  static constexpr bool kDecodesTwo = false;
 
   static T16_INLINE F zero() { return vdupq_n_f32(0.0f); }
   static T16_INLINE F load(const float* p) { return vld1q_f32(p); }

@@ -11,6 +11,7 @@
 //
 // An Isa has: F, a vector of fp32; V, how many of them hold 16 rows; the operations below; and
 //   decode<D>(values, mask, even, odd): the weights of a pair's two columns, rows in order.
+//   kDecodesTwo<D>: is there decode_two(values, masks, even, odd), for two pairs at once?
 //   kInt8Unit, kInt4Unit: what decoded int8 and int4 weights must be multiplied by (a shift that they
 //   don't undo).
 
@@ -139,11 +140,8 @@ struct VectorPath {
           T16_UNROLL for (int v = 0; v < V; ++v) acc[s][m][v] = Isa::zero();
         }
       }
-      auto step = [&](int64_t at, int u) T16_INLINE_LAMBDA {
-        const uint32_t mask = masks[at];
-        F even[V], odd[V];
-        Isa::template decode<D>(values, mask, even, odd);
-        values += __builtin_popcount(mask);
+      auto multiply = [&](int64_t at, int u, const F(&even)[V],
+                          const F(&odd)[V]) T16_INLINE_LAMBDA {
         T16_UNROLL for (int m = 0; m < M; ++m) {
           const F x0 = Isa::set1(x[(at * M + m) * 2]), x1 = Isa::set1(x[(at * M + m) * 2 + 1]);
           F(&to0)[V] = acc[2 * u % kSets][m];
@@ -152,10 +150,26 @@ struct VectorPath {
           T16_UNROLL for (int v = 0; v < V; ++v) to1[v] = Isa::fma(odd[v], x1, to1[v]);
         }
       };
+      auto step = [&](int64_t at, int u) T16_INLINE_LAMBDA {
+        const uint32_t mask = masks[at];
+        F even[V], odd[V];
+        Isa::template decode<D>(values, mask, even, odd);
+        values += __builtin_popcount(mask);
+        multiply(at, u, even, odd);
+      };
       for (; pair + kUnroll <= end; pair += kUnroll) {
         __builtin_prefetch(address_of(values) + kPrefetchBytes);
         __builtin_prefetch(masks + pair + kPrefetchBytes / 4);
-        T16_UNROLL for (int u = 0; u < kUnroll; ++u) step(pair + u, u);
+        if constexpr (kUnroll == 2 && Isa::template kDecodesTwo<D>) {
+          uint64_t mask;
+          std::memcpy(&mask, masks + pair, 8);
+          F even[2][V], odd[2][V];
+          Isa::decode_two(values, mask, even, odd);
+          values += __builtin_popcountll(mask);
+          T16_UNROLL for (int u = 0; u < 2; ++u) multiply(pair + u, u, even[u], odd[u]);
+        } else {
+          T16_UNROLL for (int u = 0; u < kUnroll; ++u) step(pair + u, u);
+        }
       }
       for (; pair < end; ++pair) step(pair, 0);
       T16_UNROLL for (int m = 0; m < M; ++m) {
