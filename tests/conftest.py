@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 # The annotated shapes and dtypes are checked at every call while the tests run, wherever tensors
 # are handed over; what users pass is checked by the package itself. Layers and kernels are left
 # out: torch.compile can't see through the checks.
-CHECKED = ("formats", "patterns", "solvers", "statistics")
+CHECKED = ("formats", "patterns", "quantization", "solvers", "statistics")
 with install_import_hook([f"hf_sparse.{name}" for name in CHECKED], "beartype.beartype"):
     import hf_sparse  # noqa: F401
 

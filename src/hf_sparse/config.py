@@ -17,6 +17,7 @@ from .errors import ConfigError
 from .formats import check_format_name
 from .formats.nm import LARGEST_M
 from .patterns import NM, Pattern, parse_pattern
+from .quantization import Grid
 from .recipes import get_recipe, get_solver
 from .statistics import Needs
 
@@ -64,6 +65,10 @@ class SparseConfig(QuantizationConfigMixin):
         allocation: how the sparsity is spread over the layers: "uniform", "owl", "fisher", or
             `{regex: s}` for some layers while the others take what is left of the budget, which
             is met exactly. Unstructured patterns only. Default "uniform".
+        bits: round what is kept to integers of 8, 4 or 3 bits in the same run; None keeps the
+            model's dtype. With sparsity 0 this is quantisation alone.
+        group_size: consecutive inputs that share a scale; -1 for all of a row. Default 128.
+        sym: integers symmetric about zero; False gives each group a zero point. Default True.
         format: storage: "auto" (the smallest that fits, layer by layer), "bitmask", "n:m" or
             "dense".
 
@@ -93,6 +98,9 @@ class SparseConfig(QuantizationConfigMixin):
         target: str | None = None,
         metric: str | None = None,
         allocation: str | Mapping[str, float] | Sequence[Any] | None = None,
+        bits: int | None = None,
+        group_size: int = 128,
+        sym: bool = True,
         format: str = "auto",
     ) -> None:
         self.quant_method = QUANT_METHOD
@@ -115,6 +123,9 @@ class SparseConfig(QuantizationConfigMixin):
         self.target = _choice("target", _default(target, recipe.target), ("layer", "dense"))
         self.metric = _choice("metric", _default(metric, recipe.metric), ("inputs", "fisher"))
         self.allocation = _resolve_allocation(allocation, recipe.allocation, self)
+        self.bits = _choice("bits", bits, (None, 8, 4, 3))
+        self.group_size = _group_size(group_size)
+        self.sym = _choice("sym", sym, (True, False))
         self._check_combination()
         self.format = format if format == "auto" else check_format_name(format)
         if self.format == "n:m" and pattern == "unstructured" and method != "keep":
@@ -138,6 +149,17 @@ class SparseConfig(QuantizationConfigMixin):
         return Needs.HESSIAN if self.refit or self.target == "dense" else needs
 
     @property
+    def grid(self) -> Grid | None:
+        """What kept weights are rounded to."""
+        size = None if self.group_size == -1 else self.group_size
+        return None if self.bits is None else Grid(self.bits, size, self.sym)
+
+    @property
+    def joint_grid(self) -> Grid | None:
+        """The grid that a solver may round to in its own pass: none if values are refitted."""
+        return None if self.refit else self.grid
+
+    @property
     def needs_gradients(self) -> bool:
         return "fisher" in (self.metric, self.allocation)
 
@@ -146,11 +168,11 @@ class SparseConfig(QuantizationConfigMixin):
             raise ConfigError(
                 "metric='fisher' is what the refit minimises, and refit is 0: pass refit=20"
             )
-        extras = self.refit or self.stages or self.target != "layer"
+        extras = self.refit or self.stages or self.target != "layer" or self.bits is not None
         if get_solver(self.method).chooses_pattern and extras:
             raise ConfigError(
-                f"method={self.method!r} changes no weight: it takes neither refit, stages nor "
-                "target"
+                f"method={self.method!r} changes no weight: it takes neither refit, stages, target "
+                "nor bits"
             )
 
     def check_data(self) -> None:
@@ -358,6 +380,16 @@ def _fraction(name: str, value: object) -> float:
 def _integer(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
+    return value
+
+
+def _group_size(value: object) -> int:
+    if value == -1 and not isinstance(value, bool):
+        return -1
+    if isinstance(value, bool) or not isinstance(value, int) or value < 8 or value % 8:
+        raise ConfigError(
+            f"group_size={value!r} must be a multiple of 8, e.g. 128, or -1 for one scale a row"
+        )
     return value
 
 

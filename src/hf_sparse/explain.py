@@ -21,7 +21,7 @@ class LayerExplanation:
     Attributes:
         name: the module's name.
         shape: (out, in).
-        format: how it is stored.
+        format: how it is stored, e.g. "bitmask" or "4-bit bitmask".
         kernel: what multiplies: "t16" (native), "dense" (decoded once) or "reference".
         bytes_dense: of the dense weight in the layer's dtype.
         bytes_resident: of what is in memory.
@@ -59,14 +59,18 @@ class Explanation:
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers], default=5)
-        lines = [self.machine, f"{'layer':<{width}}  {'shape':<13} kernel     bytes  speed  why"]
+        lines = [
+            self.machine,
+            f"{'layer':<{width}}  {'shape':<13} {'format':<14} kernel     bytes  speed  why",
+        ]
         for layer in self.layers:
             shape = f"{layer.shape[0]}x{layer.shape[1]}"
             share = layer.bytes_resident / layer.bytes_dense
             speed = "    -" if layer.speedup is None else f"{layer.speedup:5.2f}"
             why = "; ".join(f"{v.kernel}: {v.reason}" for v in layer.trace)
             lines.append(
-                f"{layer.name:<{width}}  {shape:<13} {layer.kernel:<9} {share:6.3f}  {speed}  {why}"
+                f"{layer.name:<{width}}  {shape:<13} {layer.format:<14} {layer.kernel:<9} "
+                f"{share:6.3f}  {speed}  {why}"
             )
         used = Counter(layer.kernel for layer in self.layers)
         counts = ", ".join(f"{count} {kernel}" for kernel, count in used.items()) or "none"
@@ -88,7 +92,7 @@ def explain(model: nn.Module) -> Explanation:
         LayerExplanation(
             name=name,
             shape=layer.shape,
-            format=layer.format.name,
+            format=layer.format.label,
             kernel=layer.trace[-1].kernel,
             bytes_dense=math.prod(layer.shape) * layer.weight_dtype.itemsize,
             bytes_resident=layer.resident_bytes(),

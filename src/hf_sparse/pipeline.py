@@ -26,6 +26,7 @@ from .formats.base import packed_bytes
 from .layers.replace import pack_linear, write_weight
 from .logging import get_logger, progress_bar
 from .patterns import Pattern
+from .quantization import QuantizedWeight
 from .report import LayerReport, PruningReport
 from .solvers import SOLVERS, Solver, make_solver
 from .solving import LayerSolver
@@ -55,6 +56,7 @@ class _Solved:
     job: Job
     report: LayerReport
     dense: Tensor | None
+    quantized: QuantizedWeight | None
 
 
 def run(
@@ -107,7 +109,7 @@ class _Run:
         data: CalibrationData | None,
     ) -> None:
         self._model, self._config, self._data = model, config, data
-        self._solver = LayerSolver(solver, config.refit, config.damp_percent)
+        self._solver = LayerSolver(solver, config.refit, config.damp_percent, config.grid)
         self._metrics: Mapping[str, OutputMetric] = {}
         self._layers: list[LayerReport] = []
         self._solved: dict[str, _Solved] = {}
@@ -185,14 +187,13 @@ class _Run:
 
     def _solve(self, job: Job, observed: Observed | None) -> LayerReport:
         """Solve one layer and write the pruned weight into it, still dense."""
-        report, weight, dense = _solve(
-            self._solver, job, observed, self._metrics_for(job.target.name)
-        )
+        metric = self._metrics_for(job.target.name)
+        report, weight, dense, quantized = _solve(self._solver, job, observed, metric)
         if job.target.transposed:
             weight, dense = weight.T, dense.T
         write_weight(job.target.module, weight)
         kept = dense if self._config.target == "dense" else None
-        self._solved[job.target.name] = _Solved(job, report, kept)
+        self._solved[job.target.name] = _Solved(job, report, kept, quantized)
         return report
 
     def _metrics_for(self, name: str) -> OutputMetric | None:
@@ -201,7 +202,7 @@ class _Run:
     def _pack(self) -> None:
         """Replace the layers solved since by sparse ones, and complete their reports."""
         for solved in self._solved.values():
-            self._layers.append(_pack(self._model, solved.job, solved.report, self._config))
+            self._layers.append(_pack(self._model, solved, self._config.format))
         self._solved.clear()
 
 
@@ -221,7 +222,7 @@ def _plan(
             sparsity = sparsities
         if sparsity is None and not SOLVERS[config.solver].chooses_pattern:
             left_dense[target.name] = "no regex of sparsity matches it"
-        elif sparsity == 0:
+        elif sparsity == 0 and config.bits is None:
             left_dense[target.name] = "its sparsity is 0"
         else:
             jobs.append(Job(target, config.layer_pattern(sparsity or 0.0)))
@@ -285,8 +286,9 @@ def _limits(model: nn.Module) -> tuple[int | None, int | None]:
 
 def _solve(
     solver: LayerSolver, job: Job, observed: Observed | None, metric: OutputMetric | None
-) -> tuple[LayerReport, Tensor, Tensor]:
-    """The report, the pruned and the dense weight of one layer, (out, in) in the layer's dtype."""
+) -> tuple[LayerReport, Tensor, Tensor, QuantizedWeight | None]:
+    """The report, the pruned and the dense weight of one layer, (out, in) in the layer's dtype, and
+    the pruned one on its grid."""
     started = time.perf_counter()
     name = job.target.name
     statistics = observed.statistics if observed else None
@@ -324,21 +326,22 @@ def _solve(
         kernel="dense",
         notes=solution.notes,
     )
-    return report, after, dense
+    return report, after, dense, solution.quantized
 
 
-def _pack(model: nn.Module, job: Job, report: LayerReport, config: SparseConfig) -> LayerReport:
+def _pack(model: nn.Module, solved: _Solved, requested: str) -> LayerReport:
     """Replace a solved layer by a sparse one; returns its completed report."""
+    job, report, quantized = solved.job, solved.report, solved.quantized
     with job.target.weight() as weight:
-        fmt = choose_format(weight, job.pattern, config.format)
+        fmt = choose_format(weight, job.pattern, requested, quantized)
         if isinstance(fmt, Dense):
             return report
-        sparse = pack_linear(model, job.target.module, weight, fmt)
+        sparse = pack_linear(model, job.target.module, weight, fmt, quantized)
         stored = packed_bytes(sparse.packed)  # before a kernel takes the weight over
         sparse.resolve()
         return replace(
             report,
-            format=fmt.name,
+            format=fmt.label,
             bytes_after=stored,
             bytes_resident=sparse.resident_bytes(),
             kernel=sparse.trace[-1].kernel,

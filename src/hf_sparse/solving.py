@@ -1,4 +1,4 @@
-"""One layer, from its dense weight to its pruned one: target, mask, refit.
+"""One layer, from its dense weight to its pruned one: target, mask, refit, grid.
 
 Sees tensors only. What is done beyond the solver's own work is what the config composes: the
 solver doesn't know whether it prunes the layer's weight or the dense model's target, nor that its
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .errors import SolveError
 from .patterns import Pattern
+from .quantization import Grid
 from .solvers import Solution, Solver
+from .solvers.descent import quantize
 from .solvers.refit import refit, refit_fisher
 from .statistics import OutputMetric, Statistics
 
@@ -25,14 +27,17 @@ class LayerSolver:
     """The method of a config.
 
     Attributes:
-        solver: chooses the mask and gives first values.
+        solver: chooses the mask and gives first values; rounds them, too, if it can do so in the
+            same pass and nothing comes after.
         refit_steps: of PCG in the inputs metric, and as many in the Fisher metric if there is one.
         damp_percent: the refit's and the target's, as the solver's.
+        grid: to round what is kept to; None to leave it as it is.
     """
 
     solver: Solver
     refit_steps: int
     damp_percent: float
+    grid: Grid | None = None
 
     def solve(
         self,
@@ -63,7 +68,16 @@ class LayerSolver:
             solution = self._refitted(solution, target, statistics, metric)
         if not bool(torch.isfinite(solution.weight).all()):
             raise SolveError("the solved weight is not finite: raise damp_percent")
+        if self.grid is not None and solution.quantized is None:
+            solution = self._rounded(solution, self.grid, statistics)
         return solution
+
+    def _rounded(self, solution: Solution, grid: Grid, statistics: Statistics | None) -> Solution:
+        hessian = None
+        if statistics is not None and statistics.hessian is not None:
+            hessian = statistics.damped_hessian(self.damp_percent)
+        quantized = quantize(solution.weight, solution.mask, grid, hessian)
+        return replace(solution, weight=quantized.dequantize(), quantized=quantized)
 
     def _refitted(
         self,

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
@@ -73,7 +74,10 @@ void one_case() {
   const int64_t n = uniform(1, 300), k = uniform(1, 300);
   // Now and then enough tokens for every level of blocking.
   const int64_t m = chance(0.04) ? uniform(71, 700) : uniform(0, 70);
-  const int32_t dtype = static_cast<int32_t>(uniform(0, 3));
+  // int4 is packed as int8 and then narrowed, as native.py does.
+  const int32_t value_dtype = static_cast<int32_t>(uniform(0, 4));
+  const int32_t dtype = value_dtype == kI4 ? kI8 : value_dtype;
+  const int64_t top = value_dtype == kI4 ? 7 : 127;
   const double sparsities[] = {0.0, 0.3, 0.5, 0.9, 1.0};
   const double sparsity = sparsities[uniform(0, 4)];
   const int64_t groups_of[] = {k, k, 2, 32, 64, 128, 1000};
@@ -88,7 +92,7 @@ void one_case() {
       const bool zero = empty || empty_column[static_cast<size_t>(c)] || chance(sparsity);
       const int64_t i = r * k + c;
       if (dtype == kI8) {
-        reinterpret_cast<int8_t*>(dense.data)[i] = zero ? 0 : static_cast<int8_t>(uniform(-128, 127));
+        reinterpret_cast<int8_t*>(dense.data)[i] = zero ? 0 : static_cast<int8_t>(uniform(-top - 1, top));
       } else {
         store_from_float(dense.data, i, dtype, zero ? 0.0f : static_cast<float>(normal()));
       }
@@ -129,6 +133,22 @@ void one_case() {
     expect(std::memcmp(masks.data, masks2.data, static_cast<size_t>(tiles * pairs * 4)) == 0 &&
                std::memcmp(values.data, values2.data, static_cast<size_t>(value_bytes)) == 0,
            "unpack and pack again");
+  }
+
+  Bytes nibbles(values_size(kI4, count) + kValuePadding);
+  if (value_dtype == kI4) {
+    std::memset(nibbles.data, 0, static_cast<size_t>(values_size(kI4, count) + kValuePadding));
+    for (int64_t i = 0; i < count; ++i) {
+      nibbles.data[i / 2] |= static_cast<uint8_t>((values.data[i] & 15) << i % 2 * 4);
+    }
+    w.values = nibbles.data;
+    w.value_bytes = values_size(kI4, count) + kValuePadding;
+    w.value_dtype = kI4;
+    expect(t16_check(&w) == kOk, "check of int4");
+    w.value_bytes -= 1;
+    expect(t16_check(&w) == kBufferTooSmall, "check of a short buffer");
+    w.value_bytes += 1;
+    expect(t16_unpack(&w, bitmask.data, kept.data, uneven) == kBadDType, "unpack of int4");
   }
 
   std::vector<double> weight(static_cast<size_t>(n * k));
@@ -189,7 +209,7 @@ void one_case() {
         const bool overflow = x_dtype == kF16 && std::fabs(sum) > 65500;
         if (!overflow && !(std::fabs(got - sum) <= allowed)) {
           std::fprintf(stderr, "n=%ld k=%ld m=%ld dtype=%d x=%d group=%ld: [%ld][%ld] %g not %g\n",
-                       long(n), long(k), long(m), dtype, x_dtype, long(group), long(i), long(r),
+                       long(n), long(k), long(m), value_dtype, x_dtype, long(group), long(i), long(r),
                        got, sum);
           fail(name + ": linear differs");
         }

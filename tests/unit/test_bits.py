@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sparse.formats.bits import count_ones, pack_bits, padding_is_zero, unpack_bits
+from hf_sparse.formats.bits import (
+    count_ones,
+    pack_bits,
+    pack_numbers,
+    padding_is_zero,
+    unpack_bits,
+    unpack_numbers,
+)
 
 
 @st.composite
@@ -60,3 +67,16 @@ def test_the_last_bit_before_the_padding_is_no_padding():
     packed = torch.tensor([[0, 0b100]], dtype=torch.uint8)
     assert padding_is_zero(packed, 11)
     assert not padding_is_zero(packed, 10)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from([8, 4, 3]), st.lists(st.integers(0, 255), max_size=40))
+def test_numbers_follow_each_other_without_gaps_lowest_bit_first(bits, values):
+    values = [value % 2**bits for value in values]
+    packed = pack_numbers(torch.tensor(values, dtype=torch.uint8), bits)
+    whole = sum(value << bits * i for i, value in enumerate(values))
+    assert packed.tolist() == list(whole.to_bytes(-(-len(values) * bits // 8), "little"))
+    unpacked = unpack_numbers(packed, bits).tolist()
+    assert unpacked[: len(values)] == values
+    assert len(unpacked) == packed.numel() * 8 // bits
+    assert not any(unpacked[len(values) :])

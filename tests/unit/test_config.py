@@ -48,6 +48,9 @@ def everything_set() -> SparseConfig:
         target="dense",
         metric="fisher",
         allocation="owl",
+        bits=4,
+        group_size=64,
+        sym=False,
         format="bitmask",
     )
 
@@ -73,6 +76,9 @@ def test_defaults_are_those_of_the_documentation():
         "target": "layer",
         "metric": "inputs",
         "allocation": "uniform",
+        "bits": None,
+        "group_size": 128,
+        "sym": True,
         "format": "auto",
     }
 
@@ -403,6 +409,12 @@ def test_a_mapping_s_regexes_are_checked():
         ("refit", -1),
         ("stages", 1),
         ("target", 0),
+        ("bits", 5),
+        ("bits", "4"),
+        ("group_size", 100),
+        ("group_size", 0),
+        ("group_size", None),
+        ("sym", 1),
         ("format", None),
         ("format", ["bitmask"]),
     ],

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
     {"errors", "logging"},
-    {"patterns", "statistics", "allocation"},
+    {"patterns", "quantization", "statistics", "allocation"},
     {"solvers", "formats"},
     {"kernels"},
     {"layers", "calibration", "recipes", "solving"},
@@ -36,7 +36,7 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # One file a method, layout or kernel; what they share is in these.
 PLUGIN_FOLDERS = {"solvers", "formats", "kernels"}
-SHARED = {"base", "refit", "bits", "native", "reference", "speed"}
+SHARED = {"base", "refit", "descent", "bits", "native", "reference", "speed"}
 
 MAY_IMPORT_TRANSFORMERS = {"config", "quantizer", "saving", "logging", "bench.endtoend"}
 

@@ -109,8 +109,9 @@ def test_the_gradient_in_fp32_is_the_dense_layer_s():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_operator_keeps_torch_s_rules():
     kernel = kernel_of(pruned())
-    arguments = (torch.randn(3, 36, requires_grad=True), *kernel.tensors().values(), 20, 36, 0)
-    torch.library.opcheck(t16.t16_linear, arguments)
+    torch.library.opcheck(
+        t16.t16_linear, (torch.randn(3, 36, requires_grad=True), *kernel.operands())
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -127,13 +128,13 @@ def test_compiled_and_exported_layers_give_the_eager_result():
 def test_tensors_that_belong_to_no_weight_are_checked_before_they_are_used():
     tensors = [t.clone() for t in kernel_of(pruned()).tensors().values()]
     x = torch.randn(2, 36)
-    good = t16.t16_linear(x, *tensors, 20, 36, 0)
+    good = t16.t16_linear(x, *tensors, None, 20, 36, 0, 36)
     torch.testing.assert_close(good, F.linear(x, pruned()))
     tensors[0][0, 0] = -1  # all 32 weights of a pair are kept, says the mask
     with pytest.raises(native.NativeError):
-        t16.t16_linear(x, *tensors, 20, 36, 0)
+        t16.t16_linear(x, *tensors, None, 20, 36, 0, 36)
     with pytest.raises(ValueError, match="shape"):
-        t16.t16_linear(x, *tensors, 40, 36, 0)
+        t16.t16_linear(x, *tensors, None, 40, 36, 0, 36)
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

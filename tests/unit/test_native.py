@@ -38,17 +38,22 @@ def bitmask_of(dense: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantised(
-    n: int, k: int, groups: int | None, sparsity: float, generator: torch.Generator
+    n: int,
+    k: int,
+    groups: int | None,
+    sparsity: float,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.int8,
 ) -> tuple[native.T16Weight, Tensor]:
-    """An int8 weight and its dense value in float64."""
-    q = (torch.randn(n, k, generator=generator) * 40).clamp(-128, 127).to(torch.int8)
+    """An int8 or int4 weight and its dense value in float64."""
+    top = 7 if dtype == native.INT4 else 127
+    q = (torch.randn(n, k, generator=generator) * top / 3).clamp(-top - 1, top).to(torch.int8)
     q[torch.rand(n, k, generator=generator) < sparsity] = 0
     size = groups or k
     scales = torch.rand(n, -(-k // size), generator=generator) * 0.1 + 0.01
     dense = q.double() * scales.double().repeat_interleave(size, 1)[:, :k]
-    if groups is None:
-        return native.pack_dense(q, scales[:, 0]), dense
-    return native.pack_dense(q, scales, groups), dense
+    packed = native.pack_dense(q, scales, size)
+    return native.narrow(packed) if dtype == native.INT4 else packed, dense
 
 
 def assert_close(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None) -> None:
@@ -70,7 +75,7 @@ def fits(path: str, m: int, dtype: torch.dtype, group: int | None = None) -> boo
     """What the AMX path takes; the others take everything."""
     if path != "amx":
         return True
-    if dtype == torch.int8:
+    if dtype in native.INTEGERS:
         return m >= 6 and (group is None or group % 32 == 0)
     return m >= 2 and dtype == torch.bfloat16
 
@@ -127,14 +132,17 @@ def test_linear_agrees_with_float64(path: str, value_dtype: torch.dtype, case: C
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", native.INTEGERS)
 @many
 @given(case=CASES, group=st.sampled_from([None, 2, 32, 64, 128, 256]))
-def test_int8_agrees_with_float64(path: str, case: Case, group: int | None) -> None:
+def test_codes_agree_with_float64(
+    path: str, dtype: torch.dtype, case: Case, group: int | None
+) -> None:
     g = case.generator()
-    weight, dense = quantised(case.n, case.k, group, case.sparsity, g)
+    weight, dense = quantised(case.n, case.k, group, case.sparsity, g, dtype)
     x, bias = case.inputs(g)
     grouped = group if group is not None and group < dense.shape[1] else None
-    if not fits(path, x.shape[0], torch.int8, grouped):
+    if not fits(path, x.shape[0], dtype, grouped):
         return
     assert_close(native.linear(x, weight, bias, path=path), x, dense, bias)
 
@@ -153,19 +161,22 @@ def test_large_products_agree_with_float64(path: str, m: int, x_dtype: torch.dty
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", native.INTEGERS)
 @pytest.mark.parametrize("group", [None, 128])
 @pytest.mark.parametrize("m", [2, 40, 1100])
-def test_large_int8_products_agree_with_float64(path: str, m: int, group: int | None) -> None:
-    if not fits(path, m, torch.int8, group) or (path == "scalar" and m > 40):
+def test_large_products_of_codes_agree_with_float64(
+    path: str, m: int, group: int | None, dtype: torch.dtype
+) -> None:
+    if not fits(path, m, dtype, group) or (path == "scalar" and m > 40):
         return  # not this path's, or slow
     g = torch.Generator().manual_seed(m)
-    weight, dense = quantised(345, 1333, group, 0.5, g)
+    weight, dense = quantised(345, 1333, group, 0.5, g, dtype)
     x = torch.randn(m, 1333, generator=g)
     assert_close(native.linear(x, weight, path=path), x, dense, None)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("value_dtype", [*FLOATS, torch.int8])
+@pytest.mark.parametrize("value_dtype", [*FLOATS, *native.INTEGERS])
 @pytest.mark.parametrize("x_dtype", FLOATS)
 @pytest.mark.parametrize("m", [1, 4, 40])
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), None])
@@ -175,8 +186,8 @@ def test_non_finite_inputs_come_out_as_of_linear(
     if not fits(path, m, value_dtype):
         return  # not this path's
     g = torch.Generator().manual_seed(5)
-    if value_dtype == torch.int8:
-        weight, dense = quantised(35, 67, None, 0.5, g)
+    if value_dtype in native.INTEGERS:
+        weight, dense = quantised(35, 67, None, 0.5, g, value_dtype)
     else:
         kept = sparse(35, 67, 0.5, g).to(value_dtype)
         weight, dense = native.pack_dense(kept), kept.double()
@@ -245,6 +256,46 @@ def test_packing_is_undone_by_unpacking_and_decoding(
     assert torch.equal(panel, dense[begin * 16 :].float())
 
 
+@many
+@given(
+    n=st.integers(1, 70),
+    k=st.integers(1, 300),
+    sparsity=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    group=st.sampled_from([None, 2, 64]),
+    seed=st.integers(0, 2**31),
+)
+def test_int4_takes_half_of_int8_and_holds_the_same(
+    n: int, k: int, sparsity: float, group: int | None, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randint(-8, 8, (n, k), generator=g).to(torch.int8)
+    q[torch.rand(n, k, generator=g) < sparsity] = 0
+    scales = torch.rand(n, -(-k // (group or k)), generator=g).bfloat16().float() + 1
+    wide = native.pack_dense(q, scales, group or k)
+    weight = native.narrow(wide)
+    assert weight.values.numel() - 64 == -(-wide.count // 2)
+    # Nibble i % 2 of byte i // 2, two's complement.
+    values = wide.values[: wide.count].view(torch.int8).tolist()
+    stored = weight.values.tolist()
+    assert [stored[i // 2] >> 4 * (i % 2) & 15 for i in range(wide.count)] == [
+        v % 16 for v in values
+    ]
+    for got, expected in zip(native.unpack(weight), native.unpack(wide), strict=True):
+        assert torch.equal(got, expected)
+    dense = q.float() * scales.repeat_interleave(group or k, 1)[:, :k]
+    for path in PATHS:
+        assert torch.equal(native.decode(weight, path=path), dense)
+
+
+@pytest.mark.parametrize("value", [8, -9, 127])
+def test_values_that_four_bits_do_not_hold_are_not_narrowed(value: int) -> None:
+    weight = native.pack_dense(torch.full((3, 5), value, dtype=torch.int8), torch.ones(3))
+    with pytest.raises(ValueError, match="-8 to 7"):
+        native.narrow(weight)
+    with pytest.raises(ValueError, match="only int8"):
+        native.narrow(native.pack_dense(torch.ones(3, 5)))
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_explicit_zeros_among_the_values_are_kept(path: str) -> None:
     bitmask, values = torch.full((3, 1), 0b111, dtype=torch.uint8), torch.ones(9)
@@ -299,11 +350,13 @@ def test_x_may_be_any_view() -> None:
 
 
 def test_a_copied_weight_is_a_weight_of_its_own() -> None:
-    weight = native.pack_dense(sparse(20, 30, 0.5, torch.Generator().manual_seed(2)))
+    g = torch.Generator().manual_seed(2)
     x = torch.randn(3, 30)
-    expected = native.linear(x, weight)
-    for other in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
-        assert torch.equal(native.linear(x, other), expected)
+    int4, _ = quantised(20, 30, 10, 0.5, g, native.INT4)
+    for weight in (native.pack_dense(sparse(20, 30, 0.5, g)), int4):
+        expected = native.linear(x, weight)
+        for other in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+            assert torch.equal(native.linear(x, other), expected)
 
 
 def tampered(**changes: Tensor) -> None:
@@ -353,6 +406,17 @@ def test_a_short_values_buffer_is_refused() -> None:
     weight = native.pack_dense(sparse(37, 301, 0.5, torch.Generator().manual_seed(4)))
     with pytest.raises(native.NativeError, match="too small"):
         tampered(values=weight.values[:-1].clone())
+
+
+def test_a_short_buffer_of_int4_values_is_refused() -> None:
+    weight, _ = quantised(37, 301, 64, 0.5, torch.Generator().manual_seed(4), native.INT4)
+    parts = weight.masks, weight.tile_base, weight.block_off
+    with pytest.raises(native.NativeError, match="too small"):
+        native.T16Weight(
+            weight.shape, native.INT4, *parts, weight.values[:-1].clone(), weight.scales, 64
+        )
+    with pytest.raises(ValueError, match="scales"):
+        native.T16Weight(weight.shape, native.INT4, *parts, weight.values)
 
 
 @pytest.mark.parametrize("name", ["masks", "tile_base", "block_off"])

@@ -9,46 +9,69 @@ from torch import Tensor
 
 from ..errors import ConfigError, FormatError
 from ..patterns import Pattern
-from .base import Accepted, Format, Rejected, TensorSpec
+from ..quantization import QuantizedWeight
+from .base import Accepted, Format, Layout, Packed, Rejected, TensorSpec
 from .bitmask import Bitmask
 from .dense import Dense
 from .nm import NMPacked
+from .quantized import Quantized
 
-# Of equally small formats the first is chosen.
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, NMPacked, Bitmask)}
+# Of equally small layouts the first is chosen.
+FORMATS: dict[str, type[Layout]] = {cls.name: cls for cls in (Dense, NMPacked, Bitmask)}
 
 __all__ = [
     "FORMATS",
     "Accepted",
     "Dense",
     "Format",
+    "Layout",
+    "Quantized",
     "Rejected",
     "TensorSpec",
     "check_format_name",
     "choose_format",
     "format_from_spec",
+    "pack_weight",
 ]
 
 
-def choose_format(weight: Tensor, pattern: Pattern, requested: str) -> Format:
+def choose_format(
+    weight: Tensor, pattern: Pattern, requested: str, quantized: QuantizedWeight | None = None
+) -> Format:
     """The format for one pruned weight: the requested one, or for "auto" the smallest that fits.
 
     Args:
         weight: pruned weight, shape (out, in).
         pattern: what it was pruned to.
         requested: a name in `FORMATS`, or "auto".
+        quantized: the weight's codes; the format then holds them, in the layout that was
+            requested or is the smallest. None: the weight's own values.
 
     Raises:
         ConfigError: the requested format does not exist or can't hold this weight.
     """
+    held, bits = weight, None
+    if quantized is not None:
+        held, bits = quantized.codes, quantized.scales.grid.bits
     if requested == "auto":
-        verdicts = [cls.fits(weight, pattern) for cls in FORMATS.values()]
+        verdicts = [cls.fits(held, pattern, bits) for cls in FORMATS.values()]
         accepted = [verdict for verdict in verdicts if isinstance(verdict, Accepted)]
-        return min(accepted, key=lambda verdict: verdict.bytes).format
-    verdict = FORMATS[check_format_name(requested)].fits(weight, pattern)
-    if isinstance(verdict, Rejected):
-        raise ConfigError(f"format={requested!r} can't hold this weight: {verdict.reason}")
-    return verdict.format
+        layout = min(accepted, key=lambda verdict: verdict.bytes).format
+    else:
+        verdict = FORMATS[check_format_name(requested)].fits(held, pattern, bits)
+        if isinstance(verdict, Rejected):
+            raise ConfigError(f"format={requested!r} can't hold this weight: {verdict.reason}")
+        layout = verdict.format
+    return layout if quantized is None else Quantized(quantized.scales.grid, layout)
+
+
+def pack_weight(fmt: Format, weight: Tensor, quantized: QuantizedWeight | None = None) -> Packed:
+    """Pack what `choose_format` has chosen a format for."""
+    if isinstance(fmt, Quantized):
+        assert quantized is not None, "a quantised format packs codes"
+        return fmt.pack(quantized)
+    assert isinstance(fmt, Layout)
+    return fmt.pack(weight)
 
 
 def check_format_name(name: object) -> str:
@@ -68,9 +91,18 @@ def format_from_spec(spec: Mapping[str, Any]) -> Format:
     """
     parameters = dict(spec)
     name = parameters.pop("format", None)
+    if name == Quantized.name:
+        return Quantized.from_parameters(parameters, _layout(parameters.pop("layout", None)))
+    return _layout(spec)
+
+
+def _layout(spec: object) -> Layout:
+    parameters = dict(spec) if isinstance(spec, Mapping) else {}
+    name = parameters.pop("format", None)
     if not isinstance(name, str) or name not in FORMATS:
+        known = ", ".join([*FORMATS, Quantized.name])
         raise FormatError(
-            f"storage format {name!r} is not known (known: {', '.join(FORMATS)}); "
+            f"storage format {name!r} is not known (known: {known}); "
             "a newer hf_sparse may have written this file"
         )
     return FORMATS[name].from_parameters(parameters)

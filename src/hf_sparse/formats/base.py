@@ -2,6 +2,9 @@
 
 The tensor under the key "weight" holds the values; companions are called "weight_...". All
 functions leave their inputs alone and work on meta tensors where values don't matter.
+
+A `Layout` says where the kept values are and keeps them as they are, floating-point numbers or
+codes. A `Format` is what a file holds: a layout, or codes of a grid in a layout.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..errors import FormatError
@@ -23,15 +26,15 @@ Packed = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Accepted:
-    """The format can hold the weight; `bytes` is what the packed tensors take."""
+    """The layout can hold the weight; `bytes` is what the packed tensors take."""
 
-    format: Format
+    format: Layout
     bytes: int
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """The format can't hold the weight, and why."""
+    """The layout can't hold the weight, and why."""
 
     reason: str
 
@@ -62,31 +65,22 @@ class TensorSpec:
 
 
 class Format(ABC):
-    """One storage layout. Instances are frozen values and carry the layout's parameters only."""
+    """How a file holds one weight. Instances are frozen values and carry parameters only."""
 
     name: ClassVar[str]
 
-    @classmethod
-    @abstractmethod
-    def fits(cls, weight: Float[Tensor, "out in"], pattern: Pattern) -> Accepted | Rejected:
-        """Can this layout hold the weight, with which parameters and how many bytes?"""
-
-    @classmethod
-    @abstractmethod
-    def from_parameters(cls, parameters: Mapping[str, Any]) -> Format:
-        """Rebuild from `parameters()`; raises FormatError on anything unexpected."""
+    @property
+    def label(self) -> str:
+        """What reports and tables call it."""
+        return self.name
 
     @abstractmethod
     def parameters(self) -> dict[str, Any]:
-        """The layout's parameters as JSON values; {} if it has none."""
+        """The format's parameters as JSON values; {} if it has none."""
 
     @abstractmethod
     def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """The packed tensors of an (out, in) weight, by local key."""
-
-    @abstractmethod
-    def pack(self, weight: Float[Tensor, "out in"]) -> Packed:
-        """Dense weight to packed tensors; lossless but for the sign of zeros."""
 
     @abstractmethod
     def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
@@ -103,6 +97,44 @@ class Format(ABC):
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> Float[Tensor, "out in"]:
         """Packed tensors to the dense weight in `dtype`."""
+
+
+class Layout(Format):
+    """Where the kept values are. The values may be of any dtype; what is 0 is not kept."""
+
+    @classmethod
+    @abstractmethod
+    def fits(
+        cls, weight: Shaped[Tensor, "out in"], pattern: Pattern, value_bits: int | None = None
+    ) -> Accepted | Rejected:
+        """Can this layout hold the weight, with which parameters and how many bytes?
+
+        `value_bits` is what a kept value takes; None for the weight's own dtype.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> Layout:
+        """Rebuild from `parameters()`; raises FormatError on anything unexpected."""
+
+    @abstractmethod
+    def count(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> int:
+        """How many values the companions call for."""
+
+    @abstractmethod
+    def pack(self, weight: Shaped[Tensor, "out in"]) -> Packed:
+        """Dense weight to packed tensors; lossless but for the sign of zeros."""
+
+    @abstractmethod
+    def unpack(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Shaped[Tensor, "out in"]:
+        """Packed tensors to the dense weight in `dtype`. Values beyond the last are left over."""
+
+
+def stored_bytes(values: int, weight: Tensor, value_bits: int | None) -> int:
+    """Bytes of so many values, of `value_bits` each or in the weight's dtype."""
+    return -(-values * (value_bits or 8 * weight.element_size()) // 8)
 
 
 def check_packed(fmt: Format, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:

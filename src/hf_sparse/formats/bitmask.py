@@ -14,26 +14,29 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from ..errors import FormatError
 from ..patterns import Pattern
-from .base import Accepted, Format, Packed, Rejected, TensorSpec
+from .base import Accepted, Layout, Packed, Rejected, TensorSpec, stored_bytes
 from .bits import count_ones, pack_bits, padding_is_zero, unpack_bits
 
 
 @dataclass(frozen=True)
-class Bitmask(Format):
+class Bitmask(Layout):
     """Mask plus values; see the module's text for the layout."""
 
     name: ClassVar[str] = "bitmask"
 
     @classmethod
-    def fits(cls, weight: Float[Tensor, "out in"], pattern: Pattern) -> Accepted | Rejected:
+    def fits(
+        cls, weight: Shaped[Tensor, "out in"], pattern: Pattern, value_bits: int | None = None
+    ) -> Accepted | Rejected:
         rows, columns = weight.shape
         kept = int(torch.count_nonzero(weight))
-        return Accepted(cls(), kept * weight.element_size() + rows * -(-columns // 8))
+        values = stored_bytes(kept, weight, value_bits)
+        return Accepted(cls(), values + rows * -(-columns // 8))
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> Bitmask:
@@ -51,7 +54,10 @@ class Bitmask(Format):
             "weight_bitmask": TensorSpec((rows, -(-columns // 8)), torch.uint8),
         }
 
-    def pack(self, weight: Float[Tensor, "out in"]) -> Packed:
+    def count(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> int:
+        return count_ones(tensors["weight_bitmask"])
+
+    def pack(self, weight: Shaped[Tensor, "out in"]) -> Packed:
         mask = weight != 0
         return {"weight": weight[mask], "weight_bitmask": pack_bits(mask)}
 
@@ -59,7 +65,7 @@ class Bitmask(Format):
         bitmask, values = tensors["weight_bitmask"], tensors["weight"]
         if not padding_is_zero(bitmask, shape[1]):
             raise FormatError(f"weight_bitmask has bits set behind column {shape[1]}")
-        kept = count_ones(bitmask)
+        kept = self.count(tensors, shape)
         if kept != values.numel():
             raise FormatError(
                 f"weight_bitmask marks {kept} kept weights, but weight holds {values.numel()}"
@@ -67,7 +73,7 @@ class Bitmask(Format):
 
     def unpack(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> Float[Tensor, "out in"]:
+    ) -> Shaped[Tensor, "out in"]:
         mask = unpack_bits(tensors["weight_bitmask"], shape[1])
         values = tensors["weight"].to(dtype)
         return torch.zeros(shape, dtype=dtype, device=mask.device).masked_scatter(mask, values)

@@ -1,4 +1,7 @@
-"""Bit strings in uint8 tensors: bit i of a row is bit i % 8 of byte i // 8, bit 0 the lowest."""
+"""Bit strings in uint8 tensors: bit i of a row is bit i % 8 of byte i // 8, bit 0 the lowest.
+
+A stream of b-bit numbers is one row: number i takes the bits from b i on, its lowest bit first.
+"""
 
 from __future__ import annotations
 
@@ -34,3 +37,22 @@ def padding_is_zero(packed: UInt8[Tensor, "rows bytes"], n: int) -> bool:
     if n % 8 == 0 or packed.numel() == 0:
         return True
     return not bool((packed[:, -1] >> (n % 8)).any())
+
+
+def pack_numbers(numbers: UInt8[Tensor, " n"], bits: int) -> UInt8[Tensor, " bytes"]:
+    """Numbers below 2^bits to ceil(n bits / 8) bytes."""
+    if bits == 8:
+        return numbers.clone()
+    shifts = torch.arange(bits, dtype=torch.uint8, device=numbers.device)
+    string = (numbers.unsqueeze(-1) >> shifts) & 1
+    return pack_bits(string.to(torch.bool).view(1, -1)).view(-1)
+
+
+def unpack_numbers(packed: UInt8[Tensor, " bytes"], bits: int) -> UInt8[Tensor, " n"]:
+    """As many numbers as the bytes have room for; those of the padding are 0."""
+    if bits == 8:
+        return packed.clone()
+    n = packed.numel() * 8 // bits
+    string = unpack_bits(packed.view(1, -1), n * bits).view(n, bits).to(torch.uint8)
+    shifts = torch.arange(bits, dtype=torch.uint8, device=packed.device)
+    return (string << shifts).sum(dim=1, dtype=torch.uint8)

@@ -10,23 +10,25 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from ..errors import FormatError
 from ..patterns import Pattern
-from .base import Accepted, Format, Packed, Rejected, TensorSpec
+from .base import Accepted, Layout, Packed, Rejected, TensorSpec, stored_bytes
 
 
 @dataclass(frozen=True)
-class Dense(Format):
+class Dense(Layout):
     """Nothing is packed. A layer in this format stays the module that it was."""
 
     name: ClassVar[str] = "dense"
 
     @classmethod
-    def fits(cls, weight: Float[Tensor, "out in"], pattern: Pattern) -> Accepted | Rejected:
-        return Accepted(cls(), weight.numel() * weight.element_size())
+    def fits(
+        cls, weight: Shaped[Tensor, "out in"], pattern: Pattern, value_bits: int | None = None
+    ) -> Accepted | Rejected:
+        return Accepted(cls(), stored_bytes(weight.numel(), weight, value_bits))
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> Dense:
@@ -40,7 +42,10 @@ class Dense(Format):
     def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         return {"weight": TensorSpec(shape, None)}
 
-    def pack(self, weight: Float[Tensor, "out in"]) -> Packed:
+    def count(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> int:
+        return shape[0] * shape[1]
+
+    def pack(self, weight: Shaped[Tensor, "out in"]) -> Packed:
         return {"weight": weight.clone(memory_format=torch.contiguous_format)}
 
     def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
@@ -48,5 +53,5 @@ class Dense(Format):
 
     def unpack(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> Float[Tensor, "out in"]:
+    ) -> Shaped[Tensor, "out in"]:
         return tensors["weight"].to(dtype, copy=True)

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from ..errors import FormatError
 from ..patterns import NM, Pattern
-from .base import Accepted, Format, Packed, Rejected, TensorSpec
+from .base import Accepted, Layout, Packed, Rejected, TensorSpec, stored_bytes
 from .bits import pack_bits, padding_is_zero, unpack_bits
 
 # C(32, 16) < 2^31: ranks and the binomials they are made of stay far inside int64.
@@ -36,7 +36,7 @@ BLOCK_WEIGHTS = 1 << 18
 
 
 @dataclass(frozen=True)
-class NMPacked(Format):
+class NMPacked(Layout):
     """n kept of m; see the module's text for the layout."""
 
     n: int
@@ -44,7 +44,9 @@ class NMPacked(Format):
     name: ClassVar[str] = "n:m"
 
     @classmethod
-    def fits(cls, weight: Float[Tensor, "out in"], pattern: Pattern) -> Accepted | Rejected:
+    def fits(
+        cls, weight: Shaped[Tensor, "out in"], pattern: Pattern, value_bits: int | None = None
+    ) -> Accepted | Rejected:
         """The smallest layout whose groups hold all non-zeros, m the pattern's or a usual one."""
         sizes = (pattern.m,) if isinstance(pattern, NM) else DETECTED_M
         if sizes[0] > LARGEST_M:
@@ -55,8 +57,9 @@ class NMPacked(Format):
                 f"no group size of {', '.join(map(str, sizes))} has zeros in every group: "
                 "prune with pattern='n:m', or use format='bitmask'"
             )
-        best = min(layouts, key=lambda layout: layout._bytes(weight))
-        return Accepted(best, best._bytes(weight))
+        sizes_of = {layout: layout._bytes(weight, value_bits) for layout in layouts}
+        best = min(layouts, key=sizes_of.__getitem__)
+        return Accepted(best, sizes_of[best])
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> NMPacked:
@@ -80,7 +83,10 @@ class NMPacked(Format):
             "weight_indices": TensorSpec((rows, indices), torch.uint8),
         }
 
-    def pack(self, weight: Float[Tensor, "out in"]) -> Packed:
+    def count(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> int:
+        return shape[0] * self._row_sizes(shape[1])[0]
+
+    def pack(self, weight: Shaped[Tensor, "out in"]) -> Packed:
         rows = weight.shape[0]
         values, ranks = [], []
         for group, kept in self._groups(weight):
@@ -112,7 +118,7 @@ class NMPacked(Format):
 
     def unpack(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> Float[Tensor, "out in"]:
+    ) -> Shaped[Tensor, "out in"]:
         values, indices = tensors["weight"], tensors["weight_indices"]
         dense = torch.zeros(shape, dtype=dtype, device=values.device)
         for rows in _row_blocks(shape, values.device):
@@ -123,9 +129,10 @@ class NMPacked(Format):
     def _index_bits(self) -> int:
         return (math.comb(self.m, self.n) - 1).bit_length()
 
-    def _bytes(self, weight: Tensor) -> int:
+    def _bytes(self, weight: Tensor, value_bits: int | None) -> int:
+        rows = weight.shape[0]
         kept, indices = self._row_sizes(weight.shape[1])
-        return weight.shape[0] * (kept * weight.element_size() + indices)
+        return stored_bytes(rows * kept, weight, value_bits) + rows * indices
 
     def _row_sizes(self, columns: int) -> tuple[int, int]:
         """Values and index bytes of a row."""

@@ -37,6 +37,7 @@ class Stored:
 
     @property
     def values_dtype(self) -> torch.dtype:
+        """Of floating-point values, or uint8 for codes."""
         return self.tensors["weight"].dtype
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..formats import Format
+from ..formats import Format, Quantized, pack_weight
 from ..formats.base import Packed
 from .base import Considered, Kernel, Stored, Verdict
 
@@ -19,8 +19,10 @@ class DenseKernel(Kernel):
 
     name: ClassVar[str] = "dense"
 
-    def __init__(self, weight: Float[Tensor, "out in"]) -> None:
+    def __init__(self, weight: Float[Tensor, "out in"], stored: Packed | None = None) -> None:
         self._weight = weight
+        # Codes can't be found again in the weight once it is rounded to its dtype.
+        self._stored = stored
 
     @classmethod
     def consider(cls, stored: Stored) -> Considered:
@@ -29,18 +31,23 @@ class DenseKernel(Kernel):
             return Considered(Verdict(cls.name, False, reason))
         reason = "decoded once: the saving is on disk only"
         weight = stored.dense(stored.dtype)
-        return Considered(Verdict(cls.name, True, reason, 1.0), cls(weight))
+        packed = dict(stored.tensors) if isinstance(stored.format, Quantized) else None
+        return Considered(Verdict(cls.name, True, reason, 1.0), cls(weight, packed))
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"dense": self._weight}
+        stored = {f"stored_{key}": tensor for key, tensor in (self._stored or {}).items()}
+        return {"dense": self._weight, **stored}
 
     def linear(
         self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "*batch out"]:
-        return F.linear(x, self._weight.to(x.dtype), bias)
+        own_bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, self._weight.to(x.dtype), own_bias)
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         return self._weight.to(dtype, copy=True)
 
     def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
-        return fmt.pack(self._weight.to(dtype))
+        if self._stored is not None:
+            return dict(self._stored)
+        return pack_weight(fmt, self._weight.to(dtype))

@@ -24,14 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ROWS = 16  # outputs of a tile
 BLOCK_COLUMNS = 256  # columns between two entries of block_off
 VALUE_PADDING = 64  # bytes that the decoders may read beyond the last value
 MAX_DIM = 1 << 27
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # its name: torch computes nothing in it
+INTEGERS = (torch.int8, INT4)  # with scales
+_DTYPES = {dtype: number for number, dtype in enumerate((*FLOATS, *INTEGERS))}
+_PACKED = (*FLOATS, torch.int8)  # what can be packed; int4 is `narrow`'s
 
 
 class NativeUnavailableError(RuntimeError):
@@ -217,8 +220,8 @@ class T16Weight:
 
     masks: int32[tiles, pairs], bit 2 r + c for row r and column c of a pair
     tile_base: int64[tiles + 1]; block_off: int32[tiles, ceil(K / 256)]
-    values: uint8[count * item size + 64], the kept values of `dtype`
-    scales: fp32[tiles, groups, 16] for int8, else None; `group_size` columns share one
+    values: uint8[count * item size + 64], the kept values of `dtype`; of int4, two to a byte
+    scales: fp32[tiles, groups, 16] for int8 and int4, else None; `group_size` columns share one
 
     The tensors must not be written to afterwards.
     """
@@ -249,7 +252,7 @@ class T16Weight:
             tensor = getattr(self, name)
             _check(tensor, name, (dtype,))
             _check_shape(tensor, name, shape)
-        if (self.scales is None) != (self.dtype != torch.int8):
+        if (self.scales is None) != (self.dtype not in INTEGERS):
             raise ValueError(f"{self.dtype} values and scales {self.scales is not None}")
         if self.scales is not None:
             if self.group_size < 1 or (self.group_size < k and self.group_size % 2):
@@ -301,7 +304,7 @@ class T16Weight:
 
 def tile_scales(scales: Tensor, n: int) -> Tensor:
     """Scales [N] or [N, groups] in the order of the kernels, fp32[tiles, groups, 16]."""
-    _check(scales, "scales", _FLOATS)
+    _check(scales, "scales", FLOATS)
     if scales.dim() not in (1, 2) or scales.shape[0] != n:
         raise ValueError(f"scales have shape {tuple(scales.shape)}, expected ({n},) or ({n}, G)")
     columns = scales.float().reshape(n, -1)
@@ -359,7 +362,7 @@ def pack(
     _check_dims(n, k)
     _check(bitmask, "bitmask", (torch.uint8,))
     _check_shape(bitmask, "bitmask", (n, -(-k // 8)))
-    _check(values, "values", tuple(_DTYPES))
+    _check(values, "values", _PACKED)
     _check_shape(values, "values", (values.numel(),))
     count = values.numel()
     return _pack(
@@ -379,7 +382,7 @@ def pack_dense(
     dense: Tensor, scales: Tensor | None = None, group_size: int | None = None
 ) -> T16Weight:
     """Packs what isn't zero of dense[N, K]."""
-    _check(dense, "dense", tuple(_DTYPES))
+    _check(dense, "dense", _PACKED)
     if dense.dim() != 2:
         raise ValueError(f"dense has {dense.dim()} dimensions, expected 2")
     n, k = dense.shape
@@ -400,8 +403,51 @@ def pack_dense(
     )
 
 
+def narrow(weight: T16Weight) -> T16Weight:
+    """An int8 weight with values in -8..7 as int4: value i is nibble i % 2 of byte i // 2.
+
+    Raises:
+        ValueError: a value is out of range, or the weight isn't int8.
+    """
+    if weight.dtype != torch.int8:
+        raise ValueError(f"only int8 values can be narrowed, not {weight.dtype}")
+    values = weight.values[: weight.count].view(torch.int8)
+    if weight.count and not bool(((values >= -8) & (values <= 7)).all()):
+        raise ValueError("int4 values are -8 to 7, these aren't")
+    size = -(-weight.count // 2)
+    nibbles = torch.zeros(2 * size, dtype=torch.uint8)
+    nibbles[: weight.count] = weight.values[: weight.count] & 15
+    packed = torch.zeros(size + VALUE_PADDING, dtype=torch.uint8)
+    packed[:size] = nibbles[::2] | nibbles[1::2] << 4
+    return _with_values(weight, INT4, packed)
+
+
+def _widen(weight: T16Weight) -> T16Weight:
+    """`narrow` undone."""
+    bytes_ = weight.values[: -(-weight.count // 2)].view(torch.int8)
+    nibbles = torch.stack([bytes_ << 4 >> 4, bytes_ >> 4], dim=1).flatten()
+    values = torch.zeros(weight.count + VALUE_PADDING, dtype=torch.int8)
+    values[: weight.count] = nibbles[: weight.count]
+    return _with_values(weight, torch.int8, values.view(torch.uint8))
+
+
+def _with_values(weight: T16Weight, dtype: torch.dtype, values: Tensor) -> T16Weight:
+    return T16Weight(
+        weight.shape,
+        dtype,
+        weight.masks,
+        weight.tile_base,
+        weight.block_off,
+        values,
+        weight.scales,
+        weight.group_size,
+    )
+
+
 def unpack(weight: T16Weight) -> tuple[Tensor, Tensor]:
-    """The bitmask and the values that `pack` was given."""
+    """The bitmask and the values that `pack` was given; of an int4 weight those in int8."""
+    if weight.dtype == INT4:
+        weight = _widen(weight)
     n, k = weight.shape
     bitmask = torch.empty(n, -(-k // 8), dtype=torch.uint8)
     values = torch.empty(weight.count, dtype=weight.dtype)
@@ -420,16 +466,16 @@ def decode(
 ) -> Tensor:
     """The dense rows of tiles [begin, end), all of them by default, in fp32, bf16 or fp16.
 
-    Scales are applied. The dtype is the values' own, or fp32 for int8.
+    Scales are applied. The dtype is the values' own, or fp32 for int8 and int4.
     """
     n, k = weight.shape
     begin, end = tiles if tiles is not None else (0, -(-n // ROWS))
     if not 0 <= begin <= end <= -(-n // ROWS):
         raise ValueError(f"tiles {begin} to {end} of a weight that has {-(-n // ROWS)}")
     if dtype is None:
-        dtype = torch.float32 if weight.dtype == torch.int8 else weight.dtype
-    if dtype not in _FLOATS:
-        raise TypeError(f"a panel can be {_FLOATS}, not {dtype}")
+        dtype = torch.float32 if weight.dtype in INTEGERS else weight.dtype
+    if dtype not in FLOATS:
+        raise TypeError(f"a panel can be {FLOATS}, not {dtype}")
     out = torch.empty(max(min(n, end * ROWS) - begin * ROWS, 0), k, dtype=dtype)
     code = library().t16_decode_panel(
         weight._address, _path_number(path), begin, end, out.data_ptr(), _DTYPES[dtype], k,
@@ -448,11 +494,11 @@ def linear(
     instruction set, by default the best one. The result doesn't depend on the number of threads.
     """
     n, k = weight.shape
-    _check(x, "x", _FLOATS)
+    _check(x, "x", FLOATS)
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {k})")
     if bias is not None:
-        _check(bias, "bias", _FLOATS)
+        _check(bias, "bias", FLOATS)
         _check_shape(bias, "bias", (n,))
     m = math.prod(x.shape[:-1])
     rows = x if x.dim() == 2 else x.reshape(m, k)

@@ -46,7 +46,7 @@ def over_dense(weight: native.T16Weight, dtype: torch.dtype) -> float | None:
 
 
 def _measure(weight: native.T16Weight, dtype: torch.dtype) -> float:
-    dense = native.decode(weight, weight.dtype).to(dtype)
+    dense = native.decode(weight).to(dtype)
     x = torch.randn(1, weight.shape[1]).to(dtype)
     copies = max(2, min(16, -(-COLD_BYTES // (dense.numel() * dense.element_size()))))
     weights = [weight, *(_copy(weight) for _ in range(copies - 1))]
@@ -74,19 +74,22 @@ def _copy(weight: native.T16Weight) -> native.T16Weight:
         weight.tile_base.clone(),
         weight.block_off.clone(),
         weight.values.clone(),
+        weight.scales,
+        weight.group_size,
     )
 
 
 def _key(weight: native.T16Weight, dtype: torch.dtype) -> str:
     rows, columns = weight.shape
     sparsity = round(20 * (1 - weight.count / (rows * columns))) * 5
+    group = weight.group_size if weight.scales is not None else 0
     parts = (
         processor(),
         f"{torch.get_num_threads()} threads",
         f"torch {torch.__version__}",
         f"{list(native.paths())[-1]} {native.ABI_VERSION}",
         f"{rows}x{columns}",
-        f"{weight.dtype} values",
+        f"{weight.dtype} values" + (f" in groups of {group}" if group else ""),
         f"{dtype}",
         f"{sparsity} %",
     )

@@ -21,32 +21,36 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..formats import Format
+from ..formats import Format, Quantized, pack_weight
 from ..formats.base import Packed
 from ..formats.bitmask import Bitmask
 from ..logging import get_logger
+from ..quantization import Grid, QuantizedWeight, Scales
 from . import native, speed
 from .base import Considered, Kernel, Stored, Verdict
 
 logger = get_logger(__name__)
 
-_VALUES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16}
+# The numbers of `csrc/t16.h`.
+_VALUES = dict(enumerate((*native.FLOATS, *native.INTEGERS)))
 _NUMBERS = {dtype: number for number, dtype in _VALUES.items()}
 
 _alive: weakref.WeakValueDictionary[int, native.T16Weight] = weakref.WeakValueDictionary()
 
 
 class T16Kernel(Kernel):
-    """Sparse products on the CPU for values in fp32, bf16 and fp16."""
+    """Sparse products on the CPU for values in fp32, bf16 and fp16, and codes of up to 8 bits."""
 
     name: ClassVar[str] = "t16"
 
-    def __init__(self, weight: native.T16Weight) -> None:
+    def __init__(self, weight: native.T16Weight, zeros: Tensor | None = None) -> None:
         self._weight = weight
+        # Zero points, which the file needs and the product doesn't: codes are q - z.
+        self._zeros = zeros
         _alive[weight.masks.data_ptr()] = weight
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_weight"])  # type: ignore[misc]
+        self.__init__(state["_weight"], state["_zeros"])  # type: ignore[misc]
 
     @classmethod
     def consider(cls, stored: Stored) -> Considered:
@@ -55,7 +59,14 @@ class T16Kernel(Kernel):
             if not native.available():
                 _warn_once(reason)
             return Considered(Verdict(cls.name, False, reason))
-        if isinstance(stored.format, Bitmask):
+        if isinstance(stored.format, Quantized):
+            codes = stored.format.quantized(stored.tensors, stored.shape)
+            low, high = (int(code) for code in codes.codes.aminmax())
+            if low < -128 or high > 127:
+                reason = f"takes codes of 8 bits with sign, these are {low} to {high}"
+                return Considered(Verdict(cls.name, False, reason))
+            weight = _pack_codes(codes, narrow=low >= -8 and high <= 7)
+        elif isinstance(stored.format, Bitmask):
             tensors = stored.tensors
             mask, values = tensors["weight_bitmask"].contiguous(), tensors["weight"].contiguous()
             weight = native.pack(mask, values, stored.shape)
@@ -68,13 +79,17 @@ class T16Kernel(Kernel):
         measured = "not measured" if speedup is None else f"measured {speedup:.2f} x dense"
         best = list(native.paths())[-1]
         verdict = Verdict(cls.name, True, f"{best}, {measured} at one token", speedup)
-        return Considered(verdict, cls(weight))
+        return Considered(verdict, cls(weight, stored.tensors.get("weight_zeros")))
 
     @staticmethod
     def _obstacle(stored: Stored) -> str | None:
         if stored.device.type != "cpu":
             return f"runs on CPUs, the weight is on {stored.device}"
-        if stored.values_dtype not in _NUMBERS:
+        if isinstance(stored.format, Quantized):
+            size = stored.format.grid.width(stored.shape[1])
+            if size < stored.shape[1] and size % 2:
+                return f"takes groups of an even number of columns, these have {size}"
+        elif stored.values_dtype not in native.FLOATS:
             return f"has no kernel for values in {stored.values_dtype}"
         if max(stored.shape) > native.MAX_DIM:
             return f"takes at most {native.MAX_DIM} rows and columns"
@@ -82,12 +97,21 @@ class T16Kernel(Kernel):
 
     def tensors(self) -> dict[str, Tensor]:
         weight = self._weight
-        return {
+        tensors = {
             "t16_masks": weight.masks,
             "t16_tile_base": weight.tile_base,
             "t16_block_off": weight.block_off,
             "t16_values": weight.values,
+            "t16_scales": weight.scales,
+            "t16_zeros": self._zeros,
         }
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def operands(self) -> tuple[Any, ...]:
+        """The weight as the operator `hf_sparse::t16_linear` takes it, behind x."""
+        weight = self._weight
+        tensors = weight.masks, weight.tile_base, weight.block_off, weight.values, weight.scales
+        return *tensors, *weight.shape, _NUMBERS[weight.dtype], weight.group_size
 
     def linear(
         self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
@@ -96,20 +120,41 @@ class T16Kernel(Kernel):
         grad = torch.is_grad_enabled() and (
             x.requires_grad or (bias is not None and bias.requires_grad)
         )
-        if not compiling and not grad and x.dtype in _NUMBERS:
+        if not compiling and not grad and x.dtype in native.FLOATS:
             return native.linear(x, self._weight, bias)
-        weight = self._weight
-        y: Tensor = t16_linear(x, *self.tensors().values(), *weight.shape, _NUMBERS[weight.dtype])
+        y: Tensor = t16_linear(x, *self.operands())
         return y if bias is None else y + bias.to(y.dtype)
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         return _decode(self._weight, dtype)
 
     def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
+        if isinstance(fmt, Quantized):
+            return fmt.pack(self._codes(fmt.grid))
         if isinstance(fmt, Bitmask):
             bitmask, values = native.unpack(self._weight)
             return {"weight": values.to(dtype), "weight_bitmask": bitmask}
-        return fmt.pack(self.weight(dtype))
+        return pack_weight(fmt, self.weight(dtype))
+
+    def _codes(self, grid: Grid) -> QuantizedWeight:
+        """The codes and scales that the weight was made of."""
+        weight = self._weight
+        assert weight.scales is not None
+        rows = weight.shape[0]
+        bitmask, values = native.unpack(weight)
+        packed = {"weight": values, "weight_bitmask": bitmask}
+        codes = Bitmask().unpack(packed, weight.shape, torch.int16)
+        scale = weight.scales.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
+        zero = None if self._zeros is None else self._zeros.to(torch.int16)
+        return QuantizedWeight(codes, Scales(grid, scale, zero))
+
+
+def _pack_codes(weight: QuantizedWeight, narrow: bool) -> native.T16Weight:
+    """Codes of at most 8 bits, or 4 if `narrow`, in the kernels' layout."""
+    codes, scales = weight.codes.to(torch.int8), weight.scales
+    size = scales.grid.width(codes.shape[1])
+    packed = native.pack_dense(codes, scales.scale, size)
+    return native.narrow(packed) if narrow else packed
 
 
 @functools.cache
@@ -118,7 +163,7 @@ def _warn_once(reason: str) -> None:
 
 
 def _decode(weight: native.T16Weight, dtype: torch.dtype) -> Tensor:
-    if dtype in _NUMBERS:
+    if dtype in native.FLOATS:
         return native.decode(weight, dtype)
     return native.decode(weight, torch.float32).to(dtype)
 
@@ -128,23 +173,29 @@ def _find(
     tile_base: Tensor,
     block_off: Tensor,
     values: Tensor,
+    scales: Tensor | None,
     out_features: int,
     in_features: int,
     values_dtype: int,
+    group_size: int,
 ) -> native.T16Weight:
+    shape, dtype = (out_features, in_features), _VALUES[values_dtype]
     known = _alive.get(masks.data_ptr())
-    found = (masks, tile_base, block_off, values)
-    if known is not None and known.shape == (out_features, in_features):
-        own = (known.masks, known.tile_base, known.block_off, known.values)
-        if all(a.data_ptr() == b.data_ptr() for a, b in zip(own, found, strict=True)):
+    found = (masks, tile_base, block_off, values, scales)
+    if known is not None and known.group_size == group_size and known.dtype == dtype:
+        own = (known.masks, known.tile_base, known.block_off, known.values, known.scales)
+        if known.shape == shape and _addresses(own) == _addresses(found):
             return known
-    shape = (out_features, in_features)
-    return native.T16Weight(shape, _VALUES[values_dtype], masks, tile_base, block_off, values)
+    return native.T16Weight(shape, dtype, *found, group_size)
+
+
+def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 _SCHEMA = (
     "(Tensor x, Tensor masks, Tensor tile_base, Tensor block_off, Tensor values, "
-    "int out_features, int in_features, int values_dtype) -> Tensor"
+    "Tensor? scales, int out_features, int in_features, int values_dtype, int group_size) -> Tensor"
 )
 
 
@@ -155,17 +206,21 @@ def t16_linear(
     tile_base: Tensor,
     block_off: Tensor,
     values: Tensor,
+    scales: Tensor | None,
     out_features: int,
     in_features: int,
     values_dtype: int,
+    group_size: int,
 ) -> Tensor:
     """x W' for a T16 weight of shape (out_features, in_features), in x's dtype.
 
-    `values_dtype` numbers the dtype of the values: 0 fp32, 1 bf16, 2 fp16. fp64 x is multiplied
-    with the decoded weight, for gradcheck.
+    `values_dtype` numbers the dtype of the values: 0 fp32, 1 bf16, 2 fp16, 3 int8, 4 int4; the
+    last two have scales, shared by `group_size` columns. fp64 x is multiplied with the decoded
+    weight, for gradcheck.
     """
-    weight = _find(masks, tile_base, block_off, values, out_features, in_features, values_dtype)
-    if x.dtype in _NUMBERS:
+    found = (masks, tile_base, block_off, values, scales)
+    weight = _find(*found, out_features, in_features, values_dtype, group_size)
+    if x.dtype in native.FLOATS:
         return native.linear(x, weight)
     return F.linear(x, _decode(weight, x.dtype))
 
@@ -177,9 +232,11 @@ def _(
     tile_base: Tensor,
     block_off: Tensor,
     values: Tensor,
+    scales: Tensor | None,
     out_features: int,
     in_features: int,
     values_dtype: int,
+    group_size: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -191,12 +248,15 @@ def t16_linear_grad(
     tile_base: Tensor,
     block_off: Tensor,
     values: Tensor,
+    scales: Tensor | None,
     out_features: int,
     in_features: int,
     values_dtype: int,
+    group_size: int,
 ) -> Tensor:
     """x W for x (..., out): takes the gradient of x W' back to its x. Decodes W for the call."""
-    weight = _find(masks, tile_base, block_off, values, out_features, in_features, values_dtype)
+    found = (masks, tile_base, block_off, values, scales)
+    weight = _find(*found, out_features, in_features, values_dtype, group_size)
     return x @ _decode(weight, x.dtype)
 
 
@@ -207,22 +267,23 @@ def _(
     tile_base: Tensor,
     block_off: Tensor,
     values: Tensor,
+    scales: Tensor | None,
     out_features: int,
     in_features: int,
     values_dtype: int,
+    group_size: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], in_features))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *tensors, out_features, in_features, values_dtype = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.numbers = out_features, in_features, values_dtype
+    ctx.save_for_backward(*inputs[1:6])
+    ctx.numbers = inputs[6:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = t16_linear_grad(grad.contiguous(), *ctx.saved_tensors, *ctx.numbers)
-    return grad_x, *(None for _ in range(7))
+    return grad_x, *(None for _ in range(9))
 
 
 t16_linear.register_autograd(_backward, setup_context=_setup_context)

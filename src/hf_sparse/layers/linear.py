@@ -33,7 +33,8 @@ class SparseLinear(nn.Linear):
         packed: the format's tensors, `weight` and companions; meta tensors before loading.
         shape: (out_features, in_features).
         dtype: dtype of `.weight` and of the product's weight. The stored values may be narrower:
-            a bf16 checkpoint loaded in fp32 keeps bf16 values, which is exact.
+            a bf16 checkpoint loaded in fp32 keeps bf16 values, which is exact. Codes and scales of
+            a quantised weight are as stored whatever the dtype.
         bias: bias parameter to adopt, shape (out_features,), or None.
         transposed: the layer replaces a `Conv1D`, whose dense weight is (in, out).
 
@@ -143,10 +144,23 @@ class SparseLinear(nn.Linear):
         resolved = self.kernel is not None
         self._store(self.packed)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(self._keep_fixed(fn), recurse)  # type: ignore[no-untyped-call]
         if resolved:
             self.resolve()
         return self
+
+    def _keep_fixed(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """`fn` that moves floats whose dtype the format prescribes, such as scales, as integers."""
+        specs = self.format.specs(self.shape)
+        packed = self.packed.items()
+        fixed = {id(t) for key, t in packed if specs[key].dtype == t.dtype == torch.bfloat16}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if id(tensor) in fixed:
+                return fn(tensor.view(torch.int16)).view(torch.bfloat16)
+            return fn(tensor)
+
+        return keep
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -12,7 +12,8 @@ from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..formats import Format
+from ..formats import Format, pack_weight
+from ..quantization import QuantizedWeight
 from .linear import SparseLinear
 
 
@@ -36,11 +37,23 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
 
 
 def pack_linear(
-    model: nn.Module, module: nn.Module, weight: Float[Tensor, "out in"], fmt: Format
+    model: nn.Module,
+    module: nn.Module,
+    weight: Float[Tensor, "out in"],
+    fmt: Format,
+    quantized: QuantizedWeight | None = None,
 ) -> SparseLinear:
-    """Replace a dense layer by a `SparseLinear` with the same weight, not resolved yet."""
+    """Replace a dense layer by a `SparseLinear` with the same weight, not resolved yet.
+
+    Args:
+        model: where the layer is.
+        module: the dense layer.
+        weight: its weight, (out, in).
+        fmt: what `choose_format` chose for the weight and the codes.
+        quantized: the weight's codes if it lies on a grid; they are packed in its place.
+    """
     shape = (weight.shape[0], weight.shape[1])
-    packed = fmt.pack(weight)
+    packed = pack_weight(fmt, weight, quantized)
     transposed = not isinstance(module, nn.Linear)
     sparse = SparseLinear(fmt, packed, shape, weight.dtype, module.bias, transposed)  # type: ignore[arg-type]
     replace_module(model, module, sparse)

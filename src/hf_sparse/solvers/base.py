@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..patterns import Pattern
+from ..quantization import QuantizedWeight
 from ..statistics import Needs, Statistics
 
 
@@ -20,12 +21,14 @@ class Solution:
     Attributes:
         weight: fp32, zero wherever the mask is False.
         mask: True = kept.
+        quantized: the codes whose values `weight` has; None if it is on no grid.
         notes: what the user should know, e.g. that the damping had to be raised.
     """
 
     weight: Float[Tensor, "out in"]
     mask: Bool[Tensor, "out in"]
     notes: tuple[str, ...] = ()
+    quantized: QuantizedWeight | None = None
 
 
 class Solver(ABC):

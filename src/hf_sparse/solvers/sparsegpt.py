@@ -14,6 +14,11 @@ block, rank-1 updates touch only a strip of STRIP columns and the rest of the bl
 matrix product: the same sums in another order, with a quarter of the memory traffic.
 
 Dead inputs (H_jj = 0) score 0 and so go first; what is kept of them keeps its value.
+
+With `bits`, what is kept is rounded to a grid in the same pass (sec. 3.5; GPTQ, Frantar et al.
+2023): w_masked above becomes round(w_masked), and later columns make up for the rounding too. The
+scales of a group are fitted when its first column is reached, on weights that all columns before
+have updated, for what the pattern would keep of the group as it then is.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..patterns import NM, Pattern, keep_highest
+from ..quantization import Grid, QuantizedWeight, Scales
 from ..statistics import InverseFactor, Needs, Statistics
 from .base import Solution, Solver
 
@@ -34,10 +40,17 @@ STRIP = 32
 
 @dataclass(frozen=True)
 class SparseGPT(Solver):
-    """Args: damp_percent, fraction of mean(diag H) added to H; block_size, columns per mask."""
+    """One-shot pruning, and rounding, with weight updates.
+
+    Args:
+        damp_percent: fraction of mean(diag H) added to H.
+        block_size: columns per mask.
+        joint_grid: round what is kept to it in the same pass; None leaves it as it is.
+    """
 
     damp_percent: float = 0.01
     block_size: int = 128
+    joint_grid: Grid | None = None
     name: ClassVar[str] = "sparsegpt"
     needs: ClassVar[Needs] = Needs.HESSIAN
     chooses_pattern: ClassVar[bool] = False
@@ -47,23 +60,70 @@ class SparseGPT(Solver):
     ) -> Solution:
         assert statistics is not None
         factor = statistics.inverse_factor(self.damp_percent)
-        upper, columns = factor.upper, weight.shape[1]
         updated = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         mask = torch.ones_like(updated, dtype=torch.bool)
-        block = self._block(pattern)
+        rounding = None
+        if self.joint_grid is not None:
+            rounding = _Rounding(self.joint_grid, updated, factor, pattern)
+        columns, block = weight.shape[1], self._block(pattern)
         for start in range(0, columns, block):
             end = min(start + block, columns)
-            errors = _solve_block(updated, mask, factor, pattern, start, end)
-            updated[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+            errors = _solve_block(updated, mask, factor, pattern, start, end, rounding)
+            updated[end:].addmm_(factor.upper[start:end, end:].T, errors, alpha=-1)
         raised = f"Hessian not positive definite: damping raised to {factor.damping:g}"
         notes = (raised,) if factor.damping != self.damp_percent else ()
-        return Solution(updated.T.contiguous(), mask.T.contiguous(), notes)
+        quantized = None if rounding is None else rounding.result()
+        return Solution(updated.T.contiguous(), mask.T.contiguous(), notes, quantized)
 
     def _block(self, pattern: Pattern) -> int:
         """Columns per block: whole n:m groups, since a group's mask is chosen at once."""
         if isinstance(pattern, NM):
             return -(-self.block_size // pattern.m) * pattern.m
         return self.block_size
+
+
+class _Rounding:
+    """The grid of a weight under way; `updated` is the solver's, (in, out)."""
+
+    def __init__(
+        self, grid: Grid, updated: Float[Tensor, "in out"], factor: InverseFactor, pattern: Pattern
+    ) -> None:
+        self.grid, self.updated, self.factor, self.pattern = grid, updated, factor, pattern
+        self.width = grid.width(len(updated))
+        self.fitted: list[Scales] = []
+
+    def reach(
+        self, column: int, first: int, last: int, errors: Float[Tensor, "done out"], end: int
+    ) -> None:
+        """Fit the scales of the group that begins at `column`, if one does.
+
+        The columns from `last` on wait for the updates of the strip's columns from `first` on,
+        and those from `end` on for those of the whole block, whose `errors` so far are given.
+        """
+        if column % self.width:
+            return
+        stop = min(column + self.width, len(self.updated))
+        weights = self.updated[column:stop].clone()
+        begin = column - len(errors)
+        for waiting, since in ((slice(last, min(end, stop)), first), (slice(end, stop), begin)):
+            if waiting.start < waiting.stop and since < column:
+                update = self.factor.upper[since:column, waiting].T @ errors[since - begin :]
+                weights[waiting.start - column : waiting.stop - column] -= update
+        diagonal = self.factor.upper.diagonal()[column:stop].unsqueeze(1)
+        scores = _scores(weights, diagonal, self.factor.dead[column:stop])
+        kept = self.pattern.mask(scores.T.contiguous())
+        self.fitted.append(self.grid.fit(weights.T.contiguous(), kept))
+
+    def round(self, weights: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+        """A column of the group that was reached last."""
+        return self.fitted[-1].round_column(weights, 0)
+
+    def result(self) -> QuantizedWeight:
+        """The codes of the finished weight, which lies on the grid."""
+        zeros = [scales.zero for scales in self.fitted if scales.zero is not None]
+        zero = torch.cat(zeros, dim=1) if zeros else None
+        scale = torch.cat([scales.scale for scales in self.fitted], dim=1)
+        return Scales(self.grid, scale, zero).round(self.updated.T)
 
 
 def _solve_block(
@@ -73,6 +133,7 @@ def _solve_block(
     pattern: Pattern,
     start: int,
     end: int,
+    rounding: _Rounding | None,
 ) -> Float[Tensor, "block out"]:
     """Prune columns start..end in place; returns the scaled errors e of each column."""
     upper, dead = factor.upper[start:end, start:end], factor.dead[start:end]
@@ -97,7 +158,13 @@ def _solve_block(
                 scores = _scores(weights[part], diagonal[part], dead[part])
                 kept[part] = pattern.mask(scores.T.contiguous()).T
                 scale[part] = (~kept[part]) / diagonal[part]
-            error = torch.mul(weights[i], scale[i], out=errors[i])
+            if rounding is None:
+                error = torch.mul(weights[i], scale[i], out=errors[i])
+            else:
+                rounding.reach(start + i, start + first, start + last, errors[:i], end)
+                rounded = rounding.round(weights[i]).mul_(kept[i])
+                error = torch.sub(weights[i], rounded, out=errors[i]).div_(diagonal[i])
+                weights[i] = rounded
             weights[i + 1 : last].addr_(upper[i, i + 1 : last], error, alpha=-1)
         weights[last:].addmm_(upper[first:last, last:].T, errors[first:last], alpha=-1)
     weights.masked_fill_(~kept, 0)

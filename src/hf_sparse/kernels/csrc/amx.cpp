@@ -1,11 +1,12 @@
-// AMX (Sapphire Rapids and later), for products of several tokens with bf16 or int8 values.
+// AMX (Sapphire Rapids and later), for products of several tokens with bf16, int8 or int4
+// values.
 //
 // A tile register pair multiplies 16 tokens x 32 columns by 32 columns x 16 outputs of bf16 and adds
 // to 16 x 16 fp32. The weight operand wants rows of (column 2p, column 2p+1) pairs for 16 outputs:
 // that is an expanded pair of T16 as it stands, so decoding is one vpexpandw and one store.
 //
 // bf16 has 8 significant bits, and the products of two such numbers are exact in fp32:
-//   int8 values fit one bf16; their scales are applied to the sums.
+//   int8 and int4 values fit one bf16; their scales are applied to the sums.
 //   fp16 x is the exact sum of two bf16, fp32 x of three (8 + 8 + 8 bits, cut, not rounded), each
 //   multiplied in turn into the same sum. The result is as good as fp32 arithmetic, except that AMX
 //   takes subnormals as zero.
@@ -39,6 +40,8 @@ namespace {
 
 #include "avx512_common.h"
 
+#include "int4_vbmi.h"
+
 constexpr int64_t kStepColumns = 32;  // columns of one multiplication
 constexpr int64_t kStepPairs = kStepColumns / 2;
 constexpr int64_t kStepItems = kRows * kStepColumns;  // bf16 of a tile register, 1 KB
@@ -50,7 +53,7 @@ constexpr int64_t kMaxTiles = 32;
 int64_t parts(const Product& p) { return p.x_dtype == kBF16 ? 1 : p.x_dtype == kF16 ? 2 : 3; }
 int64_t steps(const Weight& w) { return ceil_div(w.k, kStepColumns); }
 int64_t token_groups(const Product& p) { return ceil_div(p.m, p.chunk); }
-bool grouped(const Weight& w) { return w.value_dtype == kI8 && w.group_size < w.k; }
+bool grouped(const Weight& w) { return has_scales(w.value_dtype) && w.group_size < w.k; }
 int64_t block_steps(const Weight& w) {
   return grouped(w) ? w.group_size / kStepColumns : kBlockSteps;
 }
@@ -84,10 +87,11 @@ bool available() {
 #endif
 }
 
-// One token leaves the tile unit idle, and int8 has its conversion and its groups' sums to pay for.
+// One token leaves the tile unit idle, and codes have their conversion and their groups' sums to pay
+// for.
 bool fits(const Product& p) {
   const Weight& w = *p.weight;
-  if (w.value_dtype == kI8) {
+  if (has_scales(w.value_dtype)) {
     return p.m >= 6 && (!grouped(w) || w.group_size % kStepColumns == 0);
   }
   return p.m >= 2 && w.value_dtype == kBF16;
@@ -154,8 +158,9 @@ void pack_x(const Product& p, int64_t begin, int64_t end) {
 int64_t grain(const Product&) { return 2; }
 
 // A decoder's place in a tile.
+template <int32_t D>
 struct Cursor {
-  const void* values;
+  Values<D> values;
   const uint32_t* masks;
   int64_t pairs;  // left
 };
@@ -170,14 +175,16 @@ T16_INLINE __m512i int8_to_bf16(__m256i bytes) {
 
 // Decodes a tile's next step to out[16 pairs][32]; pairs beyond the last are zeros.
 template <int32_t D>
-T16_INLINE void decode_step(Cursor& cursor, uint16_t* out) {
-  const auto* values = static_cast<const Item<D>*>(cursor.values);
+T16_INLINE void decode_step(Cursor<D>& cursor, uint16_t* out) {
+  Values<D> values = cursor.values;
   const auto pair = [&](int64_t i) T16_INLINE_LAMBDA {
     const uint32_t mask = cursor.masks[i];
     __m512i words;
     if constexpr (D == kI8) {
       const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
       words = int8_to_bf16(_mm256_maskz_expand_epi8(mask, bytes));
+    } else if constexpr (D == kI4) {
+      words = int4_words(values, mask);
     } else {
       words = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
     }
@@ -187,7 +194,7 @@ T16_INLINE void decode_step(Cursor& cursor, uint16_t* out) {
   if (cursor.pairs >= kStepPairs) {
     T16_UNROLL for (int64_t i = 0; i < kStepPairs; ++i) {
       if (i % 2 == 0) {
-        __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
+        __builtin_prefetch(address_of(values) + kPrefetchBytes);
       }
       pair(i);
     }
@@ -253,7 +260,7 @@ T16_INLINE void multiply_step(const uint16_t* x, const uint16_t* next_x, const u
 // The same for `count` steps. The first token groups to come by (`Decode`) decode the weights on the
 // way, one step ahead, so that the vector units work while the tile unit does.
 template <int32_t D, bool Two, bool Decode>
-T16_INLINE void multiply_steps(const uint16_t* x, const uint16_t* next_x, Cursor* cursors,
+T16_INLINE void multiply_steps(const uint16_t* x, const uint16_t* next_x, Cursor<D>* cursors,
                                int64_t tiles, uint16_t* decoded, int64_t tile_stride,
                                int64_t count, int64_t part_count, int64_t plane) {
   const auto decode = [&](int64_t step) T16_INLINE_LAMBDA {
@@ -270,14 +277,19 @@ T16_INLINE void multiply_steps(const uint16_t* x, const uint16_t* next_x, Cursor
   }
 }
 
+// What a decoded code must be multiplied by.
+template <int32_t D>
+constexpr float kUnit = D == kI8 ? Avx512::kInt8Unit : 1.0f;
+
 // sums[group][tile][token][16] += parts * scale, and parts are what a column group gave.
+template <int32_t D>
 void fold_group(const Weight& w, int64_t tile, int64_t tile_count, int64_t column_group,
                 int64_t token_count, const float* from, int64_t stride, float* sums,
                 int64_t groups) {
   for (int64_t t = 0; t < tile_count; ++t) {
     const __m512 scale = _mm512_mul_ps(
         _mm512_loadu_ps(w.scales + ((tile + t) * w.groups() + column_group) * kRows),
-        _mm512_set1_ps(Avx512::kInt8Unit));
+        _mm512_set1_ps(kUnit<D>));
     for (int64_t g = 0; g < groups; ++g) {
       const float* a = from + (g * 2 + t) * stride;
       float* b = sums + (g * 2 + t) * stride;
@@ -304,9 +316,9 @@ void multiply_block(const Product& p, int64_t group_begin, int64_t group_end, in
   const int64_t pair_stride = round_up(groups, 2) * 2 * stride;
   float* column_sums = sums + ceil_div(count, 2) * pair_stride;
 
-  Cursor cursors[kMaxTiles];
+  Cursor<D> cursors[kMaxTiles];
   for (int64_t t = 0; t < count; ++t) {
-    cursors[t] = {w.tile_values<Item<D>>(first + t), w.tile_masks(first + t), w.pairs()};
+    cursors[t] = {w.tile_values<D>(first + t), w.tile_masks(first + t), w.pairs()};
   }
   if (fold) {
     std::memset(sums, 0, static_cast<size_t>(ceil_div(count, 2) * pair_stride) * sizeof(float));
@@ -341,7 +353,7 @@ void multiply_block(const Product& p, int64_t group_begin, int64_t group_end, in
         }
         if (fold) {
           store_sums(column_sums, stride, two);
-          fold_group(w, first + t, tiles, step / block, p.chunk, column_sums, stride,
+          fold_group<D>(w, first + t, tiles, step / block, p.chunk, column_sums, stride,
                      to, two ? 2 : 1);
         } else if (!single || step + now == all_steps) {
           store_sums(to, stride, two);
@@ -383,8 +395,10 @@ void multiply_values(const Product& p, int64_t tile_begin, int64_t tile_end) {
           const float* from = sums + t / 2 * pair_stride + (g * 2 + t % 2) * stride +
                               m % p.chunk * kRows;
           alignas(64) float scaled[kRows];
-          if (D == kI8 && !grouped(w)) {
-            const __m512 scale = VectorPath<Avx512>::scale_of(w, first + t, 0, 0);
+          if (has_scales(D) && !grouped(w)) {
+            const __m512 scale =
+                _mm512_mul_ps(_mm512_loadu_ps(w.scales + (first + t) * kRows),
+                              _mm512_set1_ps(kUnit<D>));
             _mm512_store_ps(scaled, _mm512_mul_ps(_mm512_loadu_ps(from), scale));
             from = scaled;
           }
@@ -397,10 +411,10 @@ void multiply_values(const Product& p, int64_t tile_begin, int64_t tile_end) {
 }
 
 void multiply(const Product& p, int64_t tile_begin, int64_t tile_end) {
-  if (p.weight->value_dtype == kI8) {
-    multiply_values<kI8>(p, tile_begin, tile_end);
-  } else {
-    multiply_values<kBF16>(p, tile_begin, tile_end);
+  switch (p.weight->value_dtype) {
+    case kI8: return multiply_values<kI8>(p, tile_begin, tile_end);
+    case kI4: return multiply_values<kI4>(p, tile_begin, tile_end);
+    default: return multiply_values<kBF16>(p, tile_begin, tile_end);
   }
 }
 

@@ -25,6 +25,9 @@ struct Isa {
   static constexpr int kMicroTiles = 1;
   static constexpr int kMicroTokens = 6;
   static constexpr float kInt8Unit = 0x1p-16f;
+  static constexpr float kInt4Unit = 0x1p-20f;
+  template <int32_t>
+  static constexpr bool kDecodesTwo = false;
 
   static T16_INLINE F zero() { return _mm256_setzero_ps(); }
   static T16_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -81,10 +84,20 @@ struct Isa {
     return _mm_shuffle_epi8(load128(values), load128(kTables.columns[mask & 0xffu]));
   }
 
-  static T16_INLINE __m128i expand_bytes(const int8_t* values, uint32_t mask) {
-    const auto* packed = reinterpret_cast<const __m128i*>(values);
+  // 8 values as bytes; int4 times 16.
+  static T16_INLINE __m128i eight_bytes(const int8_t* values) {
+    return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
+  }
+  static T16_INLINE __m128i eight_bytes(Nibbles values) {
+    const EightNibbles eight = eight_nibbles(values);
+    return _mm_unpacklo_epi8(_mm_cvtsi32_si128(static_cast<int>(eight.even)),
+                             _mm_cvtsi32_si128(static_cast<int>(eight.odd)));
+  }
+
+  template <class Pointer>
+  static T16_INLINE __m128i expand_bytes(Pointer values, uint32_t mask) {
     const auto* shuffle = reinterpret_cast<const __m128i*>(kTables.bytes[mask & 0xffu]);
-    return _mm_shuffle_epi8(_mm_loadl_epi64(packed), _mm_loadl_epi64(shuffle));
+    return _mm_shuffle_epi8(eight_bytes(values), _mm_loadl_epi64(shuffle));
   }
 
   // Words to the top halves of dwords: column 0 and column 1 of 8 rows.
@@ -95,7 +108,7 @@ struct Isa {
 
   // 8 rows, from the mask's low 16 bits.
   template <int32_t D>
-  static T16_INLINE void decode8(const Item<D>* values, uint32_t mask, F& even, F& odd) {
+  static T16_INLINE void decode8(Values<D> values, uint32_t mask, F& even, F& odd) {
     if constexpr (D == kF32) {
       const auto part = [&](int first, int second) T16_INLINE_LAMBDA {
         const float* a = values + __builtin_popcount(mask & ((1u << 4 * first) - 1));
@@ -130,7 +143,7 @@ struct Isa {
   }
 
   template <int32_t D>
-  static T16_INLINE void decode(const Item<D>* values, uint32_t mask, F (&even)[2], F (&odd)[2]) {
+  static T16_INLINE void decode(Values<D> values, uint32_t mask, F (&even)[2], F (&odd)[2]) {
     decode8<D>(values, mask, even[0], odd[0]);
     decode8<D>(values + __builtin_popcount(mask & 0xffffu), mask >> 16, even[1], odd[1]);
   }

@@ -39,20 +39,29 @@ struct Isa : Avx512 {
     return _mm512_shuffle_epi8(packed, shuffle);
   }
 
+  // 8 values as bytes; int4 times 16.
+  static T16_INLINE __m128i eight_bytes(const int8_t* values) {
+    return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
+  }
+  static T16_INLINE __m128i eight_bytes(Nibbles values) {
+    const EightNibbles eight = eight_nibbles(values);
+    return _mm_unpacklo_epi8(_mm_cvtsi32_si128(static_cast<int>(eight.even)),
+                             _mm_cvtsi32_si128(static_cast<int>(eight.odd)));
+  }
+
   // Two masks of 8 bits -> 16 bytes.
-  static T16_INLINE __m128i expand_bytes(const int8_t* values, uint32_t mask) {
-    const auto* low = reinterpret_cast<const __m128i*>(values);
-    const auto* high =
-        reinterpret_cast<const __m128i*>(values + __builtin_popcount(mask & 0xffu));
+  template <class Pointer>
+  static T16_INLINE __m128i expand_bytes(Pointer values, uint32_t mask) {
     const auto* low_shuffle = reinterpret_cast<const __m128i*>(kTables.bytes[mask & 0xffu]);
     const auto* high_shuffle = reinterpret_cast<const __m128i*>(kTables.bytes[mask >> 8 & 0xffu]);
     return _mm_unpacklo_epi64(
-        _mm_shuffle_epi8(_mm_loadl_epi64(low), _mm_loadl_epi64(low_shuffle)),
-        _mm_shuffle_epi8(_mm_loadl_epi64(high), _mm_loadl_epi64(high_shuffle)));
+        _mm_shuffle_epi8(eight_bytes(values), _mm_loadl_epi64(low_shuffle)),
+        _mm_shuffle_epi8(eight_bytes(values + __builtin_popcount(mask & 0xffu)),
+                         _mm_loadl_epi64(high_shuffle)));
   }
 
   template <int32_t D>
-  static T16_INLINE void decode(const Item<D>* values, uint32_t mask, F (&even)[1], F (&odd)[1]) {
+  static T16_INLINE void decode(Values<D> values, uint32_t mask, F (&even)[1], F (&odd)[1]) {
     if constexpr (D == kF32) {
       fp32_columns(values, mask, even[0], odd[0]);
     } else if constexpr (D == kBF16) {

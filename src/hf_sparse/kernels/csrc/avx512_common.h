@@ -9,6 +9,9 @@ struct Avx512 {
   static constexpr int kMicroTiles = 2;
   static constexpr int kMicroTokens = 12;
   static constexpr float kInt8Unit = 0x1p-16f;
+  static constexpr float kInt4Unit = 0x1p-20f;
+  template <int32_t>
+  static constexpr bool kDecodesTwo = false;
 
   static T16_INLINE F zero() { return _mm512_setzero_ps(); }
   static T16_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }

@@ -17,13 +17,28 @@ namespace {
 
 #include "avx512_common.h"
 
+#include "int4_vbmi.h"
+
 struct Isa : Avx512 {
+  static constexpr float kInt4Unit = 1.0f;
+
+  template <int32_t D>
+  static constexpr bool kDecodesTwo = D == kI4;
+
+  static T16_INLINE void decode_two(Nibbles values, uint64_t masks, F (&even)[2][1],
+                                    F (&odd)[2][1]) {
+    __m512i first, second;
+    int4_words_of_two(values, masks, first, second);
+    bf16_columns(first, even[0][0], odd[0][0]);
+    bf16_columns(second, even[1][0], odd[1][0]);
+  }
+
   static T16_INLINE __m512i expand_words(const uint16_t* values, uint32_t mask) {
     return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
   }
 
   template <int32_t D>
-  static T16_INLINE void decode(const Item<D>* values, uint32_t mask, F (&even)[1], F (&odd)[1]) {
+  static T16_INLINE void decode(Values<D> values, uint32_t mask, F (&even)[1], F (&odd)[1]) {
     if constexpr (D == kF32) {
       fp32_columns(values, mask, even[0], odd[0]);
     } else if constexpr (D == kBF16) {
@@ -36,6 +51,8 @@ struct Isa : Avx512 {
       const __m512i words = _mm512_permutexvar_epi16(pick, expand_words(values, mask));
       even[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
       odd[0] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
+    } else if constexpr (D == kI4) {
+      bf16_columns(int4_words(values, mask), even[0], odd[0]);
     } else {
       const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
       int8_columns(_mm256_maskz_expand_epi8(mask, bytes), even[0], odd[0]);

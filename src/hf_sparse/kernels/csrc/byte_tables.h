@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "t16.h"
+
 namespace t16 {
 
 struct ByteTables {
@@ -36,6 +38,19 @@ constexpr ByteTables make_byte_tables() {
     }
   }
   return t;
+}
+
+// 8 int4 values as the top halves of 8 bytes, which are the values times 16: those of even places in
+// `even`, those of odd ones in `odd`, 4 bytes each, to be interleaved.
+struct EightNibbles {
+  uint32_t even, odd;
+};
+
+inline __attribute__((always_inline)) EightNibbles eight_nibbles(Nibbles values) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, values.byte(), 8);
+  const auto eight = static_cast<uint32_t>(bits >> (values.odd() ? 4 : 0));
+  return {eight << 4 & 0xf0f0f0f0u, eight & 0xf0f0f0f0u};
 }
 
 inline constexpr ByteTables kTables = make_byte_tables();

@@ -52,11 +52,19 @@ inline uint16_t to_fp16(float f) {
   return static_cast<uint16_t>(sign | (rounded >> 13));
 }
 
+inline int8_t nibble_at(const void* p, int64_t i) {
+  const uint8_t byte = static_cast<const uint8_t*>(p)[i / 2];
+  // To the top and back, for the sign.
+  const auto top = static_cast<int8_t>(i % 2 != 0 ? byte & 0xf0 : byte << 4);
+  return static_cast<int8_t>(top / 16);
+}
+
 inline float load_as_float(const void* p, int64_t i, int32_t dtype) {
   switch (dtype) {
     case kF32: return static_cast<const float*>(p)[i];
     case kBF16: return from_bf16(static_cast<const uint16_t*>(p)[i]);
     case kF16: return from_fp16(static_cast<const uint16_t*>(p)[i]);
+    case kI4: return nibble_at(p, i);
     default: return static_cast<const int8_t*>(p)[i];
   }
 }

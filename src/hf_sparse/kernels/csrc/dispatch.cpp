@@ -79,7 +79,7 @@ void report_no_memory() { memory_failures.fetch_add(1); }
 
 using namespace t16;
 
-T16_EXPORT int32_t t16_abi_version() { return 1; }
+T16_EXPORT int32_t t16_abi_version() { return 2; }
 
 T16_EXPORT int32_t t16_path_count() { return kPathCount; }
 

@@ -22,6 +22,9 @@ struct Isa {
   static constexpr int kMicroTiles = 1;
   static constexpr int kMicroTokens = 6;
   static constexpr float kInt8Unit = 0x1p-16f;
+  static constexpr float kInt4Unit = 0x1p-20f;
+  template <int32_t>
+  static constexpr bool kDecodesTwo = false;
 
   static T16_INLINE F zero() { return vdupq_n_f32(0.0f); }
   static T16_INLINE F load(const float* p) { return vld1q_f32(p); }
@@ -67,9 +70,18 @@ struct Isa {
     odd = vandq_u32(words, vdupq_n_u32(0xffff0000u));
   }
 
+  // 8 values as bytes; int4 times 16.
+  static T16_INLINE uint8x8_t eight_bytes(const int8_t* values) {
+    return vld1_u8(reinterpret_cast<const uint8_t*>(values));
+  }
+  static T16_INLINE uint8x8_t eight_bytes(Nibbles values) {
+    const EightNibbles eight = eight_nibbles(values);
+    return vzip1_u8(vcreate_u8(eight.even), vcreate_u8(eight.odd));
+  }
+
   // 4 rows, from a mask of 8 bits.
   template <int32_t D>
-  static T16_INLINE void decode4(const Item<D>* values, uint32_t mask, F& even, F& odd) {
+  static T16_INLINE void decode4(Values<D> values, uint32_t mask, F& even, F& odd) {
     if constexpr (D == kF32) {
       const uint32_t low = mask & 15u;
       const F a = vreinterpretq_f32_u8(expand(values, kTables.dwords[low]));
@@ -87,8 +99,8 @@ struct Isa {
       even = vcvt_f32_f16(vget_low_f16(h));
       odd = vcvt_f32_f16(vget_high_f16(h));
     } else {
-      const int8x8_t bytes = vreinterpret_s8_u8(
-          vtbl1_u8(vld1_u8(reinterpret_cast<const uint8_t*>(values)), vld1_u8(kTables.bytes[mask])));
+      const int8x8_t bytes =
+          vreinterpret_s8_u8(vtbl1_u8(eight_bytes(values), vld1_u8(kTables.bytes[mask])));
       uint32x4_t e, o;
       split_words(vreinterpretq_u8_s16(vmovl_s8(bytes)), e, o);
       even = vcvtq_f32_s32(vreinterpretq_s32_u32(e));
@@ -97,7 +109,7 @@ struct Isa {
   }
 
   template <int32_t D>
-  static T16_INLINE void decode(const Item<D>* values, uint32_t mask, F (&even)[4], F (&odd)[4]) {
+  static T16_INLINE void decode(Values<D> values, uint32_t mask, F (&even)[4], F (&odd)[4]) {
     T16_UNROLL for (int part = 0; part < 4; ++part) {
       const uint32_t before = mask & ((1u << 8 * part) - 1);
       decode4<D>(values + __builtin_popcount(before), mask >> 8 * part & 0xffu, even[part],

@@ -196,7 +196,7 @@ int32_t unpack(const Weight& w, uint8_t* bitmask, T* values, ParallelFor pool) {
   }
   auto write_values = [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
-      const T* from = w.tile_values<T>(tile);
+      const T* from = static_cast<const T*>(w.values) + w.tile_base[tile];
       int64_t* cursor = row_start.data() + tile * kRows;
       for (int64_t pair = 0; pair < pairs; ++pair) {
         for (uint32_t left = w.tile_masks(tile)[pair]; left != 0; left &= left - 1) {
@@ -208,7 +208,8 @@ int32_t unpack(const Weight& w, uint8_t* bitmask, T* values, ParallelFor pool) {
   return run(pool, w.tiles(), 1, write_values);
 }
 
-bool known_dtype(int32_t dtype) { return dtype >= kF32 && dtype <= kI8; }
+// int4 is made of packed int8, by the caller, who keeps what the values are.
+bool packs(int32_t dtype) { return dtype >= kF32 && dtype <= kI8; }
 
 // vector's constructor throws when there is no memory, and nothing may leave through the C ABI.
 template <class F>
@@ -224,8 +225,8 @@ int32_t guarded(F body) {
 
 int32_t check_shape(const Weight& w) {
   if (w.n < 1 || w.k < 1 || w.n > kMaxDim || w.k > kMaxDim) return kBadSize;
-  if (!known_dtype(w.value_dtype)) return kBadDType;
-  if (w.value_dtype == kI8) {
+  if (!packs(w.value_dtype) && w.value_dtype != kI4) return kBadDType;
+  if (has_scales(w.value_dtype)) {
     if (!w.scales) return kBadGroup;
     if (w.group_size < 1 || (w.group_size < w.k && w.group_size % 2 != 0)) return kBadGroup;
   }
@@ -241,7 +242,7 @@ T16_EXPORT int32_t t16_pack_bitmask(int64_t n, int64_t k, const uint8_t* bitmask
                                     uint32_t* masks, uint64_t* tile_base, uint32_t* block_off,
                                     void* packed, int64_t packed_bytes, ParallelFor pool) {
   if (n < 1 || k < 1 || n > kMaxDim || k > kMaxDim || value_count < 0) return kBadSize;
-  if (!known_dtype(dtype)) return kBadDType;
+  if (!packs(dtype)) return kBadDType;
   const Target to = {masks, tile_base, block_off, packed, packed_bytes};
   return guarded([&] {
     switch (item_size(dtype)) {
@@ -277,7 +278,7 @@ T16_EXPORT int32_t t16_pack_dense(int64_t n, int64_t k, const void* dense, int64
                                   uint32_t* block_off, void* packed, int64_t packed_bytes,
                                   ParallelFor pool) {
   if (n < 1 || k < 1 || n > kMaxDim || k > kMaxDim || stride < k) return kBadSize;
-  if (!known_dtype(dtype)) return kBadDType;
+  if (!packs(dtype)) return kBadDType;
   const Target to = {masks, tile_base, block_off, packed, packed_bytes};
   return guarded([&] {
     switch (item_size(dtype)) {
@@ -292,6 +293,7 @@ T16_EXPORT int32_t t16_unpack(const Weight* weight, uint8_t* bitmask, void* valu
                               ParallelFor pool) {
   const int32_t code = check_shape(*weight);
   if (code != kOk) return code;
+  if (!packs(weight->value_dtype)) return kBadDType;
   return guarded([&] {
     switch (item_size(weight->value_dtype)) {
       case 4: return unpack(*weight, bitmask, static_cast<uint32_t*>(values), pool);
@@ -325,6 +327,6 @@ T16_EXPORT int32_t t16_check(const Weight* weight) {
     count += in_tile;
   }
   if (w.tile_base[w.tiles()] != count) return kBadOffsets;
-  const auto needed = static_cast<int64_t>(count) * item_size(w.value_dtype) + kValuePadding;
+  const int64_t needed = values_size(w.value_dtype, static_cast<int64_t>(count)) + kValuePadding;
   return w.value_bytes < needed ? kBufferTooSmall : kOk;
 }

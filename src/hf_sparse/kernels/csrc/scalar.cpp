@@ -20,7 +20,7 @@ void pack_x(const Product&, int64_t, int64_t) {}
 int64_t grain(const Product&) { return 1; }
 
 float scale_of(const Weight& w, int64_t tile, int64_t column, int64_t row) {
-  if (w.value_dtype != kI8) return 1.0f;
+  if (!has_scales(w.value_dtype)) return 1.0f;
   return w.scales[(tile * w.groups() + column / w.group_size) * kRows + row];
 }
 

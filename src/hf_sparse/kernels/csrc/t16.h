@@ -5,10 +5,11 @@
 // 2*p + c. The kept values follow in the order of the bits, pair after pair, tile after tile.
 //
 //   masks       u32[tiles][pairs]      tiles = ceil(N/16), pairs = ceil(K/2)
-//   values      V[count] + 64 bytes    fp32, bf16, fp16 or int8
+//   values      V[count] + 64 bytes    fp32, bf16, fp16, int8 or int4: value i of int4 is nibble
+//                                      i % 2 of byte i / 2, two's complement, tiles without gaps
 //   tile_base   u64[tiles + 1]         index of each tile's first value; the last one is `count`
 //   block_off   u32[tiles][blocks]     index, from the tile's base, of every 256th column
-//   scales      f32[tiles][groups][16] int8 only: W = scale * q, groups along K
+//   scales      f32[tiles][groups][16] int8 and int4 only: W = scale * q, groups along K
 //
 // Why tiles: expanding one mask gives 16 outputs of one column in vector lanes. They are multiplied
 // by a broadcast x[k] and added, so there is no horizontal sum and x is read N/16 times, not N.
@@ -32,14 +33,56 @@ constexpr int64_t kBlockPairs = 128;  // pairs between two entries of block_off
 constexpr int64_t kValuePadding = 64;  // bytes readable after the last value
 constexpr int64_t kMaxDim = int64_t{1} << 27;  // 16 * K fits 32 bits, N * K fits 63
 
-// 4 is kept for int4.
-enum DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3 };
+enum DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kI4 = 4 };
 
+// Not of int4, whose items are no bytes.
 inline int64_t item_size(int32_t dtype) { return dtype == kF32 ? 4 : dtype == kI8 ? 1 : 2; }
+constexpr bool has_scales(int32_t dtype) { return dtype == kI8 || dtype == kI4; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t values_size(int32_t dtype, int64_t count) {
+  return dtype == kI4 ? ceil_div(count, 2) : count * item_size(dtype);
+}
+
+// A pointer into int4 values.
+struct Nibbles {
+  const uint8_t* bytes;
+  int64_t at;
+
+  const uint8_t* byte() const { return bytes + (at >> 1); }
+  bool odd() const { return (at & 1) != 0; }
+  Nibbles operator+(int64_t count) const { return {bytes, at + count}; }
+  Nibbles& operator+=(int64_t count) {
+    at += count;
+    return *this;
+  }
+};
+
+// How values are pointed to while they are decoded.
+template <int32_t D>
+struct ValuesOf {
+  using type = const uint16_t*;
+};
+template <>
+struct ValuesOf<kF32> {
+  using type = const float*;
+};
+template <>
+struct ValuesOf<kI8> {
+  using type = const int8_t*;
+};
+template <>
+struct ValuesOf<kI4> {
+  using type = Nibbles;
+};
+template <int32_t D>
+using Values = typename ValuesOf<D>::type;
+
+inline const char* address_of(const void* values) { return static_cast<const char*>(values); }
+inline const char* address_of(Nibbles values) { return address_of(values.byte()); }
 
 // Part of the C ABI: native.py mirrors the fields.
 struct Weight {
@@ -48,7 +91,7 @@ struct Weight {
   const uint64_t* tile_base;
   const uint32_t* block_off;
   const void* values;
-  const float* scales;   // null unless int8
+  const float* scales;   // null unless int8 or int4
   int64_t value_bytes;   // size of the values buffer, padding included
   int64_t group_size;    // columns that share a scale; >= k means one scale per row
   int32_t value_dtype;
@@ -56,11 +99,16 @@ struct Weight {
   int64_t tiles() const { return ceil_div(n, kRows); }
   int64_t pairs() const { return (k + 1) / 2; }
   int64_t blocks() const { return ceil_div(pairs(), kBlockPairs); }
-  int64_t groups() const { return value_dtype == kI8 ? ceil_div(k, group_size) : 1; }
+  int64_t groups() const { return has_scales(value_dtype) ? ceil_div(k, group_size) : 1; }
   const uint32_t* tile_masks(int64_t tile) const { return masks + tile * pairs(); }
-  template <class T>
-  const T* tile_values(int64_t tile) const {
-    return static_cast<const T*>(values) + tile_base[tile];
+  template <int32_t D>
+  Values<D> tile_values(int64_t tile) const {
+    const auto first = static_cast<int64_t>(tile_base[tile]);
+    if constexpr (D == kI4) {
+      return {static_cast<const uint8_t*>(values), first};
+    } else {
+      return static_cast<Values<D>>(values) + first;
+    }
   }
 };
 

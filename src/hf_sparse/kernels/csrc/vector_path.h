@@ -11,7 +11,9 @@
 //
 // An Isa has: F, a vector of fp32; V, how many of them hold 16 rows; the operations below; and
 //   decode<D>(values, mask, even, odd): the weights of a pair's two columns, rows in order.
-//   kInt8Unit: what decoded int8 weights must be multiplied by (a shift that they don't undo).
+//   kDecodesTwo<D>: is there decode_two(values, masks, even, odd), for two pairs at once?
+//   kInt8Unit, kInt4Unit: what decoded int8 and int4 weights must be multiplied by (a shift that they
+//   don't undo).
 
 #if defined(__clang__)
 #define T16_UNROLL _Pragma("clang loop unroll(full)")
@@ -21,27 +23,12 @@
 #define T16_INLINE inline __attribute__((always_inline))
 #define T16_INLINE_LAMBDA __attribute__((always_inline))
 
-template <int32_t D>
-struct ItemOf {
-  using type = uint16_t;
-};
-template <>
-struct ItemOf<kF32> {
-  using type = float;
-};
-template <>
-struct ItemOf<kI8> {
-  using type = int8_t;
-};
-template <int32_t D>
-using Item = typename ItemOf<D>::type;
-
 constexpr int64_t kGroupTiles = 8;      // tiles decoded together in the blocked product
 constexpr int64_t kPrefetchBytes = 2048;  // how far ahead of the decoder memory is called
 
 // Columns that share a scale, in pairs.
 inline int64_t pairs_per_group(const Weight& w) {
-  return w.value_dtype == kI8 && w.group_size < w.k ? w.group_size / 2 : w.pairs();
+  return has_scales(w.value_dtype) && w.group_size < w.k ? w.group_size / 2 : w.pairs();
 }
 
 template <class Isa>
@@ -101,9 +88,11 @@ struct VectorPath {
   }
   static int64_t grain(const Product& p) { return p.m <= Isa::kMaxDirect ? 1 : group_tiles(p); }
 
+  template <int32_t D>
   static T16_INLINE F scale_of(const Weight& w, int64_t tile, int64_t group, int v) {
+    constexpr float kUnit = D == kI4 ? Isa::kInt4Unit : Isa::kInt8Unit;
     const float* scale = w.scales + (tile * w.groups() + group) * kRows;
-    return Isa::mul(Isa::load(scale + v * kLanes), Isa::set1(Isa::kInt8Unit));
+    return Isa::mul(Isa::load(scale + v * kLanes), Isa::set1(kUnit));
   }
 
   // sums[16] + bias -> y[token][tile's outputs].
@@ -133,7 +122,7 @@ struct VectorPath {
     // multiply-add when there are few tokens; many tokens hide it by themselves.
     constexpr int kUnroll = M == 1 ? 2 : 1;
     constexpr int kSets = M * V * 2 * kUnroll <= Isa::kAccumulators ? 2 * kUnroll : 1;
-    const Item<D>* values = w.tile_values<Item<D>>(tile);
+    Values<D> values = w.tile_values<D>(tile);
     const uint32_t* masks = w.tile_masks(tile);
     const float* x = static_cast<const float*>(p.packed_x);
     const int64_t pairs = w.pairs(), group_pairs = pairs_per_group(w);
@@ -151,11 +140,8 @@ struct VectorPath {
           T16_UNROLL for (int v = 0; v < V; ++v) acc[s][m][v] = Isa::zero();
         }
       }
-      auto step = [&](int64_t at, int u) T16_INLINE_LAMBDA {
-        const uint32_t mask = masks[at];
-        F even[V], odd[V];
-        Isa::template decode<D>(values, mask, even, odd);
-        values += __builtin_popcount(mask);
+      auto multiply = [&](int64_t at, int u, const F(&even)[V],
+                          const F(&odd)[V]) T16_INLINE_LAMBDA {
         T16_UNROLL for (int m = 0; m < M; ++m) {
           const F x0 = Isa::set1(x[(at * M + m) * 2]), x1 = Isa::set1(x[(at * M + m) * 2 + 1]);
           F(&to0)[V] = acc[2 * u % kSets][m];
@@ -164,18 +150,34 @@ struct VectorPath {
           T16_UNROLL for (int v = 0; v < V; ++v) to1[v] = Isa::fma(odd[v], x1, to1[v]);
         }
       };
+      auto step = [&](int64_t at, int u) T16_INLINE_LAMBDA {
+        const uint32_t mask = masks[at];
+        F even[V], odd[V];
+        Isa::template decode<D>(values, mask, even, odd);
+        values += __builtin_popcount(mask);
+        multiply(at, u, even, odd);
+      };
       for (; pair + kUnroll <= end; pair += kUnroll) {
-        __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
+        __builtin_prefetch(address_of(values) + kPrefetchBytes);
         __builtin_prefetch(masks + pair + kPrefetchBytes / 4);
-        T16_UNROLL for (int u = 0; u < kUnroll; ++u) step(pair + u, u);
+        if constexpr (kUnroll == 2 && Isa::template kDecodesTwo<D>) {
+          uint64_t mask;
+          std::memcpy(&mask, masks + pair, 8);
+          F even[2][V], odd[2][V];
+          Isa::decode_two(values, mask, even, odd);
+          values += __builtin_popcountll(mask);
+          T16_UNROLL for (int u = 0; u < 2; ++u) multiply(pair + u, u, even[u], odd[u]);
+        } else {
+          T16_UNROLL for (int u = 0; u < kUnroll; ++u) step(pair + u, u);
+        }
       }
       for (; pair < end; ++pair) step(pair, 0);
       T16_UNROLL for (int m = 0; m < M; ++m) {
         T16_UNROLL for (int v = 0; v < V; ++v) {
           F sum = acc[0][m][v];
           T16_UNROLL for (int s = 1; s < kSets; ++s) sum = Isa::add(sum, acc[s][m][v]);
-          if (D == kI8) {
-            total[m][v] = Isa::fma(sum, scale_of(w, tile, group, v), total[m][v]);
+          if (has_scales(D)) {
+            total[m][v] = Isa::fma(sum, scale_of<D>(w, tile, group, v), total[m][v]);
           } else {
             total[m][v] = sum;
           }
@@ -203,7 +205,7 @@ struct VectorPath {
   // A decoder's place in a tile.
   template <int32_t D>
   struct Cursor {
-    const Item<D>* values;
+    Values<D> values;
     const uint32_t* masks;
   };
 
@@ -216,18 +218,18 @@ struct VectorPath {
       const int64_t group = (first + i) / group_pairs;
       const int64_t end = min64(pairs, (group + 1) * group_pairs - first);
       F scale[V];
-      if (D == kI8) {
-        T16_UNROLL for (int v = 0; v < V; ++v) scale[v] = scale_of(w, tile, group, v);
+      if (has_scales(D)) {
+        T16_UNROLL for (int v = 0; v < V; ++v) scale[v] = scale_of<D>(w, tile, group, v);
       }
       for (; i < end; ++i) {
         const uint32_t mask = *cursor.masks++;
         F even[V], odd[V];
         Isa::template decode<D>(cursor.values, mask, even, odd);
-        __builtin_prefetch(reinterpret_cast<const char*>(cursor.values) + kPrefetchBytes);
+        __builtin_prefetch(address_of(cursor.values) + kPrefetchBytes);
         cursor.values += __builtin_popcount(mask);
         float* to = out + i * 2 * kRows;
         T16_UNROLL for (int v = 0; v < V; ++v) {
-          if (D == kI8) {
+          if (has_scales(D)) {
             even[v] = Isa::mul(even[v], scale[v]);
             odd[v] = Isa::mul(odd[v], scale[v]);
           }
@@ -300,7 +302,7 @@ struct VectorPath {
       const int64_t count = min64(step, tile_end - first);
       Cursor<D> cursors[kGroupTiles];
       for (int64_t t = 0; t < count; ++t) {
-        cursors[t] = {w.tile_values<Item<D>>(first + t), w.tile_masks(first + t)};
+        cursors[t] = {w.tile_values<D>(first + t), w.tile_masks(first + t)};
       }
       std::memset(sums, 0, static_cast<size_t>(count * p.m * kRows) * sizeof(float));
       for (int64_t at = 0; at < pairs; at += kBlockPairs) {
@@ -351,7 +353,8 @@ struct VectorPath {
       case kF32: return multiply_values<kF32>(p, tile_begin, tile_end);
       case kBF16: return multiply_values<kBF16>(p, tile_begin, tile_end);
       case kF16: return multiply_values<kF16>(p, tile_begin, tile_end);
-      default: return multiply_values<kI8>(p, tile_begin, tile_end);
+      case kI8: return multiply_values<kI8>(p, tile_begin, tile_end);
+      default: return multiply_values<kI4>(p, tile_begin, tile_end);
     }
   }
 
@@ -364,7 +367,7 @@ struct VectorPath {
     if (!decoded) return report_no_memory();
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       const int64_t rows = min64(kRows, w.n - tile * kRows);
-      Cursor<D> cursor = {w.tile_values<Item<D>>(tile), w.tile_masks(tile)};
+      Cursor<D> cursor = {w.tile_values<D>(tile), w.tile_masks(tile)};
       for (int64_t at = 0; at < w.pairs(); at += kBlockPairs) {
         const int64_t block = min64(kBlockPairs, w.pairs() - at);
         decode_block<D>(w, tile, at, block, cursor, decoded);
@@ -391,7 +394,8 @@ struct VectorPath {
       case kF32: return decode_values<kF32>(w, tile_begin, tile_end, out, dtype, stride);
       case kBF16: return decode_values<kBF16>(w, tile_begin, tile_end, out, dtype, stride);
       case kF16: return decode_values<kF16>(w, tile_begin, tile_end, out, dtype, stride);
-      default: return decode_values<kI8>(w, tile_begin, tile_end, out, dtype, stride);
+      case kI8: return decode_values<kI8>(w, tile_begin, tile_end, out, dtype, stride);
+      default: return decode_values<kI4>(w, tile_begin, tile_end, out, dtype, stride);
     }
   }
 };
