@@ -15,10 +15,14 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from .errors import ConfigError
+
+
+# Scores in a row up to which all pairs are compared.
+SHORT_ROW = 32
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ def keep_highest(scores: Float[Tensor, "rows n"], drop: int) -> Bool[Tensor, "ro
     """
     if drop == 0 or scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
+    if scores.shape[1] <= SHORT_ROW:
+        return (_ranks(scores) >= drop).contiguous()
     threshold = _kth_smallest(scores, drop)
     dropped = scores <= threshold
     if int(dropped.sum()) != drop * scores.shape[0]:
@@ -126,9 +132,22 @@ def keep_highest(scores: Float[Tensor, "rows n"], drop: int) -> Bool[Tensor, "ro
     return ~dropped
 
 
+def _ranks(scores: Float[Tensor, "rows n"]) -> UInt8[Tensor, "rows n"]:
+    """Each score's place in its row, counted from the lowest, by comparing all pairs of columns:
+    for the short rows of n:m several times as fast as selecting. Of equal scores the earlier has
+    the lower place."""
+    columns = scores.T.contiguous()
+    ranks = torch.zeros_like(columns, dtype=torch.uint8)
+    for i in range(1, len(columns)):
+        below = columns[i] < columns[:i]
+        ranks[:i] += below
+        ranks[i] += (i - below.sum(dim=0)).to(torch.uint8)
+    return ranks.T
+
+
 def _kth_smallest(scores: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 1"]:
     """Each row's k-th smallest score. For long rows on a CPU numpy is 15 times as fast as torch."""
-    if scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.shape[1] > 64:
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
         ordered = np.partition(scores.numpy(), k - 1, axis=1)
         return torch.from_numpy(ordered[:, k - 1 : k])
     return scores.kthvalue(k, dim=1, keepdim=True).values

@@ -36,8 +36,10 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = {
     "fast": Recipe("sparsegpt", refit=10),
-    "balanced": Recipe("admm", refit=10, target="dense", metric="fisher"),
-    "best": Recipe("alps", refit=20, target="dense", metric="fisher", allocation="fisher"),
+    "balanced": Recipe("admm", refit=10, metric="fisher", allocation="fisher"),
+    "best": Recipe(
+        "alps", refit=20, stages=True, target="dense", metric="fisher", allocation="fisher"
+    ),
 }
 
 

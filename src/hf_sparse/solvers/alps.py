@@ -23,7 +23,7 @@ from ..statistics import Needs, Statistics
 from .base import Solution, Solver
 from .refit import keep_better
 
-ITERATIONS = 60
+ITERATIONS = 42
 CHECK_EVERY = 3
 FIRST_PENALTY = 0.1
 # Share of the kept weights that changed -> factor of the penalty.
@@ -49,18 +49,19 @@ class ALPS(Solver):
         values, vectors = torch.linalg.eigh(normal.double())
         values, vectors = values.float().clamp_min(0), vectors.float()
         start = (weight * scale).contiguous()
-        goal = start @ normal @ vectors  # everything but D lives in the eigenbasis
+        goal = start @ normal
         sparse, dual = start, torch.zeros_like(start)
         mask = torch.ones_like(start, dtype=torch.bool)
         checked, penalty = mask, FIRST_PENALTY
-        for i in range(1, ITERATIONS + 1):
-            pulled = goal + (penalty * sparse - dual) @ vectors
-            value = (pulled / (values + penalty)) @ vectors.T
+        for i in range(ITERATIONS):
+            if i % CHECK_EVERY == 0:
+                inverse = (vectors / (values + penalty)) @ vectors.T
+            value = (goal + penalty * sparse - dual) @ inverse
             shifted = value + dual / penalty
             mask = pattern.mask(shifted.abs())
             sparse = shifted * mask
             dual = penalty * (shifted - sparse)
-            if i % CHECK_EVERY == 0:
+            if (i + 1) % CHECK_EVERY == 0:
                 changed = int((mask & ~checked).sum()) / max(1, int(mask.sum()))
                 penalty *= next(factor for share, factor in STEPS if changed >= share)
                 checked = mask

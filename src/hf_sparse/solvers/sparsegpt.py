@@ -112,7 +112,7 @@ class _Rounding:
         diagonal = self.factor.upper.diagonal()[column:stop].unsqueeze(1)
         scores = _scores(weights, diagonal, self.factor.dead[column:stop])
         kept = self.pattern.mask(scores.T.contiguous())
-        self.fitted.append(self.grid.fit(weights.T.contiguous(), kept))
+        self.fitted.append(self.grid.fit(weights.T.contiguous(), kept, search=False))
 
     def round(self, weights: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
         """A column of the group that was reached last."""
