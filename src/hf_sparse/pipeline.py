@@ -33,6 +33,8 @@ logger = get_logger(__name__)
 # Of the default for seq_len; the papers calibrate with 2048 tokens.
 LONGEST_SEQUENCE = 2048
 
+NEVER_CALLED = "the model never called it on the calibration data"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -80,6 +82,10 @@ def run(
                 layers += _pack(model, solved, config)
                 solved = []
                 for job in unit_jobs:
+                    if data is not None and job.target.name not in statistics:
+                        left_dense[job.target.name] = NEVER_CALLED
+                        bar.update()
+                        continue
                     layer = _solve(solver, job, statistics.get(job.target.name))
                     solved.append((job, layer))
                     bar.set_description(f"Pruning: {label}", refresh=False)
@@ -88,6 +94,7 @@ def run(
             layers += _pack(model, solved, config)
     finally:
         model.train(training)
+    _tell_never_called(left_dense, bool(layers))
     record = data.record if data else None
     report = PruningReport(tuple(layers), left_dense, record, time.perf_counter() - started)
     logger.info("%s", report.summary())
@@ -182,6 +189,16 @@ def _units(
         layers = {name: by_name[name].target.module for name in visit.unit.targets}
         statistics = collect_statistics(visit, layers, solver.needs)
         yield f"block {i} of {len(units)}", [by_name[name] for name in layers], statistics
+
+
+def _tell_never_called(left_dense: Mapping[str, str], any_pruned: bool) -> None:
+    names = [name for name, reason in left_dense.items() if reason is NEVER_CALLED]
+    text = f"{len(names)} layers stay dense, {NEVER_CALLED}: {', '.join(names[:4])}"
+    text += ", ..." if len(names) > 4 else ""
+    if names and not any_pruned:
+        raise CalibrationError(f"{text}; no other layer was to be pruned")
+    if names:
+        logger.warning("%s", text)
 
 
 def _solve(solver: Solver, job: Job, statistics: Statistics | None) -> LayerReport:

@@ -31,7 +31,8 @@ def collect_statistics(
 ) -> dict[str, Statistics]:
     """Run a visit's unit on all calls and return each layer's statistics, by name.
 
-    Layers with the same input get the same `Statistics` object.
+    Layers with the same input get the same `Statistics` object. A layer that was never called is
+    left out: the data lack what would use it, or the model reads its weight by itself.
 
     Args:
         visit: a unit and the calls that stand in front of it.
@@ -39,7 +40,7 @@ def collect_statistics(
         needs: what to collect.
 
     Raises:
-        SolveError: a layer saw no token, or NaN or infinite inputs; names the layer.
+        SolveError: a layer saw padding alone, or NaN or infinite inputs; names the layer.
     """
     try:
         return _Collection(visit, layers, needs, share=True).result()
@@ -79,9 +80,9 @@ class _Collection:
         statistics: dict[str, Statistics] = {}
         for name in self._names.values():
             collector = self._collectors.get(name)
+            if collector is None:
+                continue
             try:
-                if collector is None:
-                    raise SolveError("no calibration token reached it")
                 if id(collector) not in finished:
                     finished[id(collector)] = collector.finish()
             except SolveError as error:
