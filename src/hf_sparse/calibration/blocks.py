@@ -8,6 +8,9 @@ as a coroutine (a greenlet) that stops in front of every unit. When all batches 
 their inputs to the unit are known exactly as the model passes them; the unit can be run on them
 as often as needed and pruned, and then the coroutines go on through the pruned unit to the next.
 
+A unit that a pass calls more than once (layers shared over the depth) is pruned at its first call,
+for all of them: a scout, a pass of its own from the model's start, records the others' inputs.
+
 Live at any time: one unit's work and, per batch, what the model's forward pass holds between two
 units, that is the hidden states. On an accelerator those of waiting batches are moved to the CPU.
 """
@@ -15,6 +18,7 @@ units, that is the hidden states. On an accelerator those of waiting batches are
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +27,12 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, HfSparseError
 from .data import Batch
 from .offload import Parked
+from .towers import describe_missing
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ class BlockWalk:
         self._waiting = {unit.module: unit for unit in units}
         self._order = {unit.name: i for i, unit in enumerate(units)}
         self._running_unit = False
+        self._scouted: tuple[nn.Module, list[Call]] | None = None
         self._token_masks: dict[greenlet.greenlet, Tensor | None] = {}
         own = itertools.chain(model.parameters(), model.buffers())
         self._own = frozenset(t.untyped_storage().data_ptr() for t in own)
@@ -118,11 +125,15 @@ class BlockWalk:
         passes = [greenlet.greenlet(self._forward) for _ in self._batches]
         try:
             with torch.no_grad(), _without_cache(self._model):
+                repeated = self._repeated_units()
                 stops = [p.switch(batch) for p, batch in zip(passes, self._batches, strict=True)]
                 while self._waiting:
                     unit = self._next_unit(stops)
                     here = [i for i, stop in enumerate(stops) if stop and stop[0] is unit]
-                    yield Visit(unit, tuple(stops[i][1] for i in here), self._run)
+                    calls = [stops[i][1] for i in here]
+                    if unit.module in repeated:
+                        calls = [c for i in here for c in self._scout(unit, self._batches[i])]
+                    yield Visit(unit, tuple(calls), self._run)
                     del self._waiting[unit.module]
                     for i in here if self._waiting else ():
                         stops[i] = passes[i].switch()
@@ -134,19 +145,63 @@ class BlockWalk:
                 hook.remove()
 
     def _forward(self, batch: Batch) -> None:
-        """The body of a batch's coroutine: one forward pass of the whole model."""
+        """One forward pass of the whole model; the body of a batch's coroutine."""
         device = getattr(self._model, "device", None) or next(self._model.parameters()).device
         mask = batch.get("attention_mask")
         padded = mask is not None and mask.ndim == 2 and not bool(mask.all())
         self._token_masks[greenlet.getcurrent()] = mask.bool() if padded else None  # type: ignore[union-attr]
-        self._model(**{key: value.to(device) for key, value in batch.items()})
+        try:
+            self._model(**{key: value.to(device) for key, value in batch.items()})
+        except (HfSparseError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise CalibrationError(
+                f"{type(self._model).__name__} can't run on the calibration data: "
+                f"{type(error).__name__}: {error} ({describe_missing(self._model, '', batch)})"
+            ) from error
+
+    def _repeated_units(self) -> set[nn.Module]:
+        """Modules called more than once by a pass; one pass tells for batches with equal keys."""
+        counts: Counter[nn.Module] = Counter()
+        repeated: set[nn.Module] = set()
+        hooks = [
+            module.register_forward_pre_hook(lambda m, _: counts.update([m]))
+            for module in self._waiting
+        ]
+        self._running_unit = True
+        try:
+            for batch in {frozenset(batch): batch for batch in self._batches}.values():
+                counts.clear()
+                self._forward(batch)
+                repeated |= {module for module, count in counts.items() if count > 1}
+        finally:
+            self._running_unit = False
+            for hook in hooks:
+                hook.remove()
+        return repeated
+
+    def _scout(self, unit: Unit, batch: Batch) -> list[Call]:
+        """All calls of a unit in one more pass over a batch, with what is pruned by now."""
+        calls: list[Call] = []
+        self._scouted = unit.module, calls
+        try:
+            self._forward(batch)
+        finally:
+            self._scouted = None
+        return calls
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Where a pass reaches a unit that isn't pruned yet: hand its inputs over and wait."""
         if self._running_unit or module not in self._waiting:
             return
         current = greenlet.getcurrent()
-        call = Call(args, kwargs, self._token_masks[current], Parked((args, kwargs), self._own))
+        mask = self._token_masks[current]
+        if self._scouted is not None:
+            if module is self._scouted[0]:  # the pass goes on, and may write into its tensors
+                args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+                self._scouted[1].append(Call(args, kwargs, mask, Parked((), self._own)))
+            return
+        call = Call(args, kwargs, mask, Parked((args, kwargs), self._own))
         call.parked.away()
         assert current.parent is not None
         current.parent.switch((self._waiting[module], call))
@@ -165,11 +220,12 @@ class BlockWalk:
         reached = [stop[0] for stop in stops if stop]
         if not reached:
             names = [target for unit in self._waiting.values() for target in unit.targets]
+            given = {key for batch in self._batches for key in batch}
             raise CalibrationError(
                 f"no calibration token reached {', '.join(names[:4])}"
-                f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}: the data lack the "
-                "inputs that use these layers; add them, or leave the layers dense with "
-                "modules_to_not_convert"
+                f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}: "
+                f"{describe_missing(self._model, names[0], given)}. Pass dicts of all inputs, or "
+                "leave these layers dense with modules_to_not_convert"
             )
         return min(reached, key=lambda unit: self._order[unit.name])
 
