@@ -131,6 +131,13 @@ class SparseQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[Any]:
         return [ValuesRenaming.of(self._renamed)] if self._renamed else []
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """A sparse checkpoint has in-memory names: a family's renamings would only garble them."""
+        if self._renamed:
+            return self.get_weight_conversions()
+        converted: list[Any] = super().update_weight_conversions(weight_conversions, *args)
+        return converted
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
             self._check_loaded(model)

@@ -17,6 +17,7 @@ units, that is the hidden states. On an accelerator those of waiting batches are
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -211,7 +212,8 @@ class BlockWalk:
         call.parked.back()
         self._running_unit = True
         try:
-            return unit.module(*call.args, **call.kwargs)
+            args = map(_own_cache, call.args)
+            return unit.module(*args, **{k: _own_cache(v) for k, v in call.kwargs.items()})
         finally:
             self._running_unit = False
             call.parked.away()
@@ -228,6 +230,11 @@ class BlockWalk:
                 "leave these layers dense with modules_to_not_convert"
             )
         return min(reached, key=lambda unit: self._order[unit.name])
+
+
+def _own_cache(value: Any) -> Any:
+    """A copy of a key-value cache, where a model makes one although told not to."""
+    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
 
 
 @contextmanager
