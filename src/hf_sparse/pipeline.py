@@ -188,7 +188,8 @@ def _units(
     for i, visit in enumerate(BlockWalk(model, units, data.batches), 1):
         layers = {name: by_name[name].target.module for name in visit.unit.targets}
         statistics = collect_statistics(visit, layers, solver.needs)
-        yield f"block {i} of {len(units)}", [by_name[name] for name in layers], statistics
+        yield f"block {i} of {len(units)}", [by_name.pop(name) for name in layers], statistics
+    yield "never called", list(by_name.values()), {}
 
 
 def _tell_never_called(left_dense: Mapping[str, str], any_pruned: bool) -> None:

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map_only
 from ..errors import CalibrationError, HfSparseError
 from .data import Batch
 from .offload import Parked
-from .towers import describe_missing
+from .towers import lacking_inputs, missing_input
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def find_units(model: nn.Module, targets: Sequence[str]) -> list[Unit]:
     """Split the targets into units, found from the model's structure alone.
 
     A block is the outermost module around a target whose class the model names in
-    `_no_split_modules`, else the outermost element of an `nn.ModuleList`. A target in neither is
-    a unit of its own.
+    `_no_split_modules`, else the outermost element of an `nn.ModuleList` that is no mere container
+    (those are never called). A target in neither is a unit of its own.
     """
     whole: set[str] = set()
     for module in model.modules():
@@ -81,7 +81,8 @@ def find_units(model: nn.Module, targets: Sequence[str]) -> list[Unit]:
         f"{name}.{child}".lstrip(".")
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        for child, _ in module.named_children()
+        for child, element in module.named_children()
+        if type(element).forward is not nn.Module.forward
     ]
     grouped: dict[str, list[str]] = {}
     for target in targets:
@@ -101,10 +102,11 @@ class BlockWalk:
         batches: model inputs, on the CPU.
 
     The caller prunes a visit's unit before asking for the next visit. Leaving the loop, also by
-    an exception, unwinds the passes that are under way and removes all hooks.
+    an exception, unwinds the passes that are under way and removes all hooks. Units that the model
+    never calls on these batches have no visit.
 
     Raises:
-        CalibrationError: the model can't be run on a batch, or units were never reached.
+        CalibrationError: the model can't be run on a batch, or a tower lacks its input.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[Unit], batches: Sequence[Batch]) -> None:
@@ -128,8 +130,7 @@ class BlockWalk:
             with torch.no_grad(), _without_cache(self._model):
                 repeated = self._repeated_units()
                 stops = [p.switch(batch) for p, batch in zip(passes, self._batches, strict=True)]
-                while self._waiting:
-                    unit = self._next_unit(stops)
+                while self._waiting and (unit := self._next_unit(stops)):
                     here = [i for i, stop in enumerate(stops) if stop and stop[0] is unit]
                     calls = [stops[i][1] for i in here]
                     if unit.module in repeated:
@@ -158,13 +159,17 @@ class BlockWalk:
         except Exception as error:
             raise CalibrationError(
                 f"{type(self._model).__name__} can't run on the calibration data: "
-                f"{type(error).__name__}: {error} ({describe_missing(self._model, '', batch)})"
+                f"{type(error).__name__}: {error}. The data have {', '.join(sorted(batch))}; it "
+                f"also takes {', '.join(lacking_inputs(self._model, batch)) or 'nothing else'}"
             ) from error
 
     def _repeated_units(self) -> set[nn.Module]:
-        """Modules called more than once by a pass; one pass tells for batches with equal keys."""
+        """Modules called more than once by a pass; one pass tells for batches with equal keys.
+
+        Raises a CalibrationError if a tower is never called for lack of its input.
+        """
+        most: Counter[nn.Module] = Counter()
         counts: Counter[nn.Module] = Counter()
-        repeated: set[nn.Module] = set()
         hooks = [
             module.register_forward_pre_hook(lambda m, _: counts.update([m]))
             for module in self._waiting
@@ -172,14 +177,23 @@ class BlockWalk:
         self._running_unit = True
         try:
             for batch in {frozenset(batch): batch for batch in self._batches}.values():
-                counts.clear()
                 self._forward(batch)
-                repeated |= {module for module, count in counts.items() if count > 1}
+                most |= counts
+                counts.clear()
         finally:
             self._running_unit = False
             for hook in hooks:
                 hook.remove()
-        return repeated
+        given = {key for batch in self._batches for key in batch}
+        for module, unit in self._waiting.items():
+            missing = None if most[module] else missing_input(self._model, unit.name, given)
+            if missing:
+                raise CalibrationError(
+                    f"no calibration token reached {unit.name}: {missing}, the data have "
+                    f"{', '.join(sorted(given))}. Pass dicts of all inputs, or leave the tower "
+                    "dense with modules_to_not_convert"
+                )
+        return {module for module, count in most.items() if count > 1}
 
     def _scout(self, unit: Unit, batch: Batch) -> list[Call]:
         """All calls of a unit in one more pass over a batch, with what is pruned by now."""
@@ -218,18 +232,9 @@ class BlockWalk:
             self._running_unit = False
             call.parked.away()
 
-    def _next_unit(self, stops: Sequence[tuple[Unit, Call] | None]) -> Unit:
+    def _next_unit(self, stops: Sequence[tuple[Unit, Call] | None]) -> Unit | None:
         reached = [stop[0] for stop in stops if stop]
-        if not reached:
-            names = [target for unit in self._waiting.values() for target in unit.targets]
-            given = {key for batch in self._batches for key in batch}
-            raise CalibrationError(
-                f"no calibration token reached {', '.join(names[:4])}"
-                f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}: "
-                f"{describe_missing(self._model, names[0], given)}. Pass dicts of all inputs, or "
-                "leave these layers dense with modules_to_not_convert"
-            )
-        return min(reached, key=lambda unit: self._order[unit.name])
+        return min(reached, key=lambda unit: self._order[unit.name], default=None)
 
 
 def _own_cache(value: Any) -> Any:

@@ -15,30 +15,30 @@ NO_DATA = re.compile(
 )
 
 
-def describe_missing(model: nn.Module, unit: str, given: Iterable[str]) -> str:
-    """Say which tower a module belongs to and which inputs the data lack for it.
+def missing_input(model: nn.Module, unit: str, given: Iterable[str]) -> str | None:
+    """The input that the data lack for a module that no data reached, and its tower, in words.
+
+    A tower is a model inside the model: a module that declares its main input, as transformers'
+    models do. None if the data have the main input of every tower around the module: then it is
+    no lack of data that keeps the model from calling it.
 
     Args:
         model: the model whose forward takes the data.
-        unit: name of a module that no data reached.
+        unit: the module's name.
         given: names of the inputs that the data have.
-
-    A tower is a model inside the model: a module that declares its main input, as transformers'
-    models do, and another one than the whole model or than the data have.
     """
-    given = sorted(given)
-    taken = [n for n in inspect.signature(model.forward).parameters if not NO_DATA.fullmatch(n)]
-    lacking = [name for name in taken if name not in given]
-    text = f"the data have {', '.join(given)}"
-    for name in _ancestors(unit):
-        module = model.get_submodule(name)
-        wanted = getattr(module, "main_input_name", None)
-        if wanted is not None and wanted not in given:
-            wanted = wanted if wanted in taken or not lacking else ", ".join(lacking)
-            return f"the tower {name} ({type(module).__name__}) needs {wanted}, {text}"
-    return f"{text}, the model also takes {', '.join(lacking)}" if lacking else text
+    given, lacking = set(given), lacking_inputs(model, given)
+    dots = [i for i, letter in enumerate(unit) if letter == "."]
+    for name in (unit, *(unit[:i] for i in reversed(dots))):
+        tower = model.get_submodule(name)
+        wanted = getattr(tower, "main_input_name", None)
+        if wanted is not None and wanted not in given and lacking:
+            wanted = wanted if wanted in lacking else " or ".join(lacking)
+            return f"the tower {name} ({type(tower).__name__}) needs {wanted}"
+    return None
 
 
-def _ancestors(name: str) -> list[str]:
-    """The modules that hold a module, outermost first, and itself."""
-    return [name[:i] for i, letter in enumerate(name) if letter == "."] + [name]
+def lacking_inputs(model: nn.Module, given: Iterable[str]) -> list[str]:
+    """Inputs that the model's forward takes and the data don't have."""
+    taken = inspect.signature(model.forward).parameters
+    return [name for name in taken if name not in given and not NO_DATA.fullmatch(name)]
