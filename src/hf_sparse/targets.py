@@ -23,7 +23,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .errors import TargetError
 from .layers import SparseLinear
 
-
 ROUTER_CLASS = re.compile(r"Router|TopK(Gate|Gating)|MoE\w*Gate|Moe\w*Gate")
 
 
@@ -68,7 +67,7 @@ def is_prunable(module: nn.Module) -> bool:
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention reads its weight and never calls it
     if isinstance(module, nn.Linear):
-        return _computes_linear(type(module))
+        return _computes_linear(type(module))  # type: ignore[arg-type]
     weight = getattr(module, "weight", None)
     sizes = getattr(module, "nx", None), getattr(module, "nf", None)
     return isinstance(weight, Tensor) and tuple(weight.shape) == sizes

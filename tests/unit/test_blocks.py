@@ -164,5 +164,7 @@ def test_a_unit_that_is_never_called_has_no_visit():
 
 
 def test_a_model_that_cannot_run_on_the_data_names_both():
-    with pytest.raises(CalibrationError, match=r"Parted can't run.*data have z; it also takes x, y"):
+    with pytest.raises(
+        CalibrationError, match=r"Parted can't run.*data have z; it also takes x, y"
+    ):
         walk(Parted(), ["layers.0.always"], [{"z": torch.randn(3, 4)}])

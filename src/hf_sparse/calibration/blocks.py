@@ -152,8 +152,11 @@ class BlockWalk:
         mask = batch.get("attention_mask")
         padded = mask is not None and mask.ndim == 2 and not bool(mask.all())
         self._token_masks[greenlet.getcurrent()] = mask.bool() if padded else None  # type: ignore[union-attr]
+        dtype = getattr(self._model, "dtype", None)  # processors give fp32 pixels and audio
+        inputs = {key: value.to(device) for key, value in batch.items()}
+        floats = {k: v.to(dtype) for k, v in inputs.items() if dtype and v.is_floating_point()}
         try:
-            self._model(**{key: value.to(device) for key, value in batch.items()})
+            self._model(**inputs | floats)
         except (HfSparseError, torch.OutOfMemoryError):
             raise
         except Exception as error:
