@@ -30,10 +30,12 @@ def _fuyu(config: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _gemma4(config: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     vision = config.vision_config
+    no_audio = {"input_features": None, "input_features_mask": None}
+    if vision is None:
+        return {"pixel_values": None, **no_audio}
     side = torch.arange(4)
     positions = torch.cartesian_prod(side, side).expand(2, 16, 2)
     values = torch.rand(2, 16, 3 * vision.patch_size**2)
-    no_audio = {"input_features": None, "input_features_mask": None}
     return {"pixel_values": values, "image_position_ids": positions, **no_audio}
 
 

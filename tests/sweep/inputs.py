@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 Inputs = dict[str, Tensor]
 BATCH, TOKENS, FRAMES, SAMPLES = 2, 16, 200, 6400
 IMAGE_LAYOUTS = ("image", "sized image", "images", "sized images", "sized tiles", "patches")
-AUDIO_LAYOUTS = ("bins first", "frames first")
+AUDIO_LAYOUTS = ("bins first", "frames first", "frames first, no mask")
 MEL_BINS = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "input_dim")
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id", "img_context_token_id")
 AUDIO_TOKENS = ("audio_token_id", "audio_token_index")
@@ -136,6 +136,7 @@ def _mel(
     frames = 2 * positions if positions and layout == "bins first" else FRAMES
     shape = (BATCH, bins, frames) if layout == "bins first" else (BATCH, frames, bins)
     masks = names & {"input_features_mask", "feature_attention_mask", "padding_mask"}
+    masks = set() if layout.endswith("no mask") else masks
     return {
         "input_features": torch.randn(shape, generator=generator),
         **{name: torch.ones(BATCH, frames, dtype=torch.int64) for name in masks},

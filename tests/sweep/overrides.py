@@ -51,8 +51,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
         "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
     },
-    "gemma4": {"vision_config": {"pooling_kernel_size": 2}},
-    "gemma4_unified": {"vision_config": {"pooling_kernel_size": 2}},
+    "gemma4": {  # its default has no vision tower
+        "vision_config": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "patch_size": 8,
+            "position_embedding_size": 32,
+            "pooling_kernel_size": 2,
+        }
+    },
     "glm46v": {"text_config": MROPE},
     "glm4v": {"text_config": MROPE},
     "glm4v_moe": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}}},
