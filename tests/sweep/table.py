@@ -20,11 +20,14 @@ with SparseGPT to 50 % while it loads and to 2:4 in place, on random token ids, 
 features. It passes if every pruned layer has exactly the zeros that were asked for, the model saves
 and reloads to the same bits of its outputs, and still generates where the dense one does.
 
-| task | registered | can be built tiny | pass | fail | nothing to prune |
-|---|---|---|---|---|---|
+| task | registered | built and run | pass | fail | nothing to prune | not built |
+|---|---|---|---|---|---|---|
 """
 
 NOTES = """
+Rates are of what was pruned. "Not built" are types for which the sweep's rules give no tiny model
+and inputs that plain transformers runs, because a package is missing (timm, natten) or because the
+rules don't know the type's sizes or inputs: nothing is known about pruning those.
 "Nothing to prune" are networks without linear layers besides the head: convolutions, or integer
 layers of their own. Fused experts of mixtures of experts stay dense. "Never called" are layers that
 the random inputs did not reach: cross-attention of decoders without an encoder, a video tower.
@@ -42,7 +45,10 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
         built = len(statuses) - statuses.count(NOT_BUILT)
         tried = passed + failed
         rate = f"{passed} of {tried} ({100 * passed / tried:.1f} %)" if tried else "-"
-        parts.append(f"| {kind} | {len(statuses)} | {built} | {rate} | {failed} | {nothing} |\n")
+        parts.append(
+            f"| {kind} | {len(statuses)} | {built} | {rate} | {failed} | {nothing} "
+            f"| {len(statuses) - built} |\n"
+        )
     parts.append(NOTES)
     for kind in kinds:
         parts.append(_section(kind, [o for o in outcomes if o.kind == kind]))
