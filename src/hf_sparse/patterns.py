@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .errors import ConfigError
 
-
 # Scores in a row up to which all pairs are compared.
 SHORT_ROW = 32
 

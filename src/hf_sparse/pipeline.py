@@ -39,6 +39,8 @@ logger = get_logger(__name__)
 # Of the default for seq_len; the papers calibrate with 2048 tokens.
 LONGEST_SEQUENCE = 2048
 
+NEVER_CALLED = "the model never called it on the calibration data"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -89,9 +91,12 @@ def run(
     training = model.training
     model.eval()
     try:
-        layers = _Run(model, config, solver, data).prune(jobs)
+        this = _Run(model, config, solver, data)
+        layers = this.prune(jobs)
+        left_dense |= dict.fromkeys(this.never_called, NEVER_CALLED)
     finally:
         model.train(training)
+    _tell_never_called(left_dense, bool(layers))
     record = data.record if data else None
     report = PruningReport(tuple(layers), left_dense, record, time.perf_counter() - started)
     logger.info("%s", report.summary())
@@ -112,6 +117,7 @@ class _Run:
         self._solver = LayerSolver(solver, config.refit, config.damp_percent, config.grid)
         self._metrics: Mapping[str, OutputMetric] = {}
         self._layers: list[LayerReport] = []
+        self.never_called: list[str] = []
         self._solved: dict[str, _Solved] = {}
 
     @torch.no_grad()
@@ -135,9 +141,9 @@ class _Run:
             self._metrics = collect_metrics(self._model, units, self._data.batches, config.seed)
         if config.allocation == "uniform":
             return jobs
-        weights = {job.target.name: job.target for job in jobs}
+        targets = {job.target.name: job.target for job in jobs}
         batches = self._data.batches if self._data else ()
-        zeros = allocate(self._model, config, weights, units, batches, self._metrics)
+        zeros = allocate(self._model, config, targets, units, batches, self._metrics)
         return [Job(job.target, exactly(zeros[job.target.name], job.target.shape)) for job in jobs]
 
     def _solve_all(self, jobs: Sequence[Job]) -> Iterator[tuple[str, LayerReport]]:
@@ -155,6 +161,8 @@ class _Run:
             self._pack()
             for layer in self._solve_unit(visit, by_name):
                 yield f"block {i} of {len(units)}", layer
+        done = {layer.name for layer in self._layers} | set(self._solved)
+        self.never_called = [name for name in by_name if name not in done]
 
     def _solve_unit(self, visit: Visit, jobs: Mapping[str, Job]) -> Iterator[LayerReport]:
         config = self._config
@@ -170,7 +178,8 @@ class _Run:
             watched = {name: layers[name] for name in stage}
             observed = collect_statistics(visit, watched, config.needs, dense)
             for name in stage:
-                yield self._solve(jobs[name], observed[name])
+                if name in observed:
+                    yield self._solve(jobs[name], observed[name])
 
     @contextmanager
     def _dense_weights(self) -> Iterator[None]:
@@ -197,7 +206,7 @@ class _Run:
         return report
 
     def _metrics_for(self, name: str) -> OutputMetric | None:
-        return self._metrics[name] if self._config.metric == "fisher" else None
+        return self._metrics.get(name) if self._config.metric == "fisher" else None
 
     def _pack(self) -> None:
         """Replace the layers solved since by sparse ones, and complete their reports."""
@@ -282,6 +291,16 @@ def _limits(model: nn.Module) -> tuple[int | None, int | None]:
             embedding = None
     vocab = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
     return (longest if isinstance(longest, int) and longest > 0 else None), vocab
+
+
+def _tell_never_called(left_dense: Mapping[str, str], any_pruned: bool) -> None:
+    names = [name for name, reason in left_dense.items() if reason is NEVER_CALLED]
+    text = f"{len(names)} layers stay dense, {NEVER_CALLED}: {', '.join(names[:4])}"
+    text += ", ..." if len(names) > 4 else ""
+    if names and not any_pruned:
+        raise CalibrationError(f"{text}; no other layer was to be pruned")
+    if names:
+        logger.warning("%s", text)
 
 
 def _solve(

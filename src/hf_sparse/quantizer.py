@@ -27,6 +27,7 @@ from .saving import (
     sparse_layers,
     sparse_state_dict,
 )
+from .targets import find_routers
 
 logger = get_logger(__name__)
 
@@ -62,13 +63,18 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
             "model.dequantize() first, or load the original"
         )
     quantizer = SparseQuantizer(config, pre_quantized=False)
-    quantizer.prune(model)
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    for module_config in configs:  # before: some models compute with `.weight` unless it is set
+        module_config._is_quantized = True
+    try:
+        quantizer.prune(model)
+    except BaseException:
+        for module_config in configs:
+            module_config._is_quantized = False
+        raise
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = True
     assert quantizer.report is not None
     return quantizer.report
 
@@ -123,6 +129,13 @@ class SparseQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[Any]:
         return [ValuesRenaming.of(self._renamed)] if self._renamed else []
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """A sparse checkpoint has in-memory names: a family's renamings would only garble them."""
+        if self._renamed:
+            return self.get_weight_conversions()
+        converted: list[Any] = super().update_weight_conversions(weight_conversions, *args)
+        return converted
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -239,8 +252,8 @@ def _dense_twin(sparse: SparseLinear) -> nn.Module:
 
 
 def _default_dense(model: PreTrainedModel) -> dict[str, str]:
-    """Layers that stay dense unless asked for: heads, tied weights, what must stay in fp32."""
-    reasons: dict[str, str] = {}
+    """Layers that stay dense unless asked for: heads, routers, tied weights, what needs fp32."""
+    reasons = find_routers(model)
     base = model.base_model
     inside = {id(module) for module in base.modules()}
     head = model.get_output_embeddings()

@@ -146,9 +146,9 @@ def export_dense(
         del config.quantization_config
     with torch.device("meta"):
         dense = type(model)(config).to(model.dtype)
-    if hasattr(model, "_weight_conversions"):
-        conversions = model._weight_conversions or ()
-        dense._weight_conversions = [c for c in conversions if not isinstance(c, ValuesRenaming)]
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions and not any(isinstance(c, ValuesRenaming) for c in conversions):
+        dense._weight_conversions = conversions
     if model.can_generate():
         dense.generation_config = model.generation_config
     state = _dense_state_dict(model)

@@ -45,7 +45,8 @@ def allocate(
 ) -> dict[str, int]:
     """Zeros of each layer, by name; together as many as uniform sparsity makes.
 
-    owl and fisher measure the dense model on an evenly spaced part of the calibration batches.
+    owl and fisher measure the dense model on an evenly spaced part of the calibration batches;
+    layers that these don't reach get the mean sparsity.
     """
     assert isinstance(config.sparsity, float)
     sizes = {name: target.shape[0] * target.shape[1] for name, target in targets.items()}
@@ -63,6 +64,9 @@ def allocate(
         curves = fisher_curves(
             _costs(model, units, targets, batches, metrics, config.damp_percent), config.sparsity
         )
+    if not isinstance(config.allocation, dict):
+        missing = {name: config.sparsity for name in targets if name not in curves}
+        curves |= explicit_curves(missing)
     return meet_budget(curves, sizes, budget, low, high)
 
 
@@ -74,15 +78,15 @@ def _outliers(
 ) -> dict[str, float]:
     """Each layer's block's share of outliers."""
     shares = {}
-    for unit, observed in _visits(model, units, targets, batches, Needs.COLUMN_NORMS):
+    for observed in _visits(model, units, targets, batches, Needs.COLUMN_NORMS):
         found = total = 0.0
         for name, seen in observed.items():
             assert seen.statistics.column_norms is not None
             with targets[name].weight() as weight:
                 share = outlier_share(weight.float(), seen.statistics.column_norms)
                 found, total = found + share * weight.numel(), total + weight.numel()
-        shares.update(dict.fromkeys(unit.targets, found / total))
-    return {name: shares[name] for name in targets}
+        shares.update(dict.fromkeys(observed, found / total if total else 0.0))
+    return shares
 
 
 def _costs(
@@ -95,15 +99,17 @@ def _costs(
 ) -> dict[str, torch.Tensor]:
     """Quantiles of what removing each layer's weights costs."""
     costs = {}
-    for _, observed in _visits(model, units, targets, batches, Needs.HESSIAN):
+    for observed in _visits(model, units, targets, batches, Needs.HESSIAN):
         for name, seen in observed.items():
             # H^-1 = U'U, so its diagonal is that of U's columns squared.
+            if name not in metrics:
+                continue
             upper = seen.statistics.inverse_factor(damp_percent).upper
             inverse_diagonal = upper.square().sum(dim=0)
             with targets[name].weight() as weight:
                 outputs = metrics[name].diagonal
                 costs[name] = cost_quantiles(weight.float(), outputs, inverse_diagonal)
-    return {name: costs[name] for name in targets}
+    return costs
 
 
 def _visits(
@@ -112,11 +118,11 @@ def _visits(
     targets: Mapping[str, Target],
     batches: Sequence[Batch],
     needs: Needs,
-) -> Iterator[tuple[Unit, dict[str, Observed]]]:
-    """Walk the dense model: each unit and what was seen of its layers."""
+) -> Iterator[dict[str, Observed]]:
+    """Walk the dense model: what was seen of each unit's layers."""
     used = batches[:: round(1 / SHARE)]
     with progress_bar(len(units), "Allocating") as bar:
         for visit in BlockWalk(model, units, used):
             layers = {name: targets[name].module for name in visit.unit.targets}
-            yield visit.unit, collect_statistics(visit, layers, needs)
+            yield collect_statistics(visit, layers, needs)
             bar.update()

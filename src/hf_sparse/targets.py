@@ -8,6 +8,7 @@ below `layers.11`.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .errors import TargetError
 from .layers import SparseLinear
+
+ROUTER_CLASS = re.compile(r"Router|TopK(Gate|Gating)|MoE\w*Gate|Moe\w*Gate")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers to prune, in the model's order, and why the others stay dense."""
+    """The layers to prune, in the model's order, and why others, and fused experts, stay dense."""
 
     targets: tuple[Target, ...]
     left_dense: Mapping[str, str]
@@ -64,10 +67,30 @@ def is_prunable(module: nn.Module) -> bool:
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention reads its weight and never calls it
     if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward
+        return _computes_linear(type(module))  # type: ignore[arg-type]
     weight = getattr(module, "weight", None)
     sizes = getattr(module, "nx", None), getattr(module, "nf", None)
     return isinstance(weight, Tensor) and tuple(weight.shape) == sizes
+
+
+@functools.cache
+def _computes_linear(cls: type[nn.Linear]) -> bool:
+    """Is what a subclass of `nn.Linear` computes still W x + b? One with state of its own isn't."""
+    if cls.forward is nn.Linear.forward:
+        return True
+    if cls.__init__ is not nn.Linear.__init__:
+        return False
+    x = torch.tensor([[900.0, -7.0, 0.5], [-0.01, 80.0, 3.0]])
+    layer = cls(3, 2, device="meta")
+    layer.weight = nn.Parameter(torch.tensor([[-2.0, 0.3, 50.0], [7.0, -0.1, 0.02]]))
+    layer.bias = nn.Parameter(torch.tensor([0.5, -100.0]))
+    with torch.no_grad():
+        try:
+            y = layer(x)
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
+            return False  # it wants other inputs
+        expected = nn.functional.linear(x, layer.weight, layer.bias)
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -98,7 +121,7 @@ def select_targets(
         require_match(pattern, names)
     shared = _shared_weights(model)
     chosen: list[Target] = []
-    left_dense: dict[str, str] = {}
+    left_dense = _fused_experts(model)
     for name, module in layers.items():
         wanted = targets is not None and any(matches(p, name) for p in targets)
         reason = None
@@ -123,6 +146,39 @@ def select_targets(
         why = "; ".join(f"{n}: {r}" for n, r in list(left_dense.items())[:5]) or "no linear layer"
         raise TargetError(f"nothing to prune in {type(model).__name__} ({why})")
     return Selection(tuple(chosen), left_dense)
+
+
+def find_routers(model: nn.Module) -> dict[str, str]:
+    """Layers that send tokens to experts, with the reason to leave them dense.
+
+    A router is a layer below a module whose class says so, or one that stands beside a module
+    `experts` and gives a score for each of them, or one gate for all.
+    """
+    found: dict[str, str] = {}
+    for parent_name, parent in model.named_modules():
+        prefix = f"{parent_name}." if parent_name else ""
+        if ROUTER_CLASS.search(type(parent).__name__):
+            for name, module in parent.named_modules():
+                if is_prunable(module):
+                    found[(prefix + name).rstrip(".")] = f"it is part of the router {parent_name}"
+        experts = getattr(parent, "experts", None)
+        if not isinstance(experts, nn.Module):
+            continue
+        scores = {1, *(len(p) for p in experts.parameters() if p.ndim == 3)}
+        scores |= {len(m) for m in experts.modules() if isinstance(m, nn.ModuleList)}
+        for name, module in parent.named_children():
+            if is_prunable(module) and Target(name, module).shape[0] in scores:
+                found[prefix + name] = f"it routes tokens to {prefix}experts"
+    return found
+
+
+def _fused_experts(model: nn.Module) -> dict[str, str]:
+    """Expert weights that are one 3-D parameter: no linear layers, so nothing prunes them."""
+    return {
+        name: "fused experts are one 3-D parameter, not linear layers"
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and "experts" in name.split(".")
+    }
 
 
 def require_match(pattern: str, names: Iterable[str]) -> None:

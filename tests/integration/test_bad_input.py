@@ -214,12 +214,15 @@ class Branching(torch.nn.Module):
         return self.used(x)
 
 
-def test_a_layer_that_saw_no_token_is_named():
+def test_a_layer_that_the_model_never_calls_stays_dense_and_is_named(caplog):
     data = [{"x": torch.randn(4, 8)}]
-    with pytest.raises(CalibrationError, match="no calibration token reached unused"):
-        hf_sparse.prune(Branching(), SparseConfig(dataset=data))
-    report = hf_sparse.prune(Branching(), SparseConfig(dataset=data, targets=["used"]))
+    model = Branching()
+    report = hf_sparse.prune(model, SparseConfig(dataset=data))
     assert [layer.name for layer in report.layers] == ["used"]
+    assert report.left_dense == {"unused": "the model never called it on the calibration data"}
+    assert type(model.unused) is torch.nn.Linear
+    with pytest.raises(CalibrationError, match=r"never called it.*unused; no other layer"):
+        hf_sparse.prune(Branching(), SparseConfig(dataset=data, targets=["unused"]))
 
 
 @pytest.mark.parametrize(

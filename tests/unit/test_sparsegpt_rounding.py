@@ -77,7 +77,7 @@ def oracle(weight, hessian, pattern, grid, block):
             end = min(i + size, columns)
             scores = torch.tensor([[score(row, j) for j in range(i, end)] for row in range(rows)])
             kept = pattern.mask(scores)
-            scales = Grid(grid.bits, None, grid.sym).fit(work[:, i:end].float(), kept)
+            scales = Grid(grid.bits, None, grid.sym).fit(work[:, i:end].float(), kept, search=False)
         for row in range(rows):
             value, code = float(work[row, i]), 0
             scale = float(scales.scale[row, 0])
@@ -139,7 +139,7 @@ def test_rounding_in_the_same_pass_loses_less_than_rounding_afterwards(pattern):
     joint = SparseGPT(joint_grid=Grid(3, 32, True)).solve(weight, statistics, pattern).weight
     pruned = SparseGPT().solve(weight, statistics, pattern)
     assert pruned.quantized is None
-    scales = grid.fit(pruned.weight, pruned.mask, statistics.hessian.diagonal())
+    scales = grid.fit(pruned.weight, pruned.mask, statistics.hessian.diagonal(), search=False)
     after = scales.round(pruned.weight).dequantize()
     errors = [statistics.relative_error(weight, w) for w in (joint, after)]
     assert errors[0] < 0.95 * errors[1]

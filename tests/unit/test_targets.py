@@ -10,6 +10,7 @@ from hf_sparse.formats.bitmask import Bitmask
 from hf_sparse.layers import SparseLinear
 from hf_sparse.targets import (
     Target,
+    find_routers,
     is_prunable,
     layer_sparsity,
     matches,
@@ -113,6 +114,25 @@ class OwnInit(nn.Linear):
     pass
 
 
+class OtherWords(nn.Linear):
+    """Falcon's: W x + b, said in another way."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class OtherWordsAndState(OtherWords):
+    def __init__(self, *sizes) -> None:
+        super().__init__(*sizes)
+        self.scale = 2.0
+
+
+class TwoResults(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
 @pytest.mark.parametrize(
     ("module", "prunable"),
     [
@@ -120,6 +140,9 @@ class OwnInit(nn.Linear):
         (Conv1D(3, 2), True),
         (OwnInit(3, 2), True),
         (OwnForward(3, 2), False),
+        (OtherWords(3, 2), True),
+        (OtherWordsAndState(3, 2), False),
+        (TwoResults(3, 2), False),
         (nn.MultiheadAttention(4, 2).out_proj, False),
         (nn.Embedding(3, 2), False),
         (nn.LayerNorm(3), False),
@@ -250,3 +273,48 @@ def test_sparse_layers_are_not_pruned_again(net):
     net.layers[0].fc = SparseLinear(fmt, fmt.pack(torch.ones(5, 4)), (5, 4), torch.float32)
     selection = select_targets(net, None, None, {})
     assert "layers.0.fc" not in [*names(selection), *selection.left_dense]
+
+
+# --- routers and experts --------------------------------------------------------------------
+
+
+class TinyTopKRouter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(4, 3)
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.ones(3, 4, 10))
+
+
+class Mixture(nn.Module):
+    """Three experts, each kind of router, and what is no router."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.router, self.gate, self.shared_gate = TinyTopKRouter(), nn.Linear(4, 3), Conv1D(1, 4)
+        self.latent, self.experts = nn.Linear(4, 4), experts
+
+
+@pytest.mark.parametrize("modules", [True, False], ids=["per expert", "fused"])
+def test_routers_stay_dense_by_default_and_other_layers_beside_experts_do_not(modules):
+    model = nn.Module()
+    model.mlp = Mixture(nn.ModuleList(nn.Linear(4, 5) for _ in range(3)) if modules else Fused())
+    routers = find_routers(model)
+    assert routers == {
+        "mlp.router.scores": "it is part of the router mlp.router",
+        "mlp.gate": "it routes tokens to mlp.experts",
+        "mlp.shared_gate": "it routes tokens to mlp.experts",
+    }
+    selection = select_targets(model, None, None, routers)
+    experts = [f"mlp.experts.{i}" for i in range(3)] if modules else []
+    assert names(selection) == ["mlp.latent", *experts]
+    fused = {} if modules else {"mlp.experts.gate_up_proj": FUSED}
+    assert selection.left_dense == {**routers, **fused}
+    assert names(select_targets(model, ["mlp.gate"], None, routers)) == ["mlp.gate"]
+
+
+FUSED = "fused experts are one 3-D parameter, not linear layers"

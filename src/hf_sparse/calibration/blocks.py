@@ -8,13 +8,18 @@ as a coroutine (a greenlet) that stops in front of every unit. When all batches 
 their inputs to the unit are known exactly as the model passes them; the unit can be run on them
 as often as needed and pruned, and then the coroutines go on through the pruned unit to the next.
 
+A unit that a pass calls more than once (layers shared over the depth) is pruned at its first call,
+for all of them: a scout, a pass of its own from the model's start, records the others' inputs.
+
 Live at any time: one unit's work and, per batch, what the model's forward pass holds between two
 units, that is the hidden states. On an accelerator those of waiting batches are moved to the CPU.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +28,12 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, HfSparseError
 from .data import Batch
 from .offload import Parked
+from .towers import lacking_inputs, missing_input
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,8 @@ def find_units(model: nn.Module, targets: Sequence[str]) -> list[Unit]:
     """Split the targets into units, found from the model's structure alone.
 
     A block is the outermost module around a target whose class the model names in
-    `_no_split_modules`, else the outermost element of an `nn.ModuleList`. A target in neither is
-    a unit of its own.
+    `_no_split_modules`, else the outermost element of an `nn.ModuleList` that is no mere container
+    (those are never called). A target in neither is a unit of its own.
     """
     whole: set[str] = set()
     for module in model.modules():
@@ -79,7 +86,8 @@ def find_units(model: nn.Module, targets: Sequence[str]) -> list[Unit]:
         f"{name}.{child}".lstrip(".")
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        for child, _ in module.named_children()
+        for child, element in module.named_children()
+        if type(element).forward is not nn.Module.forward
     ]
     grouped: dict[str, list[str]] = {}
     for target in targets:
@@ -88,6 +96,28 @@ def find_units(model: nn.Module, targets: Sequence[str]) -> list[Unit]:
         block = block or next((a for a in ancestors if a in by_list), target)
         grouped.setdefault(block, []).append(target)
     return [Unit(n, model.get_submodule(n), tuple(t)) for n, t in grouped.items()]
+
+
+def call_model(model: nn.Module, batch: Batch) -> Any:
+    """The model's outputs for a batch, whose floating-point inputs become of the model's dtype.
+
+    Raises:
+        CalibrationError: it can't run on these data; names what they have and lack.
+    """
+    device = getattr(model, "device", None) or next(model.parameters()).device
+    dtype = getattr(model, "dtype", None)  # processors give fp32 pixels and audio
+    inputs = {key: value.to(device) for key, value in batch.items()}
+    floats = {k: v.to(dtype) for k, v in inputs.items() if dtype and v.is_floating_point()}
+    try:
+        return model(**inputs | floats)
+    except (HfSparseError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"{type(model).__name__} can't run on the calibration data: "
+            f"{type(error).__name__}: {error}. The data have {', '.join(sorted(batch))}; it "
+            f"also takes {', '.join(lacking_inputs(model, batch)) or 'nothing else'}"
+        ) from error
 
 
 class BlockWalk:
@@ -101,10 +131,11 @@ class BlockWalk:
             memory of one more set of hidden states.
 
     The caller prunes a visit's unit before asking for the next visit. Leaving the loop, also by
-    an exception, unwinds the passes that are under way and removes all hooks.
+    an exception, unwinds the passes that are under way and removes all hooks. Units that the model
+    never calls on these batches have no visit.
 
     Raises:
-        CalibrationError: the model can't be run on a batch, or units were never reached.
+        CalibrationError: the model can't be run on a batch, or a tower lacks its input.
     """
 
     def __init__(
@@ -120,6 +151,7 @@ class BlockWalk:
         self._waiting = {unit.module: unit for unit in units}
         self._order = {unit.name: i for i, unit in enumerate(units)}
         self._running_unit = False
+        self._scouted: tuple[nn.Module, list[Call]] | None = None
         self._token_masks: dict[greenlet.greenlet, Tensor | None] = {}
         own = itertools.chain(model.parameters(), model.buffers())
         self._own = frozenset(t.untyped_storage().data_ptr() for t in own)
@@ -133,16 +165,19 @@ class BlockWalk:
         dense = _Passes(self._forward, self._batches if self._carry_dense else ())
         try:
             with torch.no_grad(), without_cache(self._model):
+                repeated = self._repeated_units()
                 passes.start()
                 dense.start()
-                while self._waiting:
-                    unit = self._next_unit(passes.stops)
-
-                    del self._waiting[unit.module]
+                while self._waiting and (unit := self._next_unit(passes.stops)):
                     here, twins = passes.at(unit), dense.at(unit)
+                    calls = [passes.call(i) for i in here]
+                    if unit.module in repeated:
+                        self._refuse_dense(unit)
+                        calls = [c for i in here for c in self._scout(unit, self._batches[i])]
+                    del self._waiting[unit.module]
                     yield Visit(
                         unit,
-                        tuple(passes.call(i) for i in here),
+                        tuple(calls),
                         self._run,
                         tuple(dense.call(i) for i in twins),
                         lambda index, twins=twins: dense.go_on(twins[index]),  # type: ignore[misc]
@@ -157,19 +192,73 @@ class BlockWalk:
                 hook.remove()
 
     def _forward(self, batch: Batch) -> None:
-        """The body of a batch's coroutine: one forward pass of the whole model."""
-        device = getattr(self._model, "device", None) or next(self._model.parameters()).device
+        """One forward pass of the whole model; the body of a batch's coroutine."""
         mask = batch.get("attention_mask")
         padded = mask is not None and mask.ndim == 2 and not bool(mask.all())
         self._token_masks[greenlet.getcurrent()] = mask.bool() if padded else None  # type: ignore[union-attr]
-        self._model(**{key: value.to(device) for key, value in batch.items()})
+        call_model(self._model, batch)
+
+    def _repeated_units(self) -> set[nn.Module]:
+        """Modules called more than once by a pass; one pass tells for batches with equal keys.
+
+        Raises a CalibrationError if a tower is never called for lack of its input.
+        """
+        most: Counter[nn.Module] = Counter()
+        counts: Counter[nn.Module] = Counter()
+        hooks = [
+            module.register_forward_pre_hook(lambda m, _: counts.update([m]))
+            for module in self._waiting
+        ]
+        self._running_unit = True
+        try:
+            for batch in {frozenset(batch): batch for batch in self._batches}.values():
+                self._forward(batch)
+                most |= counts
+                counts.clear()
+        finally:
+            self._running_unit = False
+            for hook in hooks:
+                hook.remove()
+        given = {key for batch in self._batches for key in batch}
+        for module, unit in self._waiting.items():
+            missing = None if most[module] else missing_input(self._model, unit.name, given)
+            if missing:
+                raise CalibrationError(
+                    f"no calibration token reached {unit.name}: {missing}, the data have "
+                    f"{', '.join(sorted(given))}. Pass dicts of all inputs, or leave the tower "
+                    "dense with modules_to_not_convert"
+                )
+        return {module for module, count in most.items() if count > 1}
+
+    def _refuse_dense(self, unit: Unit) -> None:
+        if self._carry_dense:
+            raise CalibrationError(
+                f"{unit.name} is called several times in one pass: target='dense' can't be "
+                "followed through it; pass target='layer'"
+            )
+
+    def _scout(self, unit: Unit, batch: Batch) -> list[Call]:
+        """All calls of a unit in one more pass over a batch, with what is pruned by now."""
+        calls: list[Call] = []
+        self._scouted = unit.module, calls
+        try:
+            self._forward(batch)
+        finally:
+            self._scouted = None
+        return calls
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Where a pass reaches a unit that isn't pruned yet: hand its inputs over and wait."""
         if self._running_unit or module not in self._waiting:
             return
         current = greenlet.getcurrent()
-        call = Call(args, kwargs, self._token_masks[current], Parked((args, kwargs), self._own))
+        mask = self._token_masks[current]
+        if self._scouted is not None:
+            if module is self._scouted[0]:  # the pass goes on, and may write into its tensors
+                args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+                self._scouted[1].append(Call(args, kwargs, mask, Parked((), self._own)))
+            return
+        call = Call(args, kwargs, mask, Parked((args, kwargs), self._own))
         call.parked.away()
         assert current.parent is not None
         current.parent.switch((self._waiting[module], call))
@@ -179,22 +268,20 @@ class BlockWalk:
         call.parked.back()
         self._running_unit = True
         try:
-            return unit.module(*call.args, **call.kwargs)
+            args = map(_own_cache, call.args)
+            return unit.module(*args, **{k: _own_cache(v) for k, v in call.kwargs.items()})
         finally:
             self._running_unit = False
             call.parked.away()
 
-    def _next_unit(self, stops: Sequence[tuple[Unit, Call] | None]) -> Unit:
+    def _next_unit(self, stops: Sequence[tuple[Unit, Call] | None]) -> Unit | None:
         reached = [stop[0] for stop in stops if stop]
-        if not reached:
-            names = [target for unit in self._waiting.values() for target in unit.targets]
-            raise CalibrationError(
-                f"no calibration token reached {', '.join(names[:4])}"
-                f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}: the data lack the "
-                "inputs that use these layers; add them, or leave the layers dense with "
-                "modules_to_not_convert"
-            )
-        return min(reached, key=lambda unit: self._order[unit.name])
+        return min(reached, key=lambda unit: self._order[unit.name], default=None)
+
+
+def _own_cache(value: Any) -> Any:
+    """A copy of a key-value cache, where a model makes one although told not to."""
+    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
 
 
 class _Passes:

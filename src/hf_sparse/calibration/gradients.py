@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import CalibrationError
 from ..logging import progress_bar
 from ..statistics import OutputMetric
-from .blocks import Unit, without_cache
+from .blocks import Unit, call_model, without_cache
 from .data import Batch
 
 # Of the calibration batches; the gradients' second moments settle early.
@@ -34,7 +34,7 @@ ROWS = 256
 def collect_metrics(
     model: nn.Module, units: Sequence[Unit], batches: Sequence[Batch], seed: int
 ) -> dict[str, OutputMetric]:
-    """The output metric of every target of the units, by name.
+    """The output metric of the units' targets, by name; those that no gradient reaches have none.
 
     Args:
         model: dense, in eval mode.
@@ -43,7 +43,7 @@ def collect_metrics(
         seed: of the labels and sketches.
 
     Raises:
-        CalibrationError: no gradient reaches a target, or it isn't finite.
+        CalibrationError: the model gives no gradient, or one isn't finite.
     """
     layers = {name: model.get_submodule(name) for unit in units for name in unit.targets}
     sums: dict[str, _Sums] = {}
@@ -59,15 +59,7 @@ def collect_metrics(
             _backward(model, batch, generator)
             bar.update()
     tokens = sum(int(batch["input_ids"].numel()) if "input_ids" in batch else 1 for batch in used)
-    metrics = {}
-    for name in layers:
-        if name not in sums:
-            raise CalibrationError(
-                f"layer {name}: no gradient of the model's output reaches it; pass "
-                "metric='inputs' and an allocation other than 'fisher', or leave it dense"
-            )
-        metrics[name] = sums[name].finish(name, tokens)
-    return metrics
+    return {name: found.finish(name, tokens) for name, found in sums.items()}
 
 
 class _Sums:
@@ -100,8 +92,7 @@ class _Sums:
 
 def _backward(model: nn.Module, batch: Batch, generator: torch.Generator) -> None:
     """Draw labels from the model for one batch and send their gradient through it."""
-    device = getattr(model, "device", None) or next(model.parameters()).device
-    output = model(**{key: value.to(device) for key, value in batch.items()})
+    output = call_model(model, batch)
     scores, gradient = _label_gradient(output, generator)
     mask = batch.get("attention_mask")
     if mask is not None and mask.shape == scores.shape[:-1]:
