@@ -6,6 +6,7 @@ Importing the package registers the quantisation method `hf_sparse` with transfo
 from importlib.metadata import version as _version
 
 from .calibration.data import DataRecord
+from .comparison import Comparison, Point, compare
 from .config import SparseConfig
 from .errors import (
     CalibrationError,
@@ -40,6 +41,7 @@ __all__ = [
     "Agreement",
     "CalibrationError",
     "CheckpointError",
+    "Comparison",
     "ConfigError",
     "DataRecord",
     "EvaluationError",
@@ -49,6 +51,7 @@ __all__ = [
     "HfSparseError",
     "LayerReport",
     "Perplexity",
+    "Point",
     "PruningReport",
     "SaveError",
     "SolveError",
@@ -58,6 +61,7 @@ __all__ = [
     "TargetError",
     "TaskResults",
     "agreement",
+    "compare",
     "evaluate_tasks",
     "explain",
     "export_dense",
