@@ -6,7 +6,7 @@ Importing the package registers the quantisation method `hf_sparse` with transfo
 from importlib.metadata import version as _version
 
 from .calibration.data import DataRecord
-from .comparison import Comparison, Point, compare
+from .comparison import Comparison, ComparisonPoint, compare
 from .config import SparseConfig
 from .errors import (
     CalibrationError,
@@ -42,6 +42,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Comparison",
+    "ComparisonPoint",
     "ConfigError",
     "DataRecord",
     "EvaluationError",
@@ -51,7 +52,6 @@ __all__ = [
     "HfSparseError",
     "LayerReport",
     "Perplexity",
-    "Point",
     "PruningReport",
     "SaveError",
     "SolveError",

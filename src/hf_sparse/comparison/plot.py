@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import EvaluationError
-
-if TYPE_CHECKING:
-    from .result import Comparison, Point
+from .point import ComparisonPoint
 
 
 def require_matplotlib() -> None:
@@ -18,7 +17,7 @@ def require_matplotlib() -> None:
         raise EvaluationError("a plot needs matplotlib: pip install 'hf_sparse[bench]'")
 
 
-def draw(comparison: Comparison) -> Any:
+def draw(points: Sequence[ComparisonPoint], measure: str, dense: float) -> Any:
     """Three panels over sparsity: score, seconds, bytes as a share of the dense weights'.
 
     Unstructured points of a method are joined; n:m points stand alone, with their pattern.
@@ -28,24 +27,23 @@ def draw(comparison: Comparison) -> Any:
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     score, seconds, size = figure.subplots(1, 3)
-    methods = dict.fromkeys(point.method for point in comparison.points)
-    for index, method in enumerate(methods):
-        points = [p for p in comparison.points if p.method == method and p.error is None]
-        points = [p for p in points if math.isfinite(p.score or 0.0)]
+    usable = [p for p in points if p.score is not None and math.isfinite(p.score)]
+    for index, method in enumerate(dict.fromkeys(p.method for p in points)):
+        own = [p for p in usable if p.method == method]
         colour = f"C{index % 10}"
-        _draw(score, points, [p.score for p in points], colour, method)
-        _draw(seconds, points, [p.seconds for p in points], colour, method)
-        stored = [p.share(p.bytes_stored) for p in points]
-        _draw(size, points, stored, colour, f"{method}, stored")
-        resident = [p.share(p.bytes_resident) for p in points]
-        _draw(size, points, resident, colour, f"{method}, in memory", hollow=True)
-    if math.isfinite(comparison.dense):
-        score.axhline(comparison.dense, color="grey", linewidth=0.8, label="dense")
+        _draw(score, own, [p.score for p in own], colour, method)
+        _draw(seconds, own, [p.seconds for p in own], colour, method)
+        stored = [p.share(p.bytes_stored) for p in own]
+        _draw(size, own, stored, colour, method)
+        resident = [p.share(p.bytes_resident) for p in own]
+        _draw(size, own, resident, colour, None, hollow=True)
+    if math.isfinite(dense):
+        score.axhline(dense, color="grey", linewidth=0.8, label="dense")
     size.axhline(1, color="grey", linewidth=0.8)
     for axis, title in (
-        (score, comparison.measure),
+        (score, measure),
         (seconds, "seconds of pruning"),
-        (size, "bytes over dense"),
+        (size, "bytes over dense (dashed: in memory)"),
     ):
         axis.set(xlabel="sparsity", ylabel=title)
         axis.legend(fontsize="small")
@@ -54,10 +52,10 @@ def draw(comparison: Comparison) -> Any:
 
 def _draw(
     axis: Any,
-    points: list[Point],
-    values: list[float | None],
+    points: Sequence[ComparisonPoint],
+    values: Sequence[float | None],
     colour: str,
-    label: str,
+    label: str | None,
     hollow: bool = False,
 ) -> None:
     """One method's points: a line, and markers with a name for n:m."""

@@ -13,38 +13,9 @@ from typing import Any
 from ..calibration.data import DataRecord
 from ..saving import write_folder
 from .plot import draw, require_matplotlib
+from .point import ComparisonPoint
 
-
-@dataclass(frozen=True)
-class Point:
-    """One method at one sparsity.
-
-    Attributes:
-        method: its name, or the name that its settings were given.
-        setting: what was asked for: a fraction of zeros, or an n:m pattern.
-        sparsity: fraction of zeros over all pruned weights; like what follows, None if it failed.
-        score: what the evaluation gave.
-        seconds: of pruning, as if it ran alone: measurements of the dense model that an earlier
-            run made are counted as well; loading, copying and tokenising are not.
-        bytes_dense: of the pruned weights before, in the model's dtype.
-        bytes_stored: of the pruned weights on disk.
-        bytes_resident: of the pruned weights in memory, on this machine.
-        error: why it failed; None if it did not.
-    """
-
-    method: str
-    setting: float | str
-    sparsity: float | None = None
-    score: float | None = None
-    seconds: float | None = None
-    bytes_dense: int | None = None
-    bytes_stored: int | None = None
-    bytes_resident: int | None = None
-    error: str | None = None
-
-    def share(self, count: int | None) -> float | None:
-        """Bytes as a share of the dense weights'; None if it failed or pruned nothing."""
-        return None if count is None or not self.bytes_dense else count / self.bytes_dense
+PLOT = "comparison.png"
 
 
 @dataclass(frozen=True)
@@ -66,7 +37,7 @@ class Comparison:
     model: str
     measure: str
     dense: float
-    points: tuple[Point, ...]
+    points: tuple[ComparisonPoint, ...]
     settings: Mapping[str, Any]
     methods: Mapping[str, Mapping[str, Any]]
     data: DataRecord | None
@@ -76,9 +47,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values; scores that aren't finite as None."""
         values = asdict(self)
-        for entry in values["points"]:
-            entry["score"] = _finite(entry["score"])
-        return values | {"dense": _finite(self.dense)}
+        points = [p | {"score": _finite(p["score"])} for p in values["points"]]
+        return values | {"dense": _finite(self.dense), "points": points}
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
@@ -101,14 +71,14 @@ class Comparison:
         Raises:
             EvaluationError: matplotlib isn't installed.
         """
-        return draw(self)
+        return draw(self.points, self.measure, self.dense)
 
     def save(self, folder: str | os.PathLike[str], plot: bool = True) -> None:
         """Write comparison.md, comparison.json and comparison.png; all of them or none.
 
         Args:
             folder: created if it isn't there.
-            plot: False leaves the picture out.
+            plot: False leaves the picture out, and removes an older one.
 
         Raises:
             EvaluationError: the plot needs matplotlib, which isn't installed.
@@ -122,9 +92,11 @@ class Comparison:
             (target / "comparison.md").write_text(self.markdown(), encoding="utf-8")
             (target / "comparison.json").write_text(self.to_json() + "\n", encoding="utf-8")
             if plot:
-                self.plot().savefig(target / "comparison.png", dpi=120)
+                self.plot().savefig(target / PLOT, dpi=120)
 
         write_folder(folder, write)
+        if not plot:
+            (Path(folder) / PLOT).unlink(missing_ok=True)
 
     def __str__(self) -> str:
         rows = self._rows()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,14 @@ from torch import nn
 from ..calibration.data import DataRecord
 from ..config import SparseConfig
 from ..errors import ConfigError, EvaluationError, HfSparseError
-from ..evaluation.data import load_data
+from ..evaluation.data import evaluating, load_data
 from ..evaluation.generation import machine
 from ..evaluation.perplexity import perplexity
 from ..facts import DenseFacts
 from ..logging import get_logger, progress_bar
 from ..quantizer import dense_facts, load_tokenizer, prune, require_dense
-from .result import Comparison, Point
+from .point import ComparisonPoint
+from .result import Comparison
 
 logger = get_logger(__name__)
 
@@ -55,8 +56,8 @@ def compare(
         sparsities: fractions of zeros, or n:m patterns such as "2:4".
         evaluation_data: perplexity is measured on them; as `SparseConfig.dataset`, packed to
             `seq_len` like the calibration data.
-        evaluate: measures a model in place of perplexity, dense or pruned; it must not change it.
-            The table names its column after the function.
+        evaluate: measures a model, dense or pruned, in place of perplexity; called in eval mode
+            without gradients. It must not change the model. Its name heads the column.
         evaluation_samples: sequences of `evaluation_data` to use at most. Default all.
         settings: arguments of `SparseConfig` for all runs: dataset, num_samples, bits, ...
 
@@ -98,7 +99,7 @@ def compare(
         measure=_name(evaluate),
         dense=score,
         points=tuple(points),
-        settings={name: shared[name] for name in (*OF_DATA, *(set(settings) - set(OF_DATA)))},
+        settings={name: shared[name] for name in dict.fromkeys((*OF_DATA, *settings))},
         methods=_arguments(methods),
         data=facts.data.record if facts.data else None,
         evaluation=record,
@@ -127,8 +128,8 @@ def _plan(
 ) -> list[_Run]:
     """All runs, their configs checked."""
     for name, given in (("methods", methods), ("sparsities", sparsities)):
-        if isinstance(given, (str, float)) or not given:
-            raise ConfigError(f"{name}={given!r} must be a list of at least one, e.g. [{given!r}]")
+        if isinstance(given, str) or not isinstance(given, Collection) or not given:
+            raise ConfigError(f"{name}={given!r} must be a list with at least one entry")
     for name in VARIED:
         if name in settings:
             raise ConfigError(f"{name} is what compare varies: pass methods and sparsities")
@@ -172,21 +173,20 @@ def _measure(
     facts: DenseFacts,
     evaluate: Evaluate,
     bar: Any,
-) -> list[Point]:
+) -> list[ComparisonPoint]:
     """Do the runs; raises the first one's error if all fail."""
-    points: list[Point] = []
+    points: list[ComparisonPoint] = []
     failures: list[HfSparseError] = []
     for run in runs:
         bar.set_description(f"Comparing: {run.label}, {run.setting}")
+        gc.collect()  # models hold themselves in cycles: the last one would stay in memory
         try:
             points.append(_point(run, load, facts, evaluate))
         except HfSparseError as error:
             logger.warning("%s at %s failed: %s", run.label, run.setting, error)
-            points.append(Point(run.label, run.setting, error=str(error)))
+            points.append(ComparisonPoint(run.label, run.setting, error=str(error)))
             # A new one: the traceback of this one holds the model.
             failures.append(type(error)(str(error)))
-        # Models hold themselves in cycles: without this the next one would join it in memory.
-        gc.collect()
         bar.update()
     if len(failures) == len(runs):
         raise failures[0]
@@ -195,11 +195,11 @@ def _measure(
 
 def _point(
     run: _Run, load: Callable[[], nn.Module], facts: DenseFacts, evaluate: Evaluate
-) -> Point:
+) -> ComparisonPoint:
     model = load()
     reused = facts.reused_seconds
     report = prune(model, run.config, facts=facts)
-    return Point(
+    return ComparisonPoint(
         run.label,
         run.setting,
         sparsity=report.sparsity,
@@ -234,7 +234,8 @@ def _perplexity(
 
 
 def _score(evaluate: Evaluate, model: nn.Module) -> float:
-    found: Any = evaluate(model)
+    with evaluating(model):
+        found: Any = evaluate(model)
     try:
         return float(found)
     except (TypeError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,11 +75,10 @@ def compare(
     check_output(output)
     check_dtype(dtype)
     arguments = make_arguments(settings, config)
+    if plot and find_spec("matplotlib") is None:
+        raise Failure("the plot needs matplotlib: pip install 'hf_sparse[bench]', or --no-plot")
     import hf_sparse
-    from hf_sparse.comparison.plot import require_matplotlib
 
-    if plot:
-        require_matplotlib()
     found = hf_sparse.compare(
         lambda: load(model, revision, dtype, device_map)[0],
         methods.split(","),
