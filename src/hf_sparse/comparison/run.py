@@ -183,10 +183,10 @@ def _measure(
         try:
             points.append(_point(run, load, facts, evaluate))
         except HfSparseError as error:
-            logger.warning("%s at %s failed: %s", run.label, run.setting, error)
-            points.append(ComparisonPoint(run.label, run.setting, error=str(error)))
-            # A new one: the traceback of this one holds the model.
+            # Its words alone: its traceback holds the model.
             failures.append(type(error)(str(error)))
+            points.append(ComparisonPoint(run.label, run.setting, error=str(error)))
+            logger.warning("%s at %s failed: %s", run.label, run.setting, str(error))
         bar.update()
     if len(failures) == len(runs):
         raise failures[0]
