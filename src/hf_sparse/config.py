@@ -57,7 +57,7 @@ class SparseConfig(QuantizationConfigMixin):
             gradients) after the mask is chosen; 0 for none. None: what the method says, 0 for
             the plain ones; so for the next four.
         stages: solve each block in stages, layers that feed others first, every stage on the
-            inputs that the earlier ones have left. Default False.
+            inputs that the earlier ones have left. Default: with target="dense" alone.
         target: what each layer is to reproduce on the inputs it gets in the pruned model: "layer",
             its own outputs on them, or "dense", the dense model's. Default "layer".
         metric: what the refit minimises: "inputs", the error of the layer's outputs, or "fisher",
@@ -119,8 +119,9 @@ class SparseConfig(QuantizationConfigMixin):
         self.block_size = _integer("block_size", block_size, 1)
         recipe = get_recipe(method)
         self.refit = _integer("refit", _default(refit, recipe.refit), 0)
-        self.stages = _choice("stages", _default(stages, recipe.stages), (True, False))
         self.target = _choice("target", _default(target, recipe.target), ("layer", "dense"))
+        # Without stages all layers of a block would make up for the same error of its inputs.
+        self.stages = _choice("stages", _default(stages, self.target == "dense"), (True, False))
         self.metric = _choice("metric", _default(metric, recipe.metric), ("inputs", "fisher"))
         self.allocation = _resolve_allocation(allocation, recipe.allocation, self)
         self.bits = _choice("bits", bits, (None, 8, 4, 3))
