@@ -194,7 +194,7 @@ class SparseConfig(QuantizationConfigMixin):
         """The argument because of which data are needed."""
         if get_solver(self.method).needs > Needs.NOTHING:
             return f"method={self.method!r}"
-        plain = {"refit": 0, "stages": False, "target": "layer", "allocation": "uniform"}
+        plain = {"refit": 0, "target": "layer", "stages": False, "allocation": "uniform"}
         name = next(k for k, v in plain.items() if getattr(self, k) != v)
         return f"{name}={getattr(self, name)!r}"
 

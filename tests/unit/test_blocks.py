@@ -52,7 +52,7 @@ def test_a_block_that_is_called_three_times_gets_the_statistics_of_all_calls():
             x = (x @ weight.T + bias).tanh() + 0.5
     rows = torch.cat(entering)
     found = walk(model, ["layers.0.0", "last"], batches)["layers.0"]["layers.0.0"]
-    assert found.tokens == len(rows) == 30
+    assert found.statistics.tokens == len(rows) == 30
     torch.testing.assert_close(found.statistics.hessian.double(), rows.T @ rows / len(rows))
 
 
