@@ -127,6 +127,8 @@ class _Run:
     def _prepared(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """What has to be known of the whole model before the first layer is touched."""
         config = self._config
+        if not jobs:
+            return jobs
         units = find_units(self._model, [job.target.name for job in jobs])
         if config.needs_gradients:
             assert self._data is not None
