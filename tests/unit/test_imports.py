@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
     {"errors", "logging"},
-    {"patterns", "statistics", "allocation"},
-    {"solvers", "formats"},
+    {"patterns", "statistics"},
+    {"solvers", "formats", "allocation"},
     {"kernels"},
     {"layers", "calibration", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report"},
