@@ -104,7 +104,8 @@ class BlockWalk:
     an exception, unwinds the passes that are under way and removes all hooks.
 
     Raises:
-        CalibrationError: the model can't be run on a batch, or units were never reached.
+        CalibrationError: the model can't be run on a batch, units were never reached, or by other
+            batches in the dense model.
     """
 
     def __init__(
@@ -137,9 +138,13 @@ class BlockWalk:
                 dense.start()
                 while self._waiting:
                     unit = self._next_unit(passes.stops)
-
                     del self._waiting[unit.module]
                     here, twins = passes.at(unit), dense.at(unit)
+                    if self._carry_dense and here != twins:
+                        raise CalibrationError(
+                            f"{unit.name} is reached by other batches in the dense than in the "
+                            "pruned model: target='dense' can't compare them; pass target='layer'"
+                        )
                     yield Visit(
                         unit,
                         tuple(passes.call(i) for i in here),
