@@ -150,11 +150,14 @@ class _Run:
         by_name = {job.target.name: job for job in jobs}
         units = find_units(self._model, list(by_name))
         walk = BlockWalk(self._model, units, self._data.batches, self._config.target == "dense")
-        for i, visit in enumerate(walk, 1):
+        done = 0
+        for visit in walk:
+            done += 1  # noqa: SIM113 - enumerate would hold on to the visit
             # The unit before has fed its pruned outputs on: its dense weights can go.
             self._pack()
             for layer in self._solve_unit(visit, by_name):
-                yield f"block {i} of {len(units)}", layer
+                yield f"block {done} of {len(units)}", layer
+            del visit  # the walk goes on: this unit's inputs must not wait for the next one's
 
     def _solve_unit(self, visit: Visit, jobs: Mapping[str, Job]) -> Iterator[LayerReport]:
         config = self._config
