@@ -54,9 +54,9 @@ def meet_budget(
 
     if not sum(zeros(low).values()) <= budget <= sum(zeros(high).values()):
         total = sum(sizes.values())
-        least, most = (sum(zeros(t).values()) / total for t in (low, high))
+        fewest, largest = (sum(zeros(t).values()) / total for t in (low, high))
         raise ConfigError(
-            f"the allocation can make between {least:.6g} and {most:.6g} of the weights zero, "
+            f"the allocation can make between {fewest:.6g} and {largest:.6g} of the weights zero, "
             f"sparsity asks for {budget / total:.6g}: pass a sparsity between these, or name fewer "
             "layers in allocation"
         )

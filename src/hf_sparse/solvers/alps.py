@@ -49,7 +49,7 @@ class ALPS(Solver):
         normal = hessian / torch.outer(scale, scale)
         try:
             values, vectors = torch.linalg.eigh(normal.double())
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise SolveError(
                 f"the eigendecomposition of its Hessian failed ({error}): raise damp_percent, or "
                 "pass method='admm' or 'balanced'"
