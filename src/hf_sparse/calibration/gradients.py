@@ -26,6 +26,7 @@ from ..logging import progress_bar
 from ..statistics import OutputMetric
 from .blocks import Unit, without_cache
 from .data import Batch
+from .stages import stream_input
 
 # Of the calibration batches; the gradients' second moments settle early.
 SHARE = 0.125
@@ -185,15 +186,14 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _take_gradients(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The graph begins at the first unit: embeddings in front of it are constants."""
-    values = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-    if any(v.requires_grad for v in values):
+    """The graph begins at the first unit of each stack: embeddings in front of it are constants."""
+    stream = stream_input(args, kwargs)
+    if stream is None or stream.requires_grad:
         return None
+    start = stream.detach().requires_grad_().clone()
 
     def begin(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach().requires_grad_().clone()
-        return value
+        return start if value is stream else value
 
     return tuple(begin(v) for v in args), {k: begin(v) for k, v in kwargs.items()}
 
