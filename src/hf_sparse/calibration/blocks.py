@@ -163,7 +163,7 @@ class BlockWalk:
 
     def _forward(self, batch: Batch) -> None:
         """The body of a batch's coroutine: one forward pass of the whole model."""
-        device = getattr(self._model, "device", None) or next(self._model.parameters()).device
+        device = input_device(self._model)
         mask = batch.get("attention_mask")
         padded = mask is not None and mask.ndim == 2 and not bool(mask.all())
         self._token_masks[greenlet.getcurrent()] = mask.bool() if padded else None  # type: ignore[union-attr]
@@ -231,6 +231,12 @@ class _Passes:
         for running in self._passes:
             if running:
                 running.throw(greenlet.GreenletExit)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs. accelerate moves those of offloaded modules by itself."""
+    device: torch.device = getattr(model, "device", None) or next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 @contextmanager

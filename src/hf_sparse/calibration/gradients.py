@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import CalibrationError
 from ..logging import progress_bar
 from ..statistics import OutputMetric
-from .blocks import Unit, without_cache
+from .blocks import Unit, input_device, without_cache
 from .data import Batch
 from .stages import stream_input
 
@@ -105,7 +105,7 @@ class _Sums:
 
 def _backward(model: nn.Module, batch: Batch, generator: torch.Generator) -> None:
     """Draw labels from the model for one batch and send their gradient through it."""
-    device = getattr(model, "device", None) or next(model.parameters()).device
+    device = input_device(model)
     output = model(**{key: value.to(device) for key, value in batch.items()})
     # An encoder-decoder's logits are its decoder's.
     decodes = "decoder_input_ids" in batch
