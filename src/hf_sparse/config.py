@@ -63,7 +63,8 @@ class SparseConfig(QuantizationConfigMixin):
             that error weighted by how much the model's loss feels it. Default "inputs".
         allocation: how the sparsity is spread over the layers: "uniform", "owl", "fisher", or
             `{regex: s}` for some layers while the others take what is left of the budget, which
-            is met exactly. Unstructured patterns only. Default "uniform".
+            is met exactly (by "wanda" but for what rounding leaves in each row). Unstructured
+            patterns only. Default "uniform".
         format: storage: "auto" (the smallest that fits, layer by layer), "bitmask", "n:m" or
             "dense".
 

@@ -91,6 +91,15 @@ def test_a_weight_stored_as_in_by_out_gives_the_same_bits(shape, pattern):
     assert torch.equal(viewed.weight, plain.weight)
 
 
+def test_a_dead_input_counts_as_one_of_unit_size():
+    weight, statistics = make_weight(6, 24), freeze(make_inputs(24, dead=(2, 9)))
+    expected = oracle(weight, statistics.hessian, "0.5")
+    assert expected.margin > 1e-4
+    solution = ADMM().solve(weight, statistics, Unstructured(0.5))
+    assert torch.equal(solution.mask, expected.mask)
+    torch.testing.assert_close(solution.weight.double(), expected.weight, rtol=1e-3, atol=1e-4)
+
+
 def test_what_is_kept_of_a_dead_input_keeps_its_value():
     weight, statistics = make_weight(6, 20), freeze(make_inputs(20, dead=(0, 7)))
     solution = ADMM().solve(weight, statistics, Unstructured(0.3))
