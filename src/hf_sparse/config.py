@@ -64,7 +64,8 @@ class SparseConfig(QuantizationConfigMixin):
             that error weighted by how much the model's loss feels it. Default "inputs".
         allocation: how the sparsity is spread over the layers: "uniform", "owl", "fisher", or
             `{regex: s}` for some layers while the others take what is left of the budget, which
-            is met exactly. Unstructured patterns only. Default "uniform".
+            is met exactly (by "wanda" but for what rounding leaves in each row). Unstructured
+            patterns only. Default "uniform".
         bits: round what is kept to integers of 8, 4 or 3 bits in the same run; None keeps the
             model's dtype. With sparsity 0 this is quantisation alone.
         group_size: consecutive inputs that share a scale; -1 for all of a row. Default 128.
