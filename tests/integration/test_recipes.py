@@ -477,13 +477,13 @@ def test_statistics_and_inputs_of_a_unit_are_gone_when_the_next_one_is_reached(
             super().__init__(*args, **kwargs)
             alive.append(weakref.ref(self))
 
-    original = Statistics.damped_hessian
+    original = Statistics.inverse_factor  # best needs it for costs and for targets
 
     def watched(self, damp_percent):
         alive.append(weakref.ref(self))
         return original(self, damp_percent)
 
     monkeypatch.setattr(blocks, "Visit", Watched)
-    monkeypatch.setattr(Statistics, "damped_hessian", watched)
+    monkeypatch.setattr(Statistics, "inverse_factor", watched)
     prune(tiny, batches(token_ids), method="best")
     assert seen == [0, 0, 0, 0]  # two blocks, for the allocation and for the pruning
