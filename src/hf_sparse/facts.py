@@ -8,20 +8,20 @@ a layer's inputs come from blocks that are pruned already, by each method in its
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .allocation import cost_quantiles, outlier_share
 from .calibration.blocks import BlockWalk, Unit
 from .calibration.data import Batch, CalibrationData
 from .calibration.gradients import SHARE, collect_metrics
-from .calibration.inputs import Observed, collect_statistics
+from .calibration.inputs import collect_statistics
 from .config import SparseConfig
+from .errors import SolveError
 from .logging import progress_bar
-from .statistics import Needs, OutputMetric
+from .statistics import Needs, OutputMetric, Statistics
 from .targets import Target
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ T = TypeVar("T")
 class DenseFacts:
     """Measurements of one dense model on one set of calibration data; each is made once.
 
-    They stay in memory: of each layer at most 256 rows of its outputs' length for the metric, in
+    They stay in memory: of each layer about 256 rows of its outputs' length for the metric, in
     fp32, and a few quantiles for the costs.
 
     Attributes:
@@ -68,7 +68,7 @@ class DenseFacts:
         targets: Mapping[str, Target],
         metrics: Mapping[str, OutputMetric],
         config: SparseConfig,
-    ) -> Mapping[str, torch.Tensor]:
+    ) -> Mapping[str, Tensor]:
         """Quantiles of what removing each layer's weights costs, on an evenly spaced part of the
         batches; `metrics` are those of the config's seed."""
         damp = config.damp_percent
@@ -97,15 +97,18 @@ def _outliers(
     batches: Sequence[Batch],
 ) -> dict[str, float]:
     """Each layer's block's share of outliers."""
+
+    def outliers(name: str, statistics: Statistics) -> float:
+        assert statistics.column_norms is not None
+        with targets[name].weight() as weight:
+            return outlier_share(weight.float(), statistics.column_norms) * weight.numel()
+
+    found = _measured(model, units, targets, batches, Needs.COLUMN_NORMS, outliers)
     shares = {}
-    for observed in _visits(model, units, targets, batches, Needs.COLUMN_NORMS):
-        found = total = 0.0
-        for name, seen in observed.items():
-            assert seen.statistics.column_norms is not None
-            with targets[name].weight() as weight:
-                share = outlier_share(weight.float(), seen.statistics.column_norms)
-                found, total = found + share * weight.numel(), total + weight.numel()
-        shares.update(dict.fromkeys(observed, found / total if total else 0.0))
+    for unit in units:
+        names = [name for name in unit.targets if name in found]
+        size = sum(targets[name].shape[0] * targets[name].shape[1] for name in names)
+        shares.update({name: sum(found[n] for n in names) / size for name in names})
     return shares
 
 
@@ -116,33 +119,43 @@ def _costs(
     batches: Sequence[Batch],
     metrics: Mapping[str, OutputMetric],
     damp_percent: float,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Quantiles of what removing each layer's weights costs."""
-    costs = {}
-    for observed in _visits(model, units, targets, batches, Needs.HESSIAN):
-        for name, seen in observed.items():
-            # H^-1 = U'U, so its diagonal is that of U's columns squared.
-            if name not in metrics:
-                continue
-            upper = seen.statistics.inverse_factor(damp_percent).upper
-            inverse_diagonal = upper.square().sum(dim=0)
-            with targets[name].weight() as weight:
-                outputs = metrics[name].diagonal
-                costs[name] = cost_quantiles(weight.float(), outputs, inverse_diagonal)
-    return costs
+
+    def costs(name: str, statistics: Statistics) -> Tensor | None:
+        if name not in metrics:
+            return None
+        # H^-1 = U'U, so its diagonal is that of U's columns squared.
+        inverse_diagonal = statistics.inverse_factor(damp_percent).upper.square().sum(dim=0)
+        with targets[name].weight() as weight:
+            return cost_quantiles(weight.float(), metrics[name].diagonal, inverse_diagonal)
+
+    found = _measured(model, units, targets, batches, Needs.HESSIAN, costs)
+    return {name: cost for name, cost in found.items() if cost is not None}
 
 
-def _visits(
+def _measured(
     model: nn.Module,
     units: Sequence[Unit],
     targets: Mapping[str, Target],
     batches: Sequence[Batch],
     needs: Needs,
-) -> Iterator[dict[str, Observed]]:
-    """Walk the dense model: what was seen of each unit's layers."""
+    measure: Callable[[str, Statistics], T],
+) -> dict[str, T]:
+    """Walk the dense model and measure every layer; statistics live for their unit alone."""
     used = batches[:: round(1 / SHARE)]
+    found: dict[str, T] = {}
     with progress_bar(len(units), "Allocating") as bar:
         for visit in BlockWalk(model, units, used):
             layers = {name: targets[name].module for name in visit.unit.targets}
-            yield collect_statistics(visit, layers, needs)
+            observed = collect_statistics(visit, layers, needs)
+            del visit  # nor do its inputs outlive it
+            while observed:
+                name, seen = observed.popitem()
+                try:
+                    found[name] = measure(name, seen.statistics)
+                except SolveError as error:
+                    raise SolveError(f"layer {name}: {error}") from None
+            del seen
             bar.update()
+    return found

@@ -39,6 +39,7 @@ logger = get_logger(__name__)
 # Of the default for seq_len; the papers calibrate with 2048 tokens.
 LONGEST_SEQUENCE = 2048
 
+NO_GRADIENT = "no gradient of the sampled batches reached it: refitted by its inputs alone"
 NEVER_CALLED = "the model never called it on the calibration data"
 
 
@@ -139,6 +140,8 @@ class _Run:
     def _prepared(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """What has to be known of the whole model before the first layer is touched."""
         config = self._config
+        if not jobs:
+            return jobs
         units = find_units(self._model, [job.target.name for job in jobs])
         metrics: Mapping[str, OutputMetric] = {}
         if config.needs_gradients:
@@ -162,13 +165,16 @@ class _Run:
         units = find_units(self._model, list(by_name))
         keep_dense = self._config.target == "dense"
         walk = BlockWalk(self._model, units, self._facts.batches, keep_dense)
-        for i, visit in enumerate(walk, 1):
+        done = 0
+        for visit in walk:
+            done += 1  # noqa: SIM113 - enumerate would hold on to the visit
             # The unit before has fed its pruned outputs on: its dense weights can go.
             self._pack()
             for layer in self._solve_unit(visit, by_name):
-                yield f"block {i} of {len(units)}", layer
-        done = {layer.name for layer in self._layers} | set(self._solved)
-        self.never_called = [name for name in by_name if name not in done]
+                yield f"block {done} of {len(units)}", layer
+            del visit  # the walk goes on: this unit's inputs must not wait for the next one's
+        solved = {layer.name for layer in self._layers} | set(self._solved)
+        self.never_called = [name for name in by_name if name not in solved]
 
     def _solve_unit(self, visit: Visit, jobs: Mapping[str, Job]) -> Iterator[LayerReport]:
         config = self._config
@@ -204,6 +210,8 @@ class _Run:
         """Solve one layer and write the pruned weight into it, still dense."""
         metric = self._metrics.get(job.target.name)
         report, weight, dense, quantized = _solve(self._solver, job, observed, metric)
+        if self._config.metric == "fisher" and metric is None:
+            report = replace(report, notes=(*report.notes, NO_GRADIENT))
         if job.target.transposed:
             weight, dense = weight.T, dense.T
         write_weight(job.target.module, weight)
