@@ -120,9 +120,7 @@ class Recorded(Solver):
 def test_each_round_solves_what_the_last_low_rank_part_leaves_and_the_best_one_is_kept():
     weight, statistics = noise(12, 20, seed=7).float(), make_statistics(20)
     solver = Recorded(seen=([],))
-    solution = LayerSolver(solver, 0, 0.01, low_rank=3).solve(
-        weight, statistics, Unstructured(0.5)
-    )
+    solution = LayerSolver(solver, 0, 0.01, low_rank=3).solve(weight, statistics, Unstructured(0.5))
     hessian = statistics.damped_hessian(0.01)
     goal, rounds = weight, []
     for target in solver.seen[0][:2]:
@@ -174,9 +172,7 @@ def test_with_a_grid_the_sparse_part_lies_on_it_and_the_low_rank_part_knows():
     assert torch.equal(solution.weight, solution.quantized.dequantize())
     hessian = statistics.damped_hessian(0.01)
     expected = oracle((weight - solution.weight).double(), hessian.double(), 2)
-    torch.testing.assert_close(
-        solution.low_rank.product().double(), expected, rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(solution.low_rank.product().double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_dense_targets_are_what_both_parts_together_come_close_to():

@@ -43,7 +43,8 @@ def fit_low_rank(
         up = basis @ up
     # The columns of `up` have norm 1: half of each component's size, in logarithms, goes there.
     size = down.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-    return LowRank((up * size).float(), (down / size[:, None]).float())
+    b, a = (up * size).float(), (down / size[:, None]).float()
+    return LowRank(b.contiguous(), a.contiguous())  # LAPACK's are column after column
 
 
 def error_size(
