@@ -26,7 +26,7 @@ def rows():
     if not FIXTURES.exists():
         return []
     reference = json.loads((FIXTURES / "reference.json").read_text())
-    return [row for row in reference if "bit" not in row and row != "dense"]
+    return [row for row in reference if row != "dense"]
 
 
 @pytest.mark.slow
@@ -36,6 +36,31 @@ def test_perplexity_is_within_one_per_cent_of_the_reference(row, one_thread):
     reference = json.loads((FIXTURES / "reference.json").read_text())[row]
     got = figures.measure_row(FIXTURES, row, repeats=1)
     assert got["ppl"] <= 1.01 * reference["ppl"]
+
+
+@pytest.mark.slow
+@needs_fixtures
+@pytest.mark.parametrize(
+    ("row", "most"),
+    [
+        ("fast-60", 42.85), ("fast-2:4", 42.60),
+        ("balanced-60", 42.25), ("balanced-2:4", 42.50),
+        ("best-60", 41.90), ("best-2:4", 42.10), ("best-50-4bit", 42.37),
+    ],
+)  # fmt: skip
+def test_recipes_lose_less_than_the_reference(row, most, one_thread):
+    assert figures.measure_row(FIXTURES, row, repeats=1)["ppl"] <= most
+
+
+@pytest.mark.slow
+@needs_fixtures
+@pytest.mark.parametrize(
+    ("row", "least"),
+    [("fast-50", 0.953), ("best-50", 0.968), ("fast-60", 0.905), ("best-60", 0.930)],
+)
+def test_recipes_keep_more_of_the_sentence_encoder(row, least, one_thread):
+    text = (FIXTURES / "calibration.txt").read_text()
+    assert figures.measure_encoder(text, row) >= least
 
 
 @pytest.mark.slow
