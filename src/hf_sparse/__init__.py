@@ -5,6 +5,7 @@ Importing the package registers the quantisation method `hf_sparse` with transfo
 
 from importlib.metadata import version as _version
 
+from .adapters import export_low_rank, split_low_rank
 from .calibration.data import DataRecord
 from .comparison import Comparison, ComparisonPoint, compare
 from .config import SparseConfig
@@ -65,7 +66,9 @@ __all__ = [
     "evaluate_tasks",
     "explain",
     "export_dense",
+    "export_low_rank",
     "generation_speed",
     "perplexity",
     "prune",
+    "split_low_rank",
 ]

@@ -22,13 +22,14 @@ from .config import SparseConfig
 from .errors import CalibrationError, ConfigError, SolveError
 from .facts import DenseFacts
 from .formats import Dense, choose_format
-from .formats.base import packed_bytes
+from .formats.bitmask import Bitmask
 from .layers.replace import pack_linear, write_weight
 from .logging import get_logger, progress_bar
+from .lowrank import LowRank
 from .patterns import Pattern
 from .quantization import QuantizedWeight
 from .report import LayerReport, PruningReport
-from .solvers import SOLVERS, Solver, make_solver
+from .solvers import SOLVERS, Solution, Solver, make_solver
 from .solving import LayerSolver
 from .spread import allocate, exactly
 from .statistics import OutputMetric
@@ -60,6 +61,9 @@ class _Solved:
     report: LayerReport
     dense: Tensor | None
     quantized: QuantizedWeight | None
+    sparse: Tensor | None
+    """(out, in), if the layer has a low-rank part, which its pruned weight then includes."""
+    low_rank: LowRank | None
 
 
 def run(
@@ -90,6 +94,7 @@ def run(
     selection = select_targets(model, config.targets, config.modules_to_not_convert, default_dense)
     jobs, left_dense = _plan(selection.targets, config, dict(selection.left_dense))
     solver = make_solver(config.solver, config)
+    _check_low_rank(config.low_rank, jobs)
     _check_weights(solver, jobs)
     if facts is None:
         facts = DenseFacts(load_calibration(model, config, load_tokenizer))
@@ -119,7 +124,9 @@ class _Run:
         facts: DenseFacts,
     ) -> None:
         self._model, self._config, self._facts = model, config, facts
-        self._solver = LayerSolver(solver, config.refit, config.damp_percent, config.grid)
+        self._solver = LayerSolver(
+            solver, config.refit, config.damp_percent, config.grid, config.low_rank
+        )
         self._metrics: Mapping[str, OutputMetric] = {}
         self._layers: list[LayerReport] = []
         self.never_called: list[str] = []
@@ -208,15 +215,22 @@ class _Run:
 
     def _solve(self, job: Job, observed: Observed | None) -> LayerReport:
         """Solve one layer and write the pruned weight into it, still dense."""
-        metric = self._metrics.get(job.target.name)
-        report, weight, dense, quantized = _solve(self._solver, job, observed, metric)
+        metric = None
+        if self._config.metric == "fisher":
+            metric = self._metrics.get(job.target.name)
+        report, solution, dense = _solve(self._solver, job, observed, metric)
         if self._config.metric == "fisher" and metric is None:
             report = replace(report, notes=(*report.notes, NO_GRADIENT))
+        weight, sparse, low_rank = solution.weight, None, solution.low_rank
+        if low_rank is not None:
+            weight, sparse = low_rank.added_to(weight), weight
         if job.target.transposed:
             weight, dense = weight.T, dense.T
         write_weight(job.target.module, weight)
         kept = dense if self._config.target == "dense" else None
-        self._solved[job.target.name] = _Solved(job, report, kept, quantized)
+        self._solved[job.target.name] = _Solved(
+            job, report, kept, solution.quantized, sparse, low_rank
+        )
         return report
 
     def _pack(self) -> None:
@@ -247,6 +261,16 @@ def _plan(
         else:
             jobs.append(Job(target, config.layer_pattern(sparsity or 0.0)))
     return jobs, left_dense
+
+
+def _check_low_rank(rank: int, jobs: Sequence[Job]) -> None:
+    smallest = min(jobs, key=lambda job: min(job.target.shape), default=None)
+    if smallest is not None and rank > min(smallest.target.shape):
+        name, shape = smallest.target.name, smallest.target.shape
+        raise ConfigError(
+            f"low_rank={rank} is above the smaller side of {name}, whose shape is {shape}: pass at "
+            f"most {min(shape)}, or leave the layer out with modules_to_not_convert=[{name!r}]"
+        )
 
 
 def _check_weights(solver: Solver, jobs: Sequence[Job]) -> None:
@@ -323,9 +347,8 @@ def _tell_never_called(left_dense: Mapping[str, str], any_pruned: bool) -> None:
 
 def _solve(
     solver: LayerSolver, job: Job, observed: Observed | None, metric: OutputMetric | None
-) -> tuple[LayerReport, Tensor, Tensor, QuantizedWeight | None]:
-    """The report, the pruned and the dense weight of one layer, (out, in) in the layer's dtype, and
-    the pruned one on its grid."""
+) -> tuple[LayerReport, Solution, Tensor]:
+    """The report, the solution and the dense weight of one layer, in the layer's dtype."""
     started = time.perf_counter()
     name = job.target.name
     statistics = observed.statistics if observed else None
@@ -343,9 +366,11 @@ def _solve(
         except SolveError as error:
             raise SolveError(f"layer {name}: {error}") from None
         after = solution.weight.to(dtype)
-        if not bool(torch.isfinite(after).all()):
+        low_rank = solution.low_rank.to(dtype) if solution.low_rank else None
+        whole = after if low_rank is None else low_rank.added_to(after)
+        if not bool(torch.isfinite(whole).all()):
             raise SolveError(f"layer {name}: the solved weight overflows {dtype}")
-        relative_error = statistics.relative_error(before, after.float()) if statistics else None
+        relative_error = statistics.relative_error(before, whole.float()) if statistics else None
     zeros = after.numel() - int(torch.count_nonzero(after))
     report = LayerReport(
         name=name,
@@ -363,18 +388,21 @@ def _solve(
         kernel="dense",
         notes=solution.notes,
     )
-    return report, after, dense, solution.quantized
+    return report, replace(solution, weight=after, low_rank=low_rank), dense
 
 
 def _pack(model: nn.Module, solved: _Solved, requested: str) -> LayerReport:
     """Replace a solved layer by a sparse one; returns its completed report."""
     job, report, quantized = solved.job, solved.report, solved.quantized
-    with job.target.weight() as weight:
+    with job.target.weight() as whole:
+        weight = whole if solved.sparse is None else solved.sparse
         fmt = choose_format(weight, job.pattern, requested, quantized)
-        if isinstance(fmt, Dense):
+        if isinstance(fmt, Dense) and solved.low_rank is None:
             return report
-        sparse = pack_linear(model, job.target.module, weight, fmt, quantized)
-        stored = packed_bytes(sparse.packed)  # before a kernel takes the weight over
+        if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
+            fmt = choose_format(weight, job.pattern, Bitmask.name)
+        sparse = pack_linear(model, job.target.module, weight, fmt, quantized, solved.low_rank)
+        stored = sparse.resident_bytes()  # before a kernel takes the weight over
         sparse.resolve()
         return replace(
             report,

@@ -19,6 +19,7 @@ from .facts import DenseFacts
 from .layers import SparseLinear
 from .layers.replace import replace_module, unpack_linear
 from .logging import get_logger
+from .lowrank import KEY_A, KEY_B, LowRank
 from .pipeline import load_calibration, run
 from .report import PruningReport
 from .saving import (
@@ -177,7 +178,7 @@ class SparseQuantizer(HfQuantizer):
             module = modules[name]
             assert isinstance(module, SparseLinear)
             _finish_stored(module, layer)
-            layer.check(module.packed)
+            layer.check(module.packed, module.low_rank)
             module.resolve()
 
     def _dequantize(
@@ -227,12 +228,13 @@ def _build_meta(
         )
     if module.bias is not None and not layer.has_bias:
         raise CheckpointError(f"{layer.file}: {layer.name}.bias is missing")
-    packed = {
+    tensors = {
         key: torch.empty(shape, dtype=stored, device="meta")
         for key, (shape, stored) in layer.layout.items()
     }
+    low_rank = LowRank(tensors.pop(KEY_B), tensors.pop(KEY_A)) if layer.low_rank else None
     bias: Any = module.bias
-    sparse = SparseLinear(layer.format, packed, layer.shape, dtype, bias, transposed)
+    sparse = SparseLinear(layer.format, tensors, layer.shape, dtype, bias, transposed, low_rank)
     # transformers would otherwise unpack each layer to initialise what isn't missing.
     sparse._is_hf_initialized = True  # type: ignore[assignment]
     replace_module(model, module, sparse)
@@ -245,9 +247,11 @@ def _finish_stored(module: SparseLinear, layer: PackedLayer) -> None:
     of its tensors is gone, which embeddings never are. A mapping per tensor ends with the tensor:
     then only one layer at a time is resident both as stored and in its kernel's form.
     """
-    for key, loaded in module.packed.items():
+    low_rank = module.low_rank
+    factors = low_rank.tensors() if low_rank is not None else {}
+    for key, loaded in (module.packed | factors).items():
         tensor = layer.read(key) if loaded.device.type == "cpu" else loaded
-        if key == "weight":
+        if key == "weight" or key in factors:
             tensor = tensor.to(_values_dtype(tensor.dtype, module.weight_dtype))
         setattr(module, module.buffer_name(key), tensor)
 
