@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from .calibration.blocks import BlockWalk, Visit, find_units
 from .calibration.data import CalibrationData, make_batches
 from .calibration.gradients import collect_metrics
-from .calibration.inputs import DensePath, Observed, collect_statistics
+from .calibration.experts import observe
+from .calibration.inputs import DensePath, Observed
 from .calibration.stages import find_stages, residual_writers
 from .config import SparseConfig
 from .errors import CalibrationError, ConfigError, SolveError
 from .formats import Dense, choose_format
 from .formats.base import packed_bytes
+from .layers.experts import experts_around
 from .layers.replace import pack_linear, write_weight
 from .logging import get_logger, progress_bar
 from .patterns import Pattern
@@ -176,7 +178,14 @@ class _Run:
                 leave = stage is stages[-1]
                 dense = DensePath(self._dense_weights, leave, writers, factors)
             watched = {name: layers[name] for name in stage}
-            observed = collect_statistics(visit, watched, config.needs, dense)
+            observed = observe(
+                visit,
+                watched,
+                config.needs,
+                dense,
+                config.moe_min_tokens,
+                config.calibrate_all_experts,
+            )
             for name in stage:
                 if name in observed:
                     yield self._solve(jobs[name], observed[name])
@@ -343,7 +352,7 @@ def _solve(
         bytes_after=after.numel() * after.element_size(),
         bytes_resident=after.numel() * after.element_size(),
         kernel="dense",
-        notes=solution.notes,
+        notes=solution.notes + ((observed.note,) if observed and observed.note else ()),
     )
     return report, after, dense, solution.quantized
 
@@ -355,7 +364,8 @@ def _pack(model: nn.Module, solved: _Solved, requested: str) -> LayerReport:
         fmt = choose_format(weight, job.pattern, requested, quantized)
         if isinstance(fmt, Dense):
             return report
-        sparse = pack_linear(model, job.target.module, weight, fmt, quantized)
+        around = experts_around(model, report.name)
+        sparse = pack_linear(around, job.target.module, weight, fmt, quantized)
         stored = packed_bytes(sparse.packed)  # before a kernel takes the weight over
         sparse.resolve()
         return replace(

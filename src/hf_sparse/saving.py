@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from .checkpoint import PackedLayer, metadata, sort_metadata
 from .errors import SaveError
-from .layers import SparseLinear
+from .layers import SparseExperts, SparseLinear
 from .layers.linear import VALUES
 
 
@@ -159,7 +159,13 @@ def export_dense(
 def _dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All tensors as the dense architecture names and shapes them, offloaded ones on the CPU."""
     state: dict[str, Tensor] = {}
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(inside):
+            continue
+        if isinstance(module, SparseExperts):
+            inside = tuple(f"{name}.{expert}." for expert in range(module.num_experts))
+            state |= {f"{name}.{key}": tensor for key, tensor in module.fused_tensors().items()}
         prefix = f"{name}." if name else ""
         with torch.no_grad(), align_module_device(module):
             own = dict(module.named_parameters(recurse=False))

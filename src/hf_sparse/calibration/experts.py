@@ -1,0 +1,72 @@
+"""Statistics of experts: from the tokens routed to each, and what to do if these are few.
+
+An expert's layer that fewer than m tokens reached takes the missing ones from the mean over all T
+tokens that enter the experts of its block, sent through this expert:
+
+    H = t/m H_routed + (1 - t/m) H_all,    t < m tokens routed to it
+
+so that it is H_routed from m tokens on, and H_all for an expert that none reached. The same goes
+for column norms, squared, and cross moments. Tokens are sent through an expert beside the model's
+own pass, whose outputs they don't touch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from ..statistics import Needs, shrink
+from .blocks import Visit
+from .inputs import DensePath, Observed, collect_statistics, find_experts
+
+
+def observe(
+    visit: Visit,
+    layers: Mapping[str, nn.Module],
+    needs: Needs,
+    dense: DensePath | None = None,
+    min_tokens: int | None = None,
+    everywhere: bool = False,
+) -> dict[str, Observed]:
+    """`collect_statistics`, with enough of every expert.
+
+    Args:
+        visit, layers, needs, dense: as there.
+        min_tokens: m of an expert's layer; None for as many as it has inputs.
+        everywhere: take all tokens for all experts, routed to them or not.
+    """
+    experts = find_experts(visit.unit.module, layers)
+    if everywhere:
+        others = {name: module for name, module in layers.items() if module not in experts}
+        found = collect_statistics(visit, others, needs, dense) if others else {}
+        if experts:
+            inside = {name: module for name, module in layers.items() if module in experts}
+            found |= collect_statistics(visit, inside, needs, dense, everywhere=True)
+        return found
+    found = collect_statistics(visit, layers, needs, dense)
+    limits = {
+        name: module.weight.shape[1] if min_tokens is None else min_tokens  # type: ignore[union-attr,operator]
+        for name, module in layers.items()
+        if module in experts
+    }
+    few = {n for n, limit in limits.items() if n not in found or _tokens(found[n]) < limit}
+    if few:
+        inside = {name: layers[name] for name in layers if name in few}
+        shared = collect_statistics(visit, inside, needs, dense, everywhere=True)
+        found |= {name: _filled(found.get(name), shared[name], limits[name]) for name in shared}
+    return {name: found[name] for name in layers if name in found}
+
+
+def _filled(own: Observed | None, shared: Observed, limit: int) -> Observed:
+    total, routed = _tokens(shared), _tokens(own) if own else 0
+    note = f"{routed} calibration tokens were routed to it, fewer than {max(limit, 1)}: the rest "
+    note += f"of its statistics is the mean of all {total} that enter the experts"
+    if own is None:
+        return Observed(replace(shared.statistics, tokens=0), note=note)
+    return Observed(shrink(own.statistics, shared.statistics, routed / limit), note=note)
+
+
+def _tokens(observed: Observed) -> int:
+    return observed.statistics.tokens
