@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .calibration.blocks import BlockWalk, Visit, find_units
 from .calibration.data import CalibrationData, make_batches
-from .calibration.gradients import collect_metrics
 from .calibration.experts import observe
+from .calibration.gradients import collect_metrics
 from .calibration.inputs import DensePath, Observed
 from .calibration.stages import find_stages, residual_writers
 from .config import SparseConfig

@@ -152,9 +152,7 @@ class SparseQuantizer(HfQuantizer):
         routers = find_routers(model)
         with unfused_experts(model):
             default_dense = routers | _default_dense(model)
-            self.report = run(
-                model, config, lambda: _load_tokenizer(config, model), default_dense
-            )
+            self.report = run(model, config, lambda: _load_tokenizer(config, model), default_dense)
         if self.report.data is not None:
             self.quantization_config = config.replaced(dataset=self.report.data)
         model.config.quantization_config = self.quantization_config

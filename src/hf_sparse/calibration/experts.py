@@ -38,24 +38,30 @@ def observe(
         everywhere: take all tokens for all experts, routed to them or not.
     """
     experts = find_experts(visit.unit.module, layers)
-    if everywhere:
-        others = {name: module for name, module in layers.items() if module not in experts}
-        found = collect_statistics(visit, others, needs, dense) if others else {}
-        if experts:
-            inside = {name: module for name, module in layers.items() if module in experts}
-            found |= collect_statistics(visit, inside, needs, dense, everywhere=True)
-        return found
-    found = collect_statistics(visit, layers, needs, dense)
+    if not experts:
+        return collect_statistics(visit, layers, needs, dense)
+    stay = replace(dense, leave=False) if dense else None
+    routed = {n: m for n, m in layers.items() if not (everywhere and m in experts)}
+    found = collect_statistics(visit, routed, needs, stay) if routed else {}
     limits = {
-        name: module.weight.shape[1] if min_tokens is None else min_tokens  # type: ignore[union-attr,operator]
+        name: _inputs(module) if min_tokens is None else min_tokens
         for name, module in layers.items()
         if module in experts
     }
-    few = {n for n, limit in limits.items() if n not in found or _tokens(found[n]) < limit}
-    if few:
-        inside = {name: layers[name] for name in layers if name in few}
-        shared = collect_statistics(visit, inside, needs, dense, everywhere=True)
-        found |= {name: _filled(found.get(name), shared[name], limits[name]) for name in shared}
+    if needs is Needs.NOTHING:
+        limits = dict.fromkeys(limits, 1)  # errors alone are measured: one token will do
+    few = {
+        name: layers[name]
+        for name, limit in limits.items()
+        if name not in found or _tokens(found[name]) < limit
+    }
+    shared = collect_statistics(visit, few, needs, stay, everywhere=True) if few else {}
+    for name, seen in shared.items():
+        found[name] = seen if everywhere else _filled(found.get(name), seen, limits[name])
+    if dense and dense.leave:
+        with dense.weights():
+            for index in range(len(visit.dense_calls)):
+                visit.leave_dense(index)
     return {name: found[name] for name in layers if name in found}
 
 
@@ -66,6 +72,12 @@ def _filled(own: Observed | None, shared: Observed, limit: int) -> Observed:
     if own is None:
         return Observed(replace(shared.statistics, tokens=0), note=note)
     return Observed(shrink(own.statistics, shared.statistics, routed / limit), note=note)
+
+
+def _inputs(layer: nn.Module) -> int:
+    """How many a linear layer has."""
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features
 
 
 def _tokens(observed: Observed) -> int:

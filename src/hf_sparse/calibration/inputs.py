@@ -18,7 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -135,6 +135,13 @@ class _Group:
     collector: StatisticsCollector
 
 
+class _Routed(NamedTuple):
+    """Of an expert's layer: which of its rows are no padding, and the tokens that those are."""
+
+    rows: Tensor
+    tokens: Tensor
+
+
 class _Collection:
     """One run over all calls of a visit."""
 
@@ -226,10 +233,8 @@ class _Collection:
             self._stop_early = stop_early
             return found
 
-    def _enter(
-        self, experts: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Before experts run: keep what is chosen, and send all tokens through if that is wanted."""
+    def _enter(self, experts: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before experts run: keep what is chosen; send all tokens through if that is wanted."""
         assert isinstance(experts, SparseExperts)
         call = signature(experts.forward).bind(*args, **kwargs).arguments
         self._choices[experts] = call["top_k_index"]
@@ -250,12 +255,11 @@ class _Collection:
             return
         routed = None if self._everywhere else self._routed(module)
         if routed is not None:
-            inside, routed = routed
-            if not len(routed):
+            if not len(routed.tokens):
                 return  # padding alone
-            now.routed.setdefault(name, []).append(routed)
+            now.routed.setdefault(name, []).append(routed.tokens)
         if id(x) not in now.by_tensor:
-            rows = self._tokens(x) if routed is None else x.detach()[inside]
+            rows = self._tokens(x) if routed is None else x.detach()[routed.rows]
             # A copy: the model may write into its activations before the pass is counted.
             now.by_tensor[id(x)] = x, rows.clone()
         now.inputs.setdefault(name, []).append(now.by_tensor[id(x)][1])
@@ -318,8 +322,7 @@ class _Collection:
 
         return add
 
-    def _routed(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
-        """Of an expert's layer: which of its rows are no padding, and the tokens they are of."""
+    def _routed(self, module: nn.Module) -> _Routed | None:
         if module not in self._experts:
             return None
         experts, index = self._experts[module]
@@ -329,7 +332,7 @@ class _Collection:
         mask = self._token_mask
         if mask is not None and mask.numel() == len(choice):
             inside = mask.to(tokens.device).flatten()[tokens]
-        return inside, tokens[inside]
+        return _Routed(inside, tokens[inside])
 
     def _tokens(self, x: Tensor) -> Tensor:
         """The input's rows that are no padding, (tokens, in)."""

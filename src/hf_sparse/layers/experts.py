@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -31,7 +32,7 @@ def is_fused(module: nn.Module) -> bool:
     return all(w is not None and w.ndim == 3 and len(w) == module.num_experts for w in weights)
 
 
-def _projections(fused: nn.Module) -> tuple[str, str]:
+def _projections(fused: Any) -> tuple[str, str]:
     return ("gate_up_proj" if fused.has_gate else "up_proj"), "down_proj"
 
 
@@ -46,9 +47,12 @@ class SparseExperts(nn.Module):
             are views of them until they are packed or `settle` gives them memory of their own.
     """
 
-    def __init__(self, fused: nn.Module) -> None:
+    # What has the contract's attributes; no submodule: what it still holds is this one's, too.
+    _fused: Any
+
+    def __init__(self, fused: Any) -> None:
         super().__init__()
-        for index in range(fused.num_experts):  # type: ignore[arg-type]
+        for index in range(fused.num_experts):
             expert = nn.Module()
             for name in _projections(fused):
                 expert.add_module(name, _expert_layer(fused, name, index))
@@ -59,22 +63,20 @@ class SparseExperts(nn.Module):
             setattr(fused, name, None)
             if fused.has_bias:
                 setattr(fused, f"{name}_bias", None)
-        # No submodule: what it still has is its activation, and that is one of this module, too.
         self.__dict__["_fused"] = fused
 
     @property
     def num_experts(self) -> int:
         """How many there are."""
-        return self._fused.num_experts  # type: ignore[no-any-return]
+        number: int = self._fused.num_experts
+        return number
 
     def layers(self, expert: int) -> tuple[nn.Module, nn.Module]:
         """The layers before and after the activation of an expert."""
         up, down = self.get_submodule(str(expert)).children()
         return up, down
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The sum of the chosen experts' outputs, each times its weight.
 
         Args:
@@ -85,22 +87,23 @@ class SparseExperts(nn.Module):
         """
         tokens, k = top_k_index.shape
         outputs = hidden_states.new_zeros(tokens * k, hidden_states.shape[-1])
-        for expert in top_k_index.unique().tolist():
+        for expert in torch.unique(top_k_index).tolist():
             if expert < self.num_experts:
                 slots = chosen_slots(top_k_index, expert)
                 found = self.compute(expert, hidden_states[slots // k])
                 outputs[slots] = found.to(outputs.dtype)
         weighted = outputs * top_k_weights.reshape(-1, 1)
-        return weighted.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+        return weighted.view(tokens, k, outputs.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
     def compute(self, expert: int, x: Tensor) -> Tensor:
         """One expert's outputs for all rows of x, (rows, hidden)."""
         up, down = self.layers(expert)
         hidden = up(x)
-        hidden = self._fused._apply_gate(hidden) if self._fused.has_gate else self.act_fn(hidden)
+        fused = self._fused
+        hidden = fused._apply_gate(hidden) if fused.has_gate else fused.act_fn(hidden)
         y: Tensor = down(hidden)
-        if getattr(self._fused, "has_post_expert_norm", False):
-            y = self.post_expert_norm(y)
+        if getattr(fused, "has_post_expert_norm", False):
+            y = fused.post_expert_norm(y)
         return y
 
     def fused_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -126,7 +129,8 @@ class SparseExperts(nn.Module):
         """The module that this one was made of, with the weights as they are now."""
         for name, tensor in self.fused_tensors(dtype).items():
             setattr(self._fused, name, nn.Parameter(tensor))
-        return self._fused  # type: ignore[no-any-return]
+        fused: nn.Module = self._fused
+        return fused
 
     def settle(self) -> None:
         """Give layers that stay dense memory of their own, so that the fused weights' is free."""
@@ -177,7 +181,7 @@ def experts_around(model: nn.Module, name: str) -> nn.Module:
     return parent if isinstance(parent, SparseExperts) else model
 
 
-def _expert_layer(fused: nn.Module, name: str, index: int) -> nn.Linear:
+def _expert_layer(fused: Any, name: str, index: int) -> nn.Linear:
     """A linear layer on an expert's part of a fused weight."""
     whole: Tensor = getattr(fused, name)
     weight = whole.detach()[index]
