@@ -173,10 +173,6 @@ def test_experts_survive_a_copy():
 # --- while a model is pruned ----------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    pass
-
-
 @pytest.mark.parametrize("failing", [True, False])
 def test_experts_without_a_packed_layer_are_fused_again(failing):
     model = block(gpt_oss)
@@ -185,8 +181,8 @@ def test_experts_without_a_packed_layer_are_fused_again(failing):
         with unfused_experts(model):
             assert isinstance(model.experts, SparseExperts)
             if failing:
-                raise Interrupted
-    except Interrupted:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
         pass
     after = model.state_dict()
     assert list(after) == list(before)
