@@ -171,6 +171,8 @@ class SparseQuantizer(HfQuantizer):
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
+        if not isinstance(dtype, torch.dtype):
+            dtype = None  # the config's, which is a mere string once the model has been saved
         for experts in [m for m in model.modules() if isinstance(m, SparseExperts)]:
             fuse(model, experts, dtype)
         for name, sparse in sparse_layers(model).items():

@@ -165,7 +165,6 @@ def _dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
             continue
         if isinstance(module, SparseExperts):
             inside = tuple(f"{name}.{expert}." for expert in range(module.num_experts))
-            state |= {f"{name}.{key}": tensor for key, tensor in module.fused_tensors().items()}
         prefix = f"{name}." if name else ""
         with torch.no_grad(), align_module_device(module):
             own = dict(module.named_parameters(recurse=False))
@@ -175,6 +174,8 @@ def _dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
             else:
                 skipped = module._non_persistent_buffers_set
                 own |= {k: b for k, b in module.named_buffers(recurse=False) if k not in skipped}  # type: ignore[misc]
+            if isinstance(module, SparseExperts):
+                own |= module.fused_tensors()  # type: ignore[arg-type]
             offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
             for key, tensor in own.items():
                 state[prefix + key] = tensor.detach().clone() if offloaded else tensor.detach()

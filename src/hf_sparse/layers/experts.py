@@ -42,6 +42,9 @@ class SparseExperts(nn.Module):
     The layers are named EXPERT.gate_up_proj (or EXPERT.up_proj) and EXPERT.down_proj. Only the
     experts that tokens are routed to compute.
 
+    Under the fused weights' own names it has the number of experts, shape (1,): a reader that
+    expects a weight there stops at the shape instead of making one up.
+
     Args:
         fused: a module for which `is_fused` holds. It loses its parameters: the layers' weights
             are views of them until they are packed or `settle` gives them memory of their own.
@@ -60,6 +63,8 @@ class SparseExperts(nn.Module):
         for name, child in fused.named_children():
             self.add_module(name, child)
         for name in _projections(fused):
+            number = torch.full((1,), fused.num_experts, device=getattr(fused, name).device)
+            self.register_buffer(name, number)
             setattr(fused, name, None)
             if fused.has_bias:
                 setattr(fused, f"{name}_bias", None)
