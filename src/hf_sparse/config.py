@@ -57,14 +57,15 @@ class SparseConfig(QuantizationConfigMixin):
             gradients) after the mask is chosen; 0 for none. None: what the method says, 0 for
             the plain ones; so for the next four.
         stages: solve each block in stages, layers that feed others first, every stage on the
-            inputs that the earlier ones have left. Default False.
+            inputs that the earlier ones have left. Default: with target="dense" alone.
         target: what each layer is to reproduce on the inputs it gets in the pruned model: "layer",
             its own outputs on them, or "dense", the dense model's. Default "layer".
         metric: what the refit minimises: "inputs", the error of the layer's outputs, or "fisher",
             that error weighted by how much the model's loss feels it. Default "inputs".
         allocation: how the sparsity is spread over the layers: "uniform", "owl", "fisher", or
             `{regex: s}` for some layers while the others take what is left of the budget, which
-            is met exactly. Unstructured patterns only. Default "uniform".
+            is met exactly (by "wanda" but for what rounding leaves in each row). Unstructured
+            patterns only. Default "uniform".
         bits: round what is kept to integers of 8, 4 or 3 bits in the same run; None keeps the
             model's dtype. With sparsity 0 this is quantisation alone.
         group_size: consecutive inputs that share a scale; -1 for all of a row. Default 128.
@@ -126,8 +127,9 @@ class SparseConfig(QuantizationConfigMixin):
         self.block_size = _integer("block_size", block_size, 1)
         recipe = get_recipe(method)
         self.refit = _integer("refit", _default(refit, recipe.refit), 0)
-        self.stages = _choice("stages", _default(stages, recipe.stages), (True, False))
         self.target = _choice("target", _default(target, recipe.target), ("layer", "dense"))
+        # Without stages all layers of a block would make up for the same error of its inputs.
+        self.stages = _choice("stages", _default(stages, self.target == "dense"), (True, False))
         self.metric = _choice("metric", _default(metric, recipe.metric), ("inputs", "fisher"))
         self.allocation = _resolve_allocation(allocation, recipe.allocation, self)
         self.bits = _choice("bits", bits, (None, 8, 4, 3))
@@ -205,7 +207,7 @@ class SparseConfig(QuantizationConfigMixin):
         """The argument because of which data are needed."""
         if get_solver(self.method).needs > Needs.NOTHING:
             return f"method={self.method!r}"
-        plain = {"refit": 0, "stages": False, "target": "layer", "allocation": "uniform"}
+        plain = {"refit": 0, "target": "layer", "stages": False, "allocation": "uniform"}
         name = next(k for k, v in plain.items() if getattr(self, k) != v)
         return f"{name}={getattr(self, name)!r}"
 

@@ -41,6 +41,7 @@ logger = get_logger(__name__)
 # Of the default for seq_len; the papers calibrate with 2048 tokens.
 LONGEST_SEQUENCE = 2048
 
+NO_GRADIENT = "no gradient of the sampled batches reached it: refitted by its inputs alone"
 NEVER_CALLED = "the model never called it on the calibration data"
 
 
@@ -137,6 +138,8 @@ class _Run:
     def _prepared(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """What has to be known of the whole model before the first layer is touched."""
         config = self._config
+        if not jobs:
+            return jobs
         units = find_units(self._model, [job.target.name for job in jobs])
         if config.needs_gradients:
             assert self._data is not None
@@ -158,13 +161,16 @@ class _Run:
         by_name = {job.target.name: job for job in jobs}
         units = find_units(self._model, list(by_name))
         walk = BlockWalk(self._model, units, self._data.batches, self._config.target == "dense")
-        for i, visit in enumerate(walk, 1):
+        done = 0
+        for visit in walk:
+            done += 1  # noqa: SIM113 - enumerate would hold on to the visit
             # The unit before has fed its pruned outputs on: its dense weights can go.
             self._pack()
             for layer in self._solve_unit(visit, by_name):
-                yield f"block {i} of {len(units)}", layer
-        done = {layer.name for layer in self._layers} | set(self._solved)
-        self.never_called = [name for name in by_name if name not in done]
+                yield f"block {done} of {len(units)}", layer
+            del visit  # the walk goes on: this unit's inputs must not wait for the next one's
+        solved = {layer.name for layer in self._layers} | set(self._solved)
+        self.never_called = [name for name in by_name if name not in solved]
 
     def _solve_unit(self, visit: Visit, jobs: Mapping[str, Job]) -> Iterator[LayerReport]:
         config = self._config
@@ -205,17 +211,18 @@ class _Run:
 
     def _solve(self, job: Job, observed: Observed | None) -> LayerReport:
         """Solve one layer and write the pruned weight into it, still dense."""
-        metric = self._metrics_for(job.target.name)
+        metric = None
+        if self._config.metric == "fisher":
+            metric = self._metrics.get(job.target.name)
         report, weight, dense, quantized = _solve(self._solver, job, observed, metric)
+        if self._config.metric == "fisher" and metric is None:
+            report = replace(report, notes=(*report.notes, NO_GRADIENT))
         if job.target.transposed:
             weight, dense = weight.T, dense.T
         write_weight(job.target.module, weight)
         kept = dense if self._config.target == "dense" else None
         self._solved[job.target.name] = _Solved(job, report, kept, quantized)
         return report
-
-    def _metrics_for(self, name: str) -> OutputMetric | None:
-        return self._metrics.get(name) if self._config.metric == "fisher" else None
 
     def _pack(self) -> None:
         """Replace the layers solved since by sparse ones, and complete their reports."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .allocation import (
     Curve,
@@ -19,15 +19,18 @@ from .allocation import (
 from .calibration.blocks import BlockWalk, Unit
 from .calibration.data import Batch
 from .calibration.gradients import SHARE
-from .calibration.inputs import Observed, collect_statistics
+from .calibration.inputs import collect_statistics
 from .config import SparseConfig
+from .errors import SolveError
 from .logging import progress_bar
 from .patterns import Unstructured
-from .statistics import Needs, OutputMetric
+from .statistics import Needs, OutputMetric, Statistics
 from .targets import Target, layer_sparsity, require_match
 
 # log costs of fp32 numbers lie within these, and owl's and explicit's t does, too.
 LOWEST, HIGHEST = -200.0, 200.0
+
+T = TypeVar("T")
 
 
 def exactly(zeros: int, shape: tuple[int, int]) -> Unstructured:
@@ -77,15 +80,18 @@ def _outliers(
     batches: Sequence[Batch],
 ) -> dict[str, float]:
     """Each layer's block's share of outliers."""
+
+    def outliers(name: str, statistics: Statistics) -> float:
+        assert statistics.column_norms is not None
+        with targets[name].weight() as weight:
+            return outlier_share(weight.float(), statistics.column_norms) * weight.numel()
+
+    found = _measured(model, units, targets, batches, Needs.COLUMN_NORMS, outliers)
     shares = {}
-    for observed in _visits(model, units, targets, batches, Needs.COLUMN_NORMS):
-        found = total = 0.0
-        for name, seen in observed.items():
-            assert seen.statistics.column_norms is not None
-            with targets[name].weight() as weight:
-                share = outlier_share(weight.float(), seen.statistics.column_norms)
-                found, total = found + share * weight.numel(), total + weight.numel()
-        shares.update(dict.fromkeys(observed, found / total if total else 0.0))
+    for unit in units:
+        names = [name for name in unit.targets if name in found]
+        size = sum(targets[name].shape[0] * targets[name].shape[1] for name in names)
+        shares.update({name: sum(found[n] for n in names) / size for name in names})
     return shares
 
 
@@ -96,33 +102,43 @@ def _costs(
     batches: Sequence[Batch],
     metrics: Mapping[str, OutputMetric],
     damp_percent: float,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Quantiles of what removing each layer's weights costs."""
-    costs = {}
-    for observed in _visits(model, units, targets, batches, Needs.HESSIAN):
-        for name, seen in observed.items():
-            # H^-1 = U'U, so its diagonal is that of U's columns squared.
-            if name not in metrics:
-                continue
-            upper = seen.statistics.inverse_factor(damp_percent).upper
-            inverse_diagonal = upper.square().sum(dim=0)
-            with targets[name].weight() as weight:
-                outputs = metrics[name].diagonal
-                costs[name] = cost_quantiles(weight.float(), outputs, inverse_diagonal)
-    return costs
+
+    def costs(name: str, statistics: Statistics) -> Tensor | None:
+        if name not in metrics:
+            return None
+        # H^-1 = U'U, so its diagonal is that of U's columns squared.
+        inverse_diagonal = statistics.inverse_factor(damp_percent).upper.square().sum(dim=0)
+        with targets[name].weight() as weight:
+            return cost_quantiles(weight.float(), metrics[name].diagonal, inverse_diagonal)
+
+    found = _measured(model, units, targets, batches, Needs.HESSIAN, costs)
+    return {name: cost for name, cost in found.items() if cost is not None}
 
 
-def _visits(
+def _measured(
     model: nn.Module,
     units: Sequence[Unit],
     targets: Mapping[str, Target],
     batches: Sequence[Batch],
     needs: Needs,
-) -> Iterator[dict[str, Observed]]:
-    """Walk the dense model: what was seen of each unit's layers."""
+    measure: Callable[[str, Statistics], T],
+) -> dict[str, T]:
+    """Walk the dense model and measure every layer; statistics live for their unit alone."""
     used = batches[:: round(1 / SHARE)]
+    found: dict[str, T] = {}
     with progress_bar(len(units), "Allocating") as bar:
         for visit in BlockWalk(model, units, used):
             layers = {name: targets[name].module for name in visit.unit.targets}
-            yield collect_statistics(visit, layers, needs)
+            observed = collect_statistics(visit, layers, needs)
+            del visit  # nor do its inputs outlive it
+            while observed:
+                name, seen = observed.popitem()
+                try:
+                    found[name] = measure(name, seen.statistics)
+                except SolveError as error:
+                    raise SolveError(f"layer {name}: {error}") from None
+            del seen
             bar.update()
+    return found

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
     {"errors", "logging"},
-    {"patterns", "quantization", "statistics", "allocation"},
-    {"solvers", "formats"},
+    {"patterns", "quantization", "statistics"},
+    {"solvers", "formats", "allocation"},
     {"kernels"},
     {"layers"},
     {"calibration", "recipes", "solving"},
