@@ -29,7 +29,7 @@ from .evaluation import (
     perplexity,
 )
 from .explain import Explanation, explain
-from .layers import SparseLinear
+from .layers import SparseExperts, SparseLinear
 from .quantizer import SparseQuantizer, prune
 from .report import LayerReport, PruningReport
 from .saving import export_dense
@@ -53,6 +53,7 @@ __all__ = [
     "SaveError",
     "SolveError",
     "SparseConfig",
+    "SparseExperts",
     "SparseLinear",
     "SparseQuantizer",
     "TargetError",

@@ -72,7 +72,8 @@ class SparseConfig(QuantizationConfigMixin):
         sym: integers symmetric about zero; False gives each group a zero point. Default True.
         moe_min_tokens: calibration tokens that an expert's layer needs for statistics of its own;
             the fewer were routed to it, the more they are those of all tokens that enter the
-            experts. None: as many as the layer has inputs. Default None.
+            experts. None: as many as the layer has inputs, or 1 if the method uses their norms
+            alone. Default None.
         calibrate_all_experts: take every expert's statistics from all tokens, routed to it or
             not; the model's own outputs are those of the routed ones. Default False.
         format: storage: "auto" (the smallest that fits, layer by layer), "bitmask", "n:m" or

@@ -24,7 +24,7 @@ from .config import SparseConfig
 from .errors import CalibrationError, ConfigError, SolveError
 from .formats import Dense, choose_format
 from .formats.base import packed_bytes
-from .layers.experts import experts_around
+from .layers.experts import expert_around
 from .layers.replace import pack_linear, write_weight
 from .logging import get_logger, progress_bar
 from .patterns import Pattern
@@ -371,7 +371,7 @@ def _pack(model: nn.Module, solved: _Solved, requested: str) -> LayerReport:
         fmt = choose_format(weight, job.pattern, requested, quantized)
         if isinstance(fmt, Dense):
             return report
-        around = experts_around(model, report.name)
+        around = expert_around(model, report.name)
         sparse = pack_linear(around, job.target.module, weight, fmt, quantized)
         stored = packed_bytes(sparse.packed)  # before a kernel takes the weight over
         sparse.resolve()

@@ -16,7 +16,7 @@ from .checkpoint import PackedLayer, read_layers
 from .config import QUANT_METHOD, SparseConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
 from .layers import SparseLinear
-from .layers.experts import SparseExperts, experts_around, fuse, is_fused, unfuse, unfused_experts
+from .layers.experts import SparseExperts, expert_around, fuse, is_fused, unfuse, unfused_experts
 from .layers.replace import replace_module, unpack_linear
 from .logging import get_logger
 from .pipeline import run
@@ -125,7 +125,7 @@ class SparseQuantizer(HfQuantizer):
         for name, layer in described.items():
             own = next((n for n in _spellings(name, prefix) if n in modules), None)
             if own is not None:
-                around = experts_around(model, own)
+                around = expert_around(model, own)
                 _build_meta(around, modules[own], layer, dtype or torch.get_default_dtype())
                 self._layers[own] = layer
 

@@ -327,3 +327,40 @@ def test_experts_take_little_more_than_half_the_memory():
         for tensor in (*m.parameters(), *m.buffers())
     )
     assert held <= 0.57 * dense
+
+
+def perplexity(model, ids):
+    scores = logits(model, ids)[:, :-1].float().log_softmax(dim=-1)
+    return math.exp(-scores.gather(2, ids[:, 1:, None]).mean())
+
+
+def output_error(model, seen):
+    """Of the experts of all blocks, relative, on what the dense model's experts were handed."""
+    blocks = [m for m in model.modules() if isinstance(m, SparseExperts)]
+    with torch.no_grad():
+        pairs = [(m(*args), expected) for m, (args, expected) in zip(blocks, seen, strict=True)]
+    return sum(float((a - b).norm() / b.norm()) for a, b in pairs) / len(pairs)
+
+
+@pytest.mark.slow
+@needs_fixtures
+def test_sparsegpt_beats_wanda_beats_magnitude_in_a_trained_mixture():
+    """Its experts change the perplexity by a hair, so theirs are compared by their outputs."""
+    load = AutoModelForCausalLM.from_pretrained
+    path, settings = FIXTURES / "tiny-mixtral-docs", {"dtype": torch.float32}
+    evaluation, dense, seen = sequences("evaluation.txt", 32), load(path, **settings), []
+    for layer in dense.model.layers:
+        layer.mlp.experts.register_forward_hook(
+            lambda module, args, output: seen.append((args, output))
+        )
+    logits(dense, evaluation)
+    errors, perplexities = {}, {}
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        config = SparseConfig(
+            method=method, dataset=sequences("calibration.txt", 32), num_samples=32
+        )
+        model = load(path, quantization_config=config, **settings)
+        errors[method] = output_error(model, seen)
+        perplexities[method] = perplexity(model, evaluation)
+    assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
+    assert perplexities["sparsegpt"] < min(perplexities["wanda"], perplexities["magnitude"])

@@ -34,7 +34,8 @@ def observe(
 
     Args:
         visit, layers, needs, dense: as there.
-        min_tokens: m of an expert's layer; None for as many as it has inputs.
+        min_tokens: m of an expert's layer; None for as many as it has inputs, or for 1 where column
+            norms are all that is needed, which a few tokens tell.
         everywhere: take all tokens for all experts, routed to them or not.
     """
     experts = find_experts(visit.unit.module, layers)
@@ -43,13 +44,13 @@ def observe(
     stay = replace(dense, leave=False) if dense else None
     routed = {n: m for n, m in layers.items() if not (everywhere and m in experts)}
     found = collect_statistics(visit, routed, needs, stay) if routed else {}
+    few_do = 1 if needs < Needs.HESSIAN else None
+    least = few_do if min_tokens is None or needs is Needs.NOTHING else min_tokens
     limits = {
-        name: _inputs(module) if min_tokens is None else min_tokens
+        name: _inputs(module) if least is None else least
         for name, module in layers.items()
         if module in experts
     }
-    if needs is Needs.NOTHING:
-        limits = dict.fromkeys(limits, 1)  # errors alone are measured: one token will do
     few = {
         name: layers[name]
         for name, limit in limits.items()

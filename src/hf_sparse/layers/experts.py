@@ -180,10 +180,11 @@ def unfused_experts(model: nn.Module) -> Iterator[None]:
                 fuse(model, experts)
 
 
-def experts_around(model: nn.Module, name: str) -> nn.Module:
-    """The `SparseExperts` that a layer belongs to, else the model: where all uses of it are."""
-    parent = model.get_submodule(".".join(name.split(".")[:-2]))
-    return parent if isinstance(parent, SparseExperts) else model
+def expert_around(model: nn.Module, name: str) -> nn.Module:
+    """The expert that a layer belongs to, else the model: all uses of the layer are in there."""
+    expert, _, _ = name.rpartition(".")
+    experts = model.get_submodule(expert.rpartition(".")[0])
+    return model.get_submodule(expert) if isinstance(experts, SparseExperts) else model
 
 
 def _expert_layer(fused: Any, name: str, index: int) -> nn.Linear:
