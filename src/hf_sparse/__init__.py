@@ -31,7 +31,7 @@ from .evaluation import (
     perplexity,
 )
 from .explain import Explanation, explain
-from .layers import SparseLinear
+from .layers import SparseExperts, SparseLinear
 from .quantizer import SparseQuantizer, prune
 from .report import LayerReport, PruningReport
 from .saving import export_dense
@@ -57,6 +57,7 @@ __all__ = [
     "SaveError",
     "SolveError",
     "SparseConfig",
+    "SparseExperts",
     "SparseLinear",
     "SparseQuantizer",
     "TargetError",

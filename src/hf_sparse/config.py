@@ -72,6 +72,12 @@ class SparseConfig(QuantizationConfigMixin):
             model's dtype. With sparsity 0 this is quantisation alone.
         group_size: consecutive inputs that share a scale; -1 for all of a row. Default 128.
         sym: integers symmetric about zero; False gives each group a zero point. Default True.
+        moe_min_tokens: calibration tokens that an expert's layer needs for statistics of its own;
+            the fewer were routed to it, the more they are those of all tokens that enter the
+            experts. None: as many as the layer has inputs, or 1 if the method uses their norms
+            alone. Default None.
+        calibrate_all_experts: take every expert's statistics from all tokens, routed to it or
+            not; the model's own outputs are those of the routed ones. Default False.
         format: storage: "auto" (the smallest that fits, layer by layer), "bitmask", "n:m" or
             "dense".
 
@@ -105,6 +111,8 @@ class SparseConfig(QuantizationConfigMixin):
         bits: int | None = None,
         group_size: int = 128,
         sym: bool = True,
+        moe_min_tokens: int | None = None,
+        calibrate_all_experts: bool = False,
         format: str = "auto",
     ) -> None:
         self.quant_method = QUANT_METHOD
@@ -132,6 +140,11 @@ class SparseConfig(QuantizationConfigMixin):
         self.bits = _choice("bits", bits, (None, 8, 4, 3))
         self.group_size = _group_size(group_size)
         self.sym = _choice("sym", sym, (True, False))
+        least = None if moe_min_tokens is None else _integer("moe_min_tokens", moe_min_tokens, 0)
+        self.moe_min_tokens = least
+        self.calibrate_all_experts = _choice(
+            "calibrate_all_experts", calibrate_all_experts, (True, False)
+        )
         self._check_combination()
         self.format = format if format == "auto" else check_format_name(format)
         if self.format == "dense" and self.low_rank and self.bits is None:

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from .calibration.blocks import BlockWalk, Visit, find_units
 from .calibration.data import CalibrationData, make_batches
-from .calibration.inputs import DensePath, Observed, collect_statistics
+from .calibration.experts import observe
+from .calibration.inputs import DensePath, Observed
 from .calibration.stages import find_stages, residual_writers
 from .config import SparseConfig
 from .errors import CalibrationError, ConfigError, SolveError
 from .facts import DenseFacts
 from .formats import Dense, choose_format
 from .formats.bitmask import Bitmask
+from .layers.experts import expert_around
 from .layers.replace import pack_linear, write_weight
 from .logging import get_logger, progress_bar
 from .lowrank import LowRank
@@ -195,7 +197,14 @@ class _Run:
                 leave = stage is stages[-1]
                 dense = DensePath(self._dense_weights, leave, writers, factors)
             watched = {name: layers[name] for name in stage}
-            observed = collect_statistics(visit, watched, config.needs, dense)
+            observed = observe(
+                visit,
+                watched,
+                config.needs,
+                dense,
+                config.moe_min_tokens,
+                config.calibrate_all_experts,
+            )
             for name in stage:
                 if name in observed:
                     yield self._solve(jobs[name], observed[name])
@@ -386,7 +395,7 @@ def _solve(
         bytes_after=after.numel() * after.element_size(),
         bytes_resident=after.numel() * after.element_size(),
         kernel="dense",
-        notes=solution.notes,
+        notes=solution.notes + ((observed.note,) if observed and observed.note else ()),
     )
     return report, replace(solution, weight=after, low_rank=low_rank), dense
 
@@ -401,7 +410,8 @@ def _pack(model: nn.Module, solved: _Solved, requested: str) -> LayerReport:
             return report
         if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
             fmt = choose_format(weight, job.pattern, Bitmask.name)
-        sparse = pack_linear(model, job.target.module, weight, fmt, quantized, solved.low_rank)
+        around = expert_around(model, report.name)
+        sparse = pack_linear(around, job.target.module, weight, fmt, quantized, solved.low_rank)
         stored = sparse.resident_bytes()  # before a kernel takes the weight over
         sparse.resolve()
         return replace(

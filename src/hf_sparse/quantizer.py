@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .config import QUANT_METHOD, SparseConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
 from .facts import DenseFacts
 from .layers import SparseLinear
+from .layers.experts import SparseExperts, expert_around, fuse, is_fused, unfuse, unfused_experts
 from .layers.replace import replace_module, unpack_linear
 from .logging import get_logger
 from .lowrank import KEY_A, KEY_B, LowRank
@@ -60,7 +61,8 @@ def prune(
     if not isinstance(config, SparseConfig):
         raise ConfigError(f"prune needs a SparseConfig, found {type(config).__name__}")
     if not isinstance(model, PreTrainedModel):
-        return run(model, config, lambda: load_tokenizer(config, model), {}, facts)
+        with unfused_experts(model):
+            return run(model, config, lambda: load_tokenizer(config, model), {}, facts)
     require_dense(model)
     quantizer = SparseQuantizer(config, pre_quantized=False)
     configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
@@ -134,13 +136,13 @@ class SparseQuantizer(HfQuantizer):
         described = read_layers(checkpoint_files)
         self._renamed = frozenset(described)
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+        _unfuse_described(model, described, prefix)
         modules = dict(model.named_modules())
         for name, layer in described.items():
-            # A base model reads a head model's checkpoint and the other way round.
-            candidates = (name, name.removeprefix(prefix), prefix + name)
-            own = next((n for n in candidates if n in modules), None)
+            own = next((n for n in _spellings(name, prefix) if n in modules), None)
             if own is not None:
-                _build_meta(model, modules[own], layer, dtype or torch.get_default_dtype())
+                around = expert_around(model, own)
+                _build_meta(around, modules[own], layer, dtype or torch.get_default_dtype())
                 self._layers[own] = layer
 
     def get_weight_conversions(self) -> list[Any]:
@@ -163,9 +165,12 @@ class SparseQuantizer(HfQuantizer):
     def prune(self, model: PreTrainedModel, facts: DenseFacts | None = None) -> None:
         """Prune a loaded dense model and keep the report; the config then describes the data."""
         config = self.quantization_config
-        self.report = run(
-            model, config, lambda: load_tokenizer(config, model), _default_dense(model), facts
-        )
+        routers = find_routers(model)
+        with unfused_experts(model):
+            default_dense = routers | _default_dense(model)
+            self.report = run(
+                model, config, lambda: load_tokenizer(config, model), default_dense, facts
+            )
         if self.report.data is not None:
             self.quantization_config = config.replaced(dataset=self.report.data)
         model.config.quantization_config = self.quantization_config
@@ -184,6 +189,10 @@ class SparseQuantizer(HfQuantizer):
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
+        if not isinstance(dtype, torch.dtype):
+            dtype = None  # the config's, which is a mere string once the model has been saved
+        for experts in [m for m in model.modules() if isinstance(m, SparseExperts)]:
+            fuse(model, experts, dtype)
         for name, sparse in sparse_layers(model).items():
             dense = _dense_twin(sparse)
             replace_module(
@@ -214,7 +223,7 @@ class SparseQuantizer(HfQuantizer):
 
 
 def _build_meta(
-    model: PreTrainedModel, module: nn.Module, layer: PackedLayer, dtype: torch.dtype
+    around: nn.Module, module: nn.Module, layer: PackedLayer, dtype: torch.dtype
 ) -> None:
     """Put an empty sparse layer in a dense one's place, with the checkpoint's shapes."""
     weight = getattr(module, "weight", None)
@@ -237,7 +246,21 @@ def _build_meta(
     sparse = SparseLinear(layer.format, tensors, layer.shape, dtype, bias, transposed, low_rank)
     # transformers would otherwise unpack each layer to initialise what isn't missing.
     sparse._is_hf_initialized = True  # type: ignore[assignment]
-    replace_module(model, module, sparse)
+    replace_module(around, module, sparse)
+
+
+def _spellings(name: str, prefix: str) -> tuple[str, str, str]:
+    """A base model reads a head model's checkpoint and the other way round."""
+    return name, name.removeprefix(prefix), prefix + name
+
+
+def _unfuse_described(model: nn.Module, described: Iterable[str], prefix: str) -> None:
+    """Experts that the checkpoint has layer by layer become layers; all is on meta yet."""
+    fused = {n: m for n, m in model.named_modules() if n and is_fused(m)}
+    parents = {name.rsplit(".", 2)[0] for name in described if name.count(".") > 1}
+    wanted = {own for parent in parents for own in _spellings(parent, prefix) if own in fused}
+    for name in wanted:
+        unfuse(model, fused[name])
 
 
 def _finish_stored(module: SparseLinear, layer: PackedLayer) -> None:
@@ -271,8 +294,8 @@ def _dense_twin(sparse: SparseLinear) -> nn.Module:
 
 
 def _default_dense(model: PreTrainedModel) -> dict[str, str]:
-    """Layers that stay dense unless asked for: heads, routers, tied weights, what needs fp32."""
-    reasons = find_routers(model)
+    """Layers that stay dense unless asked for: heads, tied weights, what needs fp32."""
+    reasons: dict[str, str] = {}
     base = model.base_model
     inside = {id(module) for module in base.modules()}
     head = model.get_output_embeddings()

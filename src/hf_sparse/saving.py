@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from .checkpoint import PackedLayer, metadata, sort_metadata
 from .errors import SaveError
-from .layers import SparseLinear
+from .layers import SparseExperts, SparseLinear
 from .layers.linear import VALUES
 
 
@@ -163,7 +163,12 @@ def export_dense(
 def _dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All tensors as the dense architecture names and shapes them, offloaded ones on the CPU."""
     state: dict[str, Tensor] = {}
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(inside):
+            continue
+        if isinstance(module, SparseExperts):
+            inside = tuple(f"{name}.{expert}." for expert in range(module.num_experts))
         prefix = f"{name}." if name else ""
         with torch.no_grad(), align_module_device(module):
             own = dict(module.named_parameters(recurse=False))
@@ -173,6 +178,8 @@ def _dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
             else:
                 skipped = module._non_persistent_buffers_set
                 own |= {k: b for k, b in module.named_buffers(recurse=False) if k not in skipped}  # type: ignore[misc]
+            if isinstance(module, SparseExperts):
+                own |= module.fused_tensors()  # type: ignore[arg-type]
             offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
             for key, tensor in own.items():
                 state[prefix + key] = tensor.detach().clone() if offloaded else tensor.detach()

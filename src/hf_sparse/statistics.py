@@ -109,6 +109,19 @@ class Statistics:
         return float(difference / reference) if reference > 0 else 0.0
 
 
+def shrink(own: Statistics, shared: Statistics, share: float) -> Statistics:
+    """Moments that are `share` parts of `own` and 1 - share of `shared`; the rest is `own`'s."""
+
+    def mixed(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+        return None if mine is None or theirs is None else theirs.lerp(mine, share)
+
+    norms = None
+    if own.column_norms is not None and shared.column_norms is not None:
+        norms = shared.column_norms.square().lerp(own.column_norms.square(), share).sqrt()
+    hessian, cross = mixed(own.hessian, shared.hessian), mixed(own.cross, shared.cross)
+    return Statistics(own.tokens, own.sample, norms, hessian, cross)
+
+
 @dataclass(frozen=True)
 class OutputMetric:
     """How much the model's loss feels an error in a layer's outputs: G = E[d d'].

@@ -173,9 +173,11 @@ def find_routers(model: nn.Module) -> dict[str, str]:
 
 
 def _fused_experts(model: nn.Module) -> dict[str, str]:
-    """Expert weights that are one 3-D parameter: no linear layers, so nothing prunes them."""
+    """Expert weights that are one 3-D parameter still: no linear layers, so nothing prunes them."""
     return {
-        name: "fused experts are one 3-D parameter, not linear layers"
+        name: "fused experts that are offloaded can't be taken apart"
+        if parameter.is_meta
+        else "fused experts are one 3-D parameter, not linear layers"
         for name, parameter in model.named_parameters()
         if parameter.ndim == 3 and "experts" in name.split(".")
     }

@@ -29,8 +29,9 @@ Rates are of what was pruned. "Not built" are types for which the sweep's rules 
 and inputs that plain transformers runs, because a package is missing (timm, natten) or because the
 rules don't know the type's sizes or inputs: nothing is known about pruning those.
 "Nothing to prune" are networks without linear layers besides the head: convolutions, or integer
-layers of their own. Fused experts of mixtures of experts stay dense. "Never called" are layers that
-the random inputs did not reach: cross-attention of decoders without an encoder, a video tower.
+layers of their own. Experts that transformers keeps fused count as layers of their own where its
+functions for experts compute with them, else they stay dense. "Never called" are layers that the
+random inputs did not reach: cross-attention of decoders without an encoder, a video tower.
 """
 
 

@@ -20,6 +20,8 @@ CHOSEN = {
         "jamba",  # state space, attention and experts
         "bart",  # cross-attention without an encoder
         "mixtral",
+        "gpt_oss",  # transposed experts with biases
+        "nemotron_h",  # experts without a gate
         "laguna",  # renamed keys
         "xlm",  # a cache that can't be turned off
         "rwkv",

@@ -53,6 +53,8 @@ def everything_set() -> SparseConfig:
         bits=4,
         group_size=64,
         sym=False,
+        moe_min_tokens=17,
+        calibrate_all_experts=True,
         format="bitmask",
     )
 
@@ -82,6 +84,8 @@ def test_defaults_are_those_of_the_documentation():
         "bits": None,
         "group_size": 128,
         "sym": True,
+        "moe_min_tokens": None,
+        "calibrate_all_experts": False,
         "format": "auto",
     }
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import CalibrationError, HfSparseError
+from ..layers import SparseExperts
 from .data import Batch
 from .offload import Parked
 from .towers import lacking_inputs, missing_input
@@ -76,7 +77,8 @@ def find_units(model: nn.Module, targets: Sequence[str]) -> list[Unit]:
 
     A block is the outermost module around a target whose class the model names in
     `_no_split_modules`, else the outermost element of an `nn.ModuleList` that is no mere container
-    (those are never called). A target in neither is a unit of its own.
+    (those are never called), else the experts that it belongs to. A target in none of them is a
+    unit of its own.
     """
     whole: set[str] = set()
     for module in model.modules():
@@ -89,11 +91,13 @@ def find_units(model: nn.Module, targets: Sequence[str]) -> list[Unit]:
         for child, element in module.named_children()
         if type(element).forward is not nn.Module.forward
     ]
+    experts = {name for name, m in model.named_modules() if isinstance(m, SparseExperts)}
     grouped: dict[str, list[str]] = {}
     for target in targets:
         ancestors = [target[:i] for i, letter in enumerate(target) if letter == "."] + [target]
         block = next((a for a in ancestors if a in by_class), None)
-        block = block or next((a for a in ancestors if a in by_list), target)
+        block = block or next((a for a in ancestors if a in by_list), None)
+        block = block or next((a for a in ancestors if a in experts), target)
         grouped.setdefault(block, []).append(target)
     return [Unit(n, model.get_submodule(n), tuple(t)) for n, t in grouped.items()]
 

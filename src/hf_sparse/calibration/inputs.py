@@ -5,6 +5,9 @@ they are.
 
 If the walk carries the dense model along, each call's dense twin runs first, so that the inputs
 of the same tokens in the dense model are at hand when the pruned ones are counted.
+
+The layers of an expert see the tokens that are routed to it, in the order of the tokens; which
+ones these are is told by the choice that their `SparseExperts` is called with.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from inspect import signature
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import SolveError
+from ..layers.experts import SparseExperts, chosen_slots
 from ..statistics import Needs, Statistics
 from .blocks import Call, Visit
 from .stages import stream_input
@@ -51,18 +57,39 @@ class Observed:
         residual: (Rd - R)' X / (c T), what the layer's output must make up for of the residual
             stream before it, R here and Rd in the dense model; None without a dense path or if
             the layer does not write to the stream (factor c).
+        note: what a reader of the report should know of the statistics.
     """
 
     statistics: Statistics
     residual: Float[Tensor, "out in"] | None = None
+    note: str | None = None
 
 
 class _AllSeen(Exception):  # noqa: N818 - a signal, no error
     """Every layer of the unit has had its input: the rest of the pass would be wasted."""
 
 
+def find_experts(
+    unit: nn.Module, layers: Mapping[str, nn.Module]
+) -> dict[nn.Module, tuple[SparseExperts, int]]:
+    """Those of a unit's layers that belong to an expert, with its module and its number there."""
+    wanted = set(layers.values())
+    return {
+        layer: (experts, index)
+        for experts in unit.modules()
+        if isinstance(experts, SparseExperts)
+        for index in range(experts.num_experts)
+        for layer in experts.layers(index)
+        if layer in wanted
+    }
+
+
 def collect_statistics(
-    visit: Visit, layers: Mapping[str, nn.Module], needs: Needs, dense: DensePath | None = None
+    visit: Visit,
+    layers: Mapping[str, nn.Module],
+    needs: Needs,
+    dense: DensePath | None = None,
+    everywhere: bool = False,
 ) -> dict[str, Observed]:
     """Run a visit's unit on all calls and return what was seen of each layer, by name.
 
@@ -74,21 +101,25 @@ def collect_statistics(
         layers: the layers of the unit to watch; inputs are (..., in).
         needs: what to collect.
         dense: also collect cross moments and residuals against the dense model.
+        everywhere: the layers are experts' and are to see all tokens that enter the experts; the
+            unit's output is that of the routed ones all the same.
 
     Raises:
         SolveError: a layer saw padding alone, or NaN or infinite inputs; names the layer.
     """
-    return _Collection(visit, layers, needs, dense).result()
+    return _Collection(visit, layers, needs, dense, everywhere).result()
 
 
 @dataclass
 class _Pass:
     """One pass through the unit: each layer's inputs in the order of its calls, without padding.
 
-    Layers that were handed the same tensor have the same object here.
+    Layers that were handed the same tensor have the same object here. Of experts' layers the
+    tokens' numbers are kept as well.
     """
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    routed: dict[str, list[Tensor]] = field(default_factory=dict)
     streams: dict[str, Tensor] = field(default_factory=dict)
     by_tensor: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -104,14 +135,29 @@ class _Group:
     collector: StatisticsCollector
 
 
+class _Routed(NamedTuple):
+    """Of an expert's layer: which of its rows are no padding, and the tokens that those are."""
+
+    rows: Tensor
+    tokens: Tensor
+
+
 class _Collection:
     """One run over all calls of a visit."""
 
     def __init__(
-        self, visit: Visit, layers: Mapping[str, nn.Module], needs: Needs, dense: DensePath | None
+        self,
+        visit: Visit,
+        layers: Mapping[str, nn.Module],
+        needs: Needs,
+        dense: DensePath | None,
+        everywhere: bool,
     ) -> None:
         self._visit, self._needs, self._dense = visit, needs, dense
         self._names = {module: name for name, module in layers.items()}
+        self._experts = find_experts(visit.unit.module, layers)
+        self._choices: dict[SparseExperts, Tensor] = {}
+        self._everywhere, self._beside = everywhere, False
         self._groups: list[_Group] = []
         self._residuals: dict[str, Tensor] = {}
         self._now = _Pass()
@@ -152,6 +198,9 @@ class _Collection:
     @contextmanager
     def _watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
         with ExitStack() as stack:
+            for experts in {experts for experts, _ in self._experts.values()}:
+                hook = experts.register_forward_pre_hook(self._enter, with_kwargs=True)
+                stack.callback(hook.remove)
             for module in layers.values():
                 hook = module.register_forward_pre_hook(self._see, prepend=True)
                 stack.callback(hook.remove)
@@ -179,11 +228,35 @@ class _Collection:
             self._stop_early = stop_early
             return found
 
+    def _enter(self, experts: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before experts run: keep what is chosen; send all tokens through if that is wanted."""
+        assert isinstance(experts, SparseExperts)
+        call = signature(experts.forward).bind(*args, **kwargs).arguments
+        self._choices[experts] = call["top_k_index"]
+        if not self._everywhere:
+            return
+        inside = {index for owner, index in self._experts.values() if owner is experts}
+        rows = self._tokens(call["hidden_states"])
+        self._beside = True
+        try:
+            for index in sorted(inside):
+                experts.compute(index, rows)
+        finally:
+            self._beside = False
+
     def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name, x, now = self._names[module], args[0], self._now
+        if module in self._experts and self._everywhere != self._beside:
+            return
+        routed = None if self._everywhere else self._routed(module)
+        if routed is not None:
+            if not len(routed.tokens):
+                return  # padding alone
+            now.routed.setdefault(name, []).append(routed.tokens)
         if id(x) not in now.by_tensor:
+            rows = self._tokens(x) if routed is None else x.detach()[routed.rows]
             # A copy: the model may write into its activations before the pass is counted.
-            now.by_tensor[id(x)] = x, self._tokens(x).clone()
+            now.by_tensor[id(x)] = x, rows.clone()
         now.inputs.setdefault(name, []).append(now.by_tensor[id(x)][1])
         if self._stream is not None and self._dense is not None and name in self._dense.writers:
             now.streams[name] = self._tokens(self._stream)
@@ -198,8 +271,14 @@ class _Collection:
             dense = twin.inputs.get(name, []) if twin is not None else []
             for index, rows in enumerate(own.inputs.get(name, ())):
                 # Tokens that the dense model routes otherwise stand in for themselves.
-                same = index < len(dense) and dense[index].shape == rows.shape
-                group.collector.add(rows, dense[index] if same else rows)
+                twins = rows
+                if index < len(dense) and name in own.routed:
+                    tokens, others = own.routed[name][index], twin.routed[name][index]  # type: ignore[union-attr]
+                    twins = rows.clone()
+                    twins[torch.isin(tokens, others)] = dense[index][torch.isin(others, tokens)]
+                elif index < len(dense) and dense[index].shape == rows.shape:
+                    twins = dense[index]
+                group.collector.add(rows, twins)
         for name, stream in own.streams.items() if twin is not None else ():
             assert twin is not None
             assert self._dense is not None
@@ -237,6 +316,18 @@ class _Collection:
             self._stream = self._stream + self._dense.factors[name] * output
 
         return add
+
+    def _routed(self, module: nn.Module) -> _Routed | None:
+        if module not in self._experts:
+            return None
+        experts, index = self._experts[module]
+        choice = self._choices[experts]
+        tokens = chosen_slots(choice, index) // choice.shape[1]
+        inside = torch.ones_like(tokens, dtype=torch.bool)
+        mask = self._token_mask
+        if mask is not None and mask.numel() == len(choice):
+            inside = mask.to(tokens.device).flatten()[tokens]
+        return _Routed(inside, tokens[inside])
 
     def _tokens(self, x: Tensor) -> Tensor:
         """The input's rows that are no padding, (tokens, in)."""

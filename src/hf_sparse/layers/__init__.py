@@ -1,5 +1,6 @@
 """Modules that hold packed weights."""
 
+from .experts import SparseExperts
 from .linear import SparseLinear
 
-__all__ = ["SparseLinear"]
+__all__ = ["SparseExperts", "SparseLinear"]
