@@ -7,6 +7,7 @@ from importlib.metadata import version as _version
 
 from .adapters import export_low_rank, split_low_rank
 from .calibration.data import DataRecord
+from .comparison import Comparison, ComparisonPoint, compare
 from .config import SparseConfig
 from .errors import (
     CalibrationError,
@@ -41,6 +42,8 @@ __all__ = [
     "Agreement",
     "CalibrationError",
     "CheckpointError",
+    "Comparison",
+    "ComparisonPoint",
     "ConfigError",
     "DataRecord",
     "EvaluationError",
@@ -59,6 +62,7 @@ __all__ = [
     "TargetError",
     "TaskResults",
     "agreement",
+    "compare",
     "evaluate_tasks",
     "explain",
     "export_dense",

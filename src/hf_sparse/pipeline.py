@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from .calibration.blocks import BlockWalk, Visit, find_units
 from .calibration.data import CalibrationData, make_batches
-from .calibration.gradients import collect_metrics
 from .calibration.inputs import DensePath, Observed, collect_statistics
 from .calibration.stages import find_stages, residual_writers
 from .config import SparseConfig
 from .errors import CalibrationError, ConfigError, SolveError
+from .facts import DenseFacts
 from .formats import Dense, choose_format
 from .formats.bitmask import Bitmask
 from .layers.replace import pack_linear, write_weight
@@ -71,6 +71,7 @@ def run(
     config: SparseConfig,
     load_tokenizer: Callable[[], Any],
     default_dense: Mapping[str, str],
+    facts: DenseFacts | None = None,
 ) -> PruningReport:
     """Prune a model in place and replace its pruned layers by sparse ones.
 
@@ -79,6 +80,8 @@ def run(
         config: what to do.
         load_tokenizer: called if the dataset is text.
         default_dense: layers that stay dense unless the config asks for them, with the reason.
+        facts: the calibration data, and what other runs over copies of this model have measured
+            on them; None to load the config's data.
 
     Returns:
         What was done to each layer.
@@ -93,17 +96,18 @@ def run(
     solver = make_solver(config.solver, config)
     _check_low_rank(config.low_rank, jobs)
     _check_weights(solver, jobs)
-    data = None if config.dataset is None else _load_data(model, config, load_tokenizer)
+    if facts is None:
+        facts = DenseFacts(load_calibration(model, config, load_tokenizer))
     training = model.training
     model.eval()
     try:
-        this = _Run(model, config, solver, data)
+        this = _Run(model, config, solver, facts)
         layers = this.prune(jobs)
         left_dense |= dict.fromkeys(this.never_called, NEVER_CALLED)
     finally:
         model.train(training)
     _tell_never_called(left_dense, bool(layers))
-    record = data.record if data else None
+    record = facts.data.record if facts.data else None
     report = PruningReport(tuple(layers), left_dense, record, time.perf_counter() - started)
     logger.info("%s", report.summary())
     return report
@@ -117,9 +121,9 @@ class _Run:
         model: nn.Module,
         config: SparseConfig,
         solver: Solver,
-        data: CalibrationData | None,
+        facts: DenseFacts,
     ) -> None:
-        self._model, self._config, self._data = model, config, data
+        self._model, self._config, self._facts = model, config, facts
         self._solver = LayerSolver(
             solver, config.refit, config.damp_percent, config.grid, config.low_rank
         )
@@ -146,26 +150,28 @@ class _Run:
         if not jobs:
             return jobs
         units = find_units(self._model, [job.target.name for job in jobs])
+        metrics: Mapping[str, OutputMetric] = {}
         if config.needs_gradients:
-            assert self._data is not None
-            self._metrics = collect_metrics(self._model, units, self._data.batches, config.seed)
+            metrics = self._facts.metrics(self._model, units, config)
+        if config.metric == "fisher":
+            self._metrics = metrics
         if config.allocation == "uniform":
             return jobs
         targets = {job.target.name: job.target for job in jobs}
-        batches = self._data.batches if self._data else ()
-        zeros = allocate(self._model, config, targets, units, batches, self._metrics)
+        zeros = allocate(self._model, config, targets, units, self._facts, metrics)
         return [Job(job.target, exactly(zeros[job.target.name], job.target.shape)) for job in jobs]
 
     def _solve_all(self, jobs: Sequence[Job]) -> Iterator[tuple[str, LayerReport]]:
         """Solve unit by unit; yields where it is, and the report of each layer that is done."""
-        if self._data is None:
+        if self._facts.data is None:
             for i, job in enumerate(jobs, 1):
                 yield f"layer {i} of {len(jobs)}", self._solve(job, None)
                 self._pack()
             return
         by_name = {job.target.name: job for job in jobs}
         units = find_units(self._model, list(by_name))
-        walk = BlockWalk(self._model, units, self._data.batches, self._config.target == "dense")
+        keep_dense = self._config.target == "dense"
+        walk = BlockWalk(self._model, units, self._facts.batches, keep_dense)
         done = 0
         for visit in walk:
             done += 1  # noqa: SIM113 - enumerate would hold on to the visit
@@ -209,9 +215,7 @@ class _Run:
 
     def _solve(self, job: Job, observed: Observed | None) -> LayerReport:
         """Solve one layer and write the pruned weight into it, still dense."""
-        metric = None
-        if self._config.metric == "fisher":
-            metric = self._metrics.get(job.target.name)
+        metric = self._metrics.get(job.target.name)
         report, solution, dense = _solve(self._solver, job, observed, metric)
         if self._config.metric == "fisher" and metric is None:
             report = replace(report, notes=(*report.notes, NO_GRADIENT))
@@ -281,9 +285,16 @@ def _check_weights(solver: Solver, jobs: Sequence[Job]) -> None:
                 )
 
 
-def _load_data(
+def load_calibration(
     model: nn.Module, config: SparseConfig, load_tokenizer: Callable[[], Any]
-) -> CalibrationData:
+) -> CalibrationData | None:
+    """The config's data as batches for the model; None if it has none.
+
+    Raises:
+        ConfigError, CalibrationError: the data are unusable, or too long for the model.
+    """
+    if config.dataset is None:
+        return None
     longest, vocab_size = _limits(model)
     if config.seq_len is not None and longest is not None and config.seq_len > longest:
         raise ConfigError(

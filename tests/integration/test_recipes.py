@@ -336,9 +336,10 @@ def test_padding_changes_nothing(tiny, token_ids, method, stages):
     for name, weight in ours.items():
         same = (weight == 0) == (theirs[name] == 0)
         assert same.double().mean() > 0.9
-        # A near tie that falls the other way moves what is refitted beside and after it.
-        close = torch.isclose(weight[same], theirs[name][same], rtol=0.02, atol=1e-3)
-        assert close.double().mean() > 0.95
+        if "layers.0." in name:
+            # Behind it, a near tie that falls the other way moves what is refitted.
+            assert same.double().mean() > 0.99
+            torch.testing.assert_close(weight[same], theirs[name][same], rtol=0.02, atol=1e-3)
 
 
 @every_recipe

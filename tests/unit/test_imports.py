@@ -25,11 +25,12 @@ LAYERS = [
     {"kernels"},
     {"layers", "calibration", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report"},
+    {"facts"},
     {"spread"},
     {"pipeline", "saving", "explain"},
     {"evaluation", "adapters"},
     {"quantizer"},
-    {"bench"},
+    {"bench", "comparison"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
