@@ -224,9 +224,7 @@ class _Run:
 
     def _solve(self, job: Job, observed: Observed | None) -> LayerReport:
         """Solve one layer and write the pruned weight into it, still dense."""
-        metric = None
-        if self._config.metric == "fisher":
-            metric = self._metrics.get(job.target.name)
+        metric = self._metrics.get(job.target.name)
         report, solution, dense = _solve(self._solver, job, observed, metric)
         if self._config.metric == "fisher" and metric is None:
             report = replace(report, notes=(*report.notes, NO_GRADIENT))

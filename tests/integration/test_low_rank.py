@@ -18,6 +18,7 @@ import hf_sparse
 from hf_sparse import CheckpointError, ConfigError, SaveError, SparseConfig, SparseLinear
 from hf_sparse.layers.replace import replace_module
 from hf_sparse.lowrank import KEY_A, KEY_B, LowRank
+from hf_sparse.saving import sparse_state_dict
 
 UP = "model.layers.0.mlp.up_proj"
 quiet_peft = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -174,6 +175,8 @@ def test_loaded_in_a_wider_dtype_the_factors_stay_as_stored(tiny, token_ids, tmp
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
     own = tiny.get_submodule(UP).low_rank
     assert torch.equal(wide.get_submodule(UP).low_rank.a, own.a)
+    assert wide.get_submodule(UP).low_rank.a.dtype == torch.bfloat16
+    assert half.get_submodule(UP).low_rank.b.dtype == torch.float16
     assert torch.equal(half.get_submodule(UP).low_rank.b, own.b.half())
     assert logits(wide, token_ids).dtype == torch.float32
     expected = wide.get_submodule(UP).sparse_weight + own.b.float() @ own.a.float()
@@ -282,6 +285,10 @@ def test_offloaded_layers_are_pruned_saved_and_reloaded(tiny, token_ids, tmp_pat
         tmp_path / "dense", quantization_config=config, **load
     )
     assert torch.equal(logits(offloaded, token_ids), expected)
+    state, _ = sparse_state_dict(offloaded)
+    own = tiny.get_submodule(UP).low_rank
+    assert torch.equal(state[f"{UP}.{KEY_A}"], own.a)
+    assert torch.equal(state[f"{UP}.{KEY_B}"], own.b)
     offloaded.save_pretrained(tmp_path / "sparse")
     load["offload_folder"] = str(tmp_path / "offload2")
     for settings in ({}, load):
@@ -289,8 +296,7 @@ def test_offloaded_layers_are_pruned_saved_and_reloaded(tiny, token_ids, tmp_pat
         assert torch.equal(logits(again, token_ids), expected)
     hf_sparse.export_low_rank(again, tmp_path / "adapter")
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    held = tiny.get_submodule(UP).low_rank
-    assert torch.equal(adapter[f"base_model.model.{UP}.lora_B.weight"], held.b)
+    assert torch.equal(adapter[f"base_model.model.{UP}.lora_B.weight"], own.b)
 
 
 # --- the adapter --------------------------------------------------------------------------------
