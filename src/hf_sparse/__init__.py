@@ -7,6 +7,7 @@ from importlib.metadata import version as _version
 
 from .calibration.data import DataRecord
 from .config import SparseConfig
+from .convert import Conversion, convert_checkpoint
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -41,6 +42,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "Conversion",
     "DataRecord",
     "EvaluationError",
     "Explanation",
@@ -58,6 +60,7 @@ __all__ = [
     "TargetError",
     "TaskResults",
     "agreement",
+    "convert_checkpoint",
     "evaluate_tasks",
     "explain",
     "export_dense",

@@ -148,7 +148,7 @@ class SparseQuantizer(HfQuantizer):
         """Prune a loaded dense model and keep the report; the config then describes the data."""
         config = self.quantization_config
         self.report = run(
-            model, config, lambda: _load_tokenizer(config, model), _default_dense(model)
+            model, config, lambda: _load_tokenizer(config, model), default_dense(model)
         )
         if self.report.data is not None:
             self.quantization_config = config.replaced(dataset=self.report.data)
@@ -251,7 +251,7 @@ def _dense_twin(sparse: SparseLinear) -> nn.Module:
         return nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None)
 
 
-def _default_dense(model: PreTrainedModel) -> dict[str, str]:
+def default_dense(model: PreTrainedModel) -> dict[str, str]:
     """Layers that stay dense unless asked for: heads, routers, tied weights, what needs fp32."""
     reasons = find_routers(model)
     base = model.base_model

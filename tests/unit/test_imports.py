@@ -25,11 +25,11 @@ LAYERS = [
     {"kernels"},
     {"layers", "calibration", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report"},
-    {"spread"},
+    {"spread", "legacy"},
     {"pipeline", "saving", "explain"},
     {"evaluation"},
     {"quantizer"},
-    {"bench"},
+    {"bench", "convert"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -38,7 +38,7 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PLUGIN_FOLDERS = {"solvers", "formats", "kernels"}
 SHARED = {"base", "refit", "descent", "bits", "native", "reference", "speed"}
 
-MAY_IMPORT_TRANSFORMERS = {"config", "quantizer", "saving", "logging", "bench.endtoend"}
+MAY_IMPORT_TRANSFORMERS = {"config", "convert", "quantizer", "saving", "logging", "bench.endtoend"}
 
 
 def modules() -> dict[str, Path]:

@@ -1,5 +1,12 @@
 """The commands, one file each; a new one is a file and a line here."""
 
-from . import evaluate, explain, export, inspect, prune
+from . import convert, evaluate, explain, export, inspect, prune
 
-COMMANDS = (prune.COMMAND, evaluate.COMMAND, inspect.COMMAND, explain.COMMAND, export.COMMAND)
+COMMANDS = (
+    prune.COMMAND,
+    evaluate.COMMAND,
+    inspect.COMMAND,
+    explain.COMMAND,
+    export.COMMAND,
+    convert.COMMAND,
+)

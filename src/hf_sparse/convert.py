@@ -1,0 +1,339 @@
+"""compressed-tensors' old sparse checkpoints -> this project's format, one layer after the other.
+
+The weights are gone through twice. First everything is checked and every layer gets its format,
+since each file's header describes all layers; then the files are written, one at a time. No more
+than one file of the result is ever in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from .checkpoint import PackedLayer, metadata
+from .config import QUANT_METHOD, SparseConfig
+from .errors import CheckpointError, SaveError
+from .formats import Dense, choose_format, pack_weight
+from .legacy import (
+    INDEX,
+    PARTS,
+    SINGLE,
+    PackedParameter,
+    Parameter,
+    read_parameters,
+    weight_files,
+)
+from .logging import progress_bar
+from .patterns import Unstructured
+from .quantizer import default_dense
+from .saving import write_folder
+from .targets import Target, select_targets
+
+WRITER = "compressed-tensors"
+# Where versions before 0.8 and before 0.4 say what they did.
+_CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
+_QUANTISED_KEYS = ("config_groups", "kv_cache_scheme", "transform_config")
+# Weights in other forms: of no use beside the converted ones.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert_checkpoint` did.
+
+    Attributes:
+        layers: the format of each layer that is packed now, by name.
+        dense: number of parameters that are stored dense.
+        bytes_before: of the source's safetensors files.
+        bytes_after: of the target's.
+    """
+
+    layers: Mapping[str, str]
+    dense: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A parameter under its name in the model; with a layer if it is to be packed.
+
+    `bytes` is what it takes in the result, at most.
+    """
+
+    name: str
+    parameter: Parameter
+    bytes: int
+    layer: PackedLayer | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is to be written, by key."""
+        dense = self.parameter.dense()
+        if self.layer is None:
+            return {self.name: dense}
+        packed = pack_weight(self.layer.format, dense.T if self.layer.transposed else dense)
+        return {f"{self.layer.name}.{key}": value for key, value in packed.items()}
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    max_shard_size: int | str = "5GB",
+) -> Conversion:
+    """Convert a checkpoint that compressed-tensors before 0.15 wrote sparse.
+
+    Reads its formats `sparse-bitmask` and `sparse-24-bitmask`, which later versions can't. Weights
+    keep their dtype and every bit but the sign of zeros. The linear layers that method "keep"
+    would pack are packed, in the smallest format; all else is stored dense. The tokenizer and the
+    other files are copied as they are, weights in other forms and hidden files left out.
+
+    Args:
+        source: the checkpoint's folder.
+        target: folder; created if it isn't there. Appears complete or not at all.
+        max_shard_size: of a safetensors file, as for `PreTrainedModel.save_pretrained`; about as
+            much memory is used.
+
+    Raises:
+        CheckpointError: the source is in another format, damaged, or of a model that this version
+            of transformers doesn't know, or stores differently; names file and tensor.
+        SaveError: writing failed; what was there before is as it was.
+    """
+    folder, limit = Path(source), convert_file_size_to_int(max_shard_size)
+    config = _read_config(folder)
+    structure = old_format(config, str(folder))
+    files = weight_files(folder)
+    parameters = read_parameters(files, structure)
+    items = _plan(folder, _empty_model(folder, config), parameters)
+    if folder.resolve() in (Path(target).resolve(), *Path(target).resolve().parents):
+        raise SaveError(f"can't save to {str(target)!r}: it is in the source, pass another folder")
+
+    def write(staging: str) -> None:
+        _copy_others(folder, Path(staging))
+        _write_config(config, Path(staging))
+        _write_weights(items, Path(staging), limit)
+
+    write_folder(target, write)
+    layers = {item.layer.name: item.layer.format.label for item in items if item.layer}
+    after = weight_files(Path(target))
+    return Conversion(layers, len(items) - len(layers), _size(files), _size(after))
+
+
+def old_format(config: Mapping[str, Any], where: str) -> str:
+    """The format of an old sparse checkpoint, from its config.json.
+
+    Raises:
+        CheckpointError: it is of another kind; one sentence that says which.
+    """
+    found = next((config[key] for key in _CONFIG_KEYS if config.get(key)), None)
+    if not isinstance(found, Mapping):
+        raise CheckpointError(
+            f"{where} is dense: convert is for compressed-tensors' sparse checkpoints; "
+            "method='keep' packs the zeros of a dense one"
+        )
+    method = found.get("quant_method", WRITER)
+    if method == QUANT_METHOD:
+        raise CheckpointError(f"{where} is in hf_sparse's own format already: load it as it is")
+    if method != WRITER:
+        raise CheckpointError(
+            f"{where} is quantised with {method!r}: convert is for {WRITER}' sparse checkpoints"
+        )
+    quantised = [key for key in _QUANTISED_KEYS if found.get(key)]
+    if quantised or config.get("sparseml_quantization_config"):
+        raise CheckpointError(
+            f"{where} is quantised by {WRITER} (format {found.get('format')!r}), besides being "
+            "sparse or not: convert reads weights that are sparse alone"
+        )
+    sparsity = found.get("sparsity_config", found)
+    name = sparsity.get("format") if isinstance(sparsity, Mapping) else None
+    if not isinstance(name, str) or name not in PARTS:
+        raise CheckpointError(
+            f"{where} is in {WRITER}' format {name!r}: convert reads {' and '.join(PARTS)}"
+        )
+    return name
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no config.json: it is no model's folder") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: it can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: it holds no object")
+    return content
+
+
+def _clean(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without a trace of how the weights were stored."""
+    return {key: value for key, value in config.items() if key not in _CONFIG_KEYS}
+
+
+def _empty_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
+    """The model on the meta device: it tells linear layers from embeddings, and names from names.
+
+    Its class is looked up in transformers' own tables; no name in the config becomes an import.
+    """
+    kind, names = config.get("model_type"), config.get("architectures") or []
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(f"{folder}: this transformers has no model type {kind!r}")
+    try:
+        described = CONFIG_MAPPING[kind].from_dict(_clean(config))
+        classes = [cls for cls in _model_classes(described) if cls.__name__ in names]
+        if classes:
+            with torch.device("meta"):
+                model: PreTrainedModel = classes[0](described)
+            return model
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: transformers can't build the model in config.json: {error}"
+        ) from error
+    raise CheckpointError(f"{folder}: this transformers has no {kind!r} model called {names!r}")
+
+
+def _model_classes(config: PretrainedConfig) -> Iterator[type[PreTrainedModel]]:
+    """All classes of models that transformers' auto classes have for a config."""
+    for auto in vars(modeling_auto).values():
+        if isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass):
+            found = auto._model_mapping.get(type(config), ()) if auto._model_mapping else ()
+            yield from found if isinstance(found, (tuple, list)) else (found,)
+
+
+def _plan(folder: Path, model: PreTrainedModel, parameters: Sequence[Parameter]) -> list[_Item]:
+    """Name every parameter, check what is stored of it, and choose its format."""
+    expected: dict[str, Tensor] = dict(model.state_dict())
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    chosen = select_targets(model, None, None, default_dense(model)).targets
+    targets = {f"{target.name}.weight": target for target in chosen}
+    rename = _renaming(model, expected)
+    items: dict[str, _Item] = {}
+    with progress_bar(len(parameters), "Checking") as bar:
+        for parameter in parameters:
+            name = rename(parameter)
+            if name in items:
+                raise parameter.origin.error(f"is a second {name}")
+            if parameter.shape != tuple(expected[name].shape):
+                raise parameter.origin.error(
+                    f"is of a weight of shape {parameter.shape}, {type(model).__name__} has "
+                    f"{tuple(expected[name].shape)} there"
+                )
+            items[name] = _item(name, parameter, targets.get(name))
+            bar.update()
+    for name in expected:
+        if name not in items and tied.get(name) not in items:
+            raise CheckpointError(f"{folder}: no file has {name}")
+    return [item for name, item in items.items() if tied.get(name) not in items]
+
+
+def _item(name: str, parameter: Parameter, target: Target | None) -> _Item:
+    """The parameter under its name, packed if it is a linear layer's weight and gets smaller."""
+    if not isinstance(parameter, PackedParameter):
+        return _Item(name, parameter, parameter.dense_bytes)
+    dense = parameter.dense()  # checks it
+    if target is not None:
+        weight = dense.T if target.transposed else dense
+        fmt = choose_format(weight, Unstructured(0.0), "auto")
+        if not isinstance(fmt, Dense):
+            layer = PackedLayer(target.name, fmt, target.shape, target.transposed)
+            return _Item(name, parameter, parameter.bytes, layer)
+    return _Item(name, parameter, parameter.dense_bytes)
+
+
+def _renaming(model: PreTrainedModel, expected: dict[str, Tensor]) -> Callable[[Parameter], str]:
+    """From a parameter's name in the file to its name in memory, as transformers would load it."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+
+    def rename(parameter: Parameter) -> str:
+        merged = False
+        for name in parameter.names:
+            renamed, operation = rename_source_key(
+                name, renamings, converters, model.base_model_prefix, expected
+            )
+            if operation is None and renamed in expected:
+                return str(renamed)
+            merged = merged or operation is not None
+        if merged:
+            raise parameter.origin.error(
+                "is one of several weights that this transformers merges into one, or one that it "
+                "splits: such models can't be converted"
+            )
+        raise parameter.origin.error(f"is of no parameter of {type(model).__name__}")
+
+    return rename
+
+
+def _copy_others(source: Path, staging: Path) -> None:
+    """Copy what is neither weights nor config.json nor hidden."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        left = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        if hidden or left or relative == Path("config.json") or not path.is_file():
+            continue
+        (staging / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, staging / relative)
+
+
+def _write_config(config: Mapping[str, Any], staging: Path) -> None:
+    described = _clean(config) | {"quantization_config": SparseConfig(method="keep").to_dict()}
+    _write_json(staging / "config.json", described)
+
+
+def _write_weights(items: Sequence[_Item], staging: Path, limit: int) -> None:
+    """Write the files, and an index if they are several."""
+    header = {"format": "pt"} | metadata(item.layer for item in items if item.layer)
+    shards = _shards(items, limit)
+    weight_map: dict[str, str] = {}
+    total = 0
+    with progress_bar(len(items), "Converting") as bar:
+        for number, shard in enumerate(shards, 1):
+            several = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file = SINGLE if len(shards) == 1 else several
+            tensors: dict[str, Tensor] = {}
+            for item in shard:
+                tensors |= item.tensors()
+                bar.update()
+            save_file(tensors, staging / file, header)
+            weight_map |= dict.fromkeys(tensors, file)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(items: Sequence[_Item], limit: int) -> list[list[_Item]]:
+    """Cut into runs of at most `limit` bytes; an item that has more is a run of its own."""
+    shards: list[list[_Item]] = [[]]
+    used = 0
+    for item in items:
+        if shards[-1] and used + item.bytes > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(item)
+        used += item.bytes
+    return shards
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _size(files: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
