@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from .checkpoint import PackedLayer, metadata
 from .config import QUANT_METHOD, SparseConfig
-from .errors import CheckpointError, SaveError
+from .errors import CheckpointError, ConfigError, SaveError
 from .formats import Dense, choose_format, pack_weight
 from .legacy import (
     INDEX,
@@ -48,6 +49,8 @@ WRITER = "compressed-tensors"
 # Where versions before 0.8 and before 0.4 say what they did.
 _CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
 _QUANTISED_KEYS = ("config_groups", "kv_cache_scheme", "transform_config")
+# Buffers that files of older versions of transformers hold, and no longer needs.
+_FORMER_BUFFERS = r"(rotary_emb\.inv_freq|(^|\.)position_ids)$"
 # Weights in other forms: of no use beside the converted ones.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
@@ -111,9 +114,10 @@ def convert_checkpoint(
     Raises:
         CheckpointError: the source is in another format, damaged, or of a model that this version
             of transformers doesn't know, or stores differently; names file and tensor.
+        ConfigError: max_shard_size is no size.
         SaveError: writing failed; what was there before is as it was.
     """
-    folder, limit = Path(source), convert_file_size_to_int(max_shard_size)
+    folder, limit = Path(source), _limit(max_shard_size)
     config = _read_config(folder)
     structure = old_format(config, str(folder))
     files = weight_files(folder)
@@ -131,6 +135,15 @@ def convert_checkpoint(
     layers = {item.layer.name: item.layer.format.label for item in items if item.layer}
     after = weight_files(Path(target))
     return Conversion(layers, len(items) - len(layers), _size(files), _size(after))
+
+
+def _limit(max_shard_size: int | str) -> int:
+    try:
+        return int(convert_file_size_to_int(max_shard_size))
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(
+            f"max_shard_size={max_shard_size!r} is no size: pass bytes or a text like '5GB'"
+        ) from None
 
 
 def old_format(config: Mapping[str, Any], where: str) -> str:
@@ -209,9 +222,10 @@ def _empty_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
 
 def _model_classes(config: PretrainedConfig) -> Iterator[type[PreTrainedModel]]:
     """All classes of models that transformers' auto classes have for a config."""
-    for auto in vars(modeling_auto).values():
-        if isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass):
-            found = auto._model_mapping.get(type(config), ()) if auto._model_mapping else ()
+    known: list[Any] = [value for value in vars(modeling_auto).values() if isinstance(value, type)]
+    for auto in known:
+        if issubclass(auto, _BaseAutoModelClass) and auto._model_mapping:
+            found = auto._model_mapping.get(type(config), ())
             yield from found if isinstance(found, (tuple, list)) else (found,)
 
 
@@ -222,10 +236,17 @@ def _plan(folder: Path, model: PreTrainedModel, parameters: Sequence[Parameter])
     chosen = select_targets(model, None, None, default_dense(model)).targets
     targets = {f"{target.name}.weight": target for target in chosen}
     rename = _renaming(model, expected)
+    not_needed = [*(model._keys_to_ignore_on_load_unexpected or ()), _FORMER_BUFFERS]
+    optional = model._keys_to_ignore_on_load_missing or ()
     items: dict[str, _Item] = {}
     with progress_bar(len(parameters), "Checking") as bar:
         for parameter in parameters:
+            bar.update()
             name = rename(parameter)
+            if name is None and _matches(not_needed, parameter.names[0]):
+                continue
+            if name is None:
+                raise parameter.origin.error(f"is of no parameter of {type(model).__name__}")
             if name in items:
                 raise parameter.origin.error(f"is a second {name}")
             if parameter.shape != tuple(expected[name].shape):
@@ -234,11 +255,15 @@ def _plan(folder: Path, model: PreTrainedModel, parameters: Sequence[Parameter])
                     f"{tuple(expected[name].shape)} there"
                 )
             items[name] = _item(name, parameter, targets.get(name))
-            bar.update()
     for name in expected:
-        if name not in items and tied.get(name) not in items:
+        found = name in items or tied.get(name) in items
+        if not found and not _matches(optional, name):
             raise CheckpointError(f"{folder}: no file has {name}")
     return [item for name, item in items.items() if tied.get(name) not in items]
+
+
+def _matches(patterns: Iterable[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _item(name: str, parameter: Parameter, target: Target | None) -> _Item:
@@ -255,13 +280,18 @@ def _item(name: str, parameter: Parameter, target: Target | None) -> _Item:
     return _Item(name, parameter, parameter.dense_bytes)
 
 
-def _renaming(model: PreTrainedModel, expected: dict[str, Tensor]) -> Callable[[Parameter], str]:
-    """From a parameter's name in the file to its name in memory, as transformers would load it."""
+def _renaming(
+    model: PreTrainedModel, expected: dict[str, Tensor]
+) -> Callable[[Parameter], str | None]:
+    """From a parameter's name in the file to its name in memory, as transformers would load it.
+
+    None for what the model has not.
+    """
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
 
-    def rename(parameter: Parameter) -> str:
+    def rename(parameter: Parameter) -> str | None:
         merged = False
         for name in parameter.names:
             renamed, operation = rename_source_key(
@@ -275,7 +305,7 @@ def _renaming(model: PreTrainedModel, expected: dict[str, Tensor]) -> Callable[[
                 "is one of several weights that this transformers merges into one, or one that it "
                 "splits: such models can't be converted"
             )
-        raise parameter.origin.error(f"is of no parameter of {type(model).__name__}")
+        return None
 
     return rename
 

@@ -4,9 +4,9 @@
     pip install torch==2.13.0 transformers==4.57.6 psutil accelerate compressed-tensors==VERSION
     python make_compressed_tensors.py
 
-VERSION is 0.6.0, 0.8.1, 0.9.4 or 0.14.0.1; each has folders of its own. A folder holds the checkpoint
-as the library saved it and, but for the quantised one, in dense.safetensors the weights that were
-put in.
+VERSION is 0.6.0, 0.8.1, 0.9.4 or 0.14.0.1; each has folders of its own. A folder holds the
+checkpoint as the library saved it and, but for the quantised one, in dense.safetensors the weights
+that were put in.
 """
 
 import sys
