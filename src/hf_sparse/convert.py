@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import convert_file_size_to_int
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers import PreTrainedModel
 
 from .checkpoint import PackedLayer, metadata
 from .config import QUANT_METHOD, SparseConfig
@@ -43,14 +37,13 @@ from .logging import progress_bar
 from .patterns import Unstructured
 from .quantizer import default_dense
 from .saving import write_folder
+from .skeleton import empty_model, is_needed, may_be_missing, renaming
 from .targets import Target, select_targets
 
 WRITER = "compressed-tensors"
 # Where versions before 0.8 and before 0.4 say what they did.
 _CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
 _QUANTISED_KEYS = ("config_groups", "kv_cache_scheme", "transform_config")
-# Buffers that files of older versions of transformers hold, and no longer needs.
-_FORMER_BUFFERS = r"(rotary_emb\.inv_freq|(^|\.)position_ids)$"
 # Weights in other forms: of no use beside the converted ones.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
@@ -118,13 +111,13 @@ def convert_checkpoint(
         SaveError: writing failed; what was there before is as it was.
     """
     folder, limit = Path(source), _limit(max_shard_size)
+    if folder.resolve() in (Path(target).resolve(), *Path(target).resolve().parents):
+        raise SaveError(f"can't save to {str(target)!r}: it is in the source, pass another folder")
     config = _read_config(folder)
     structure = old_format(config, str(folder))
     files = weight_files(folder)
     parameters = read_parameters(files, structure)
-    items = _plan(folder, _empty_model(folder, config), parameters)
-    if folder.resolve() in (Path(target).resolve(), *Path(target).resolve().parents):
-        raise SaveError(f"can't save to {str(target)!r}: it is in the source, pass another folder")
+    items = _plan(folder, empty_model(_clean(config), folder), parameters)
 
     def write(staging: str) -> None:
         _copy_others(folder, Path(staging))
@@ -165,11 +158,12 @@ def old_format(config: Mapping[str, Any], where: str) -> str:
         raise CheckpointError(
             f"{where} is quantised with {method!r}: convert is for {WRITER}' sparse checkpoints"
         )
-    quantised = [key for key in _QUANTISED_KEYS if found.get(key)]
-    if quantised or config.get("sparseml_quantization_config"):
+    more = [key for key in _QUANTISED_KEYS if found.get(key)]
+    more += [key for key in ("sparseml_quantization_config",) if config.get(key)]
+    if more:
         raise CheckpointError(
-            f"{where} is quantised by {WRITER} (format {found.get('format')!r}), besides being "
-            "sparse or not: convert reads weights that are sparse alone"
+            f"{where} is more than sparse: its {more[0]} says that {WRITER} quantised or "
+            f"transformed it, too (format {found.get('format')!r}), which convert can't undo"
         )
     sparsity = found.get("sparsity_config", found)
     name = sparsity.get("format") if isinstance(sparsity, Mapping) else None
@@ -198,52 +192,19 @@ def _clean(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _CONFIG_KEYS}
 
 
-def _empty_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
-    """The model on the meta device: it tells linear layers from embeddings, and names from names.
-
-    Its class is looked up in transformers' own tables; no name in the config becomes an import.
-    """
-    kind, names = config.get("model_type"), config.get("architectures") or []
-    if kind not in CONFIG_MAPPING:
-        raise CheckpointError(f"{folder}: this transformers has no model type {kind!r}")
-    try:
-        described = CONFIG_MAPPING[kind].from_dict(_clean(config))
-        classes = [cls for cls in _model_classes(described) if cls.__name__ in names]
-        if classes:
-            with torch.device("meta"):
-                model: PreTrainedModel = classes[0](described)
-            return model
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: transformers can't build the model in config.json: {error}"
-        ) from error
-    raise CheckpointError(f"{folder}: this transformers has no {kind!r} model called {names!r}")
-
-
-def _model_classes(config: PretrainedConfig) -> Iterator[type[PreTrainedModel]]:
-    """All classes of models that transformers' auto classes have for a config."""
-    known: list[Any] = [value for value in vars(modeling_auto).values() if isinstance(value, type)]
-    for auto in known:
-        if issubclass(auto, _BaseAutoModelClass) and auto._model_mapping:
-            found = auto._model_mapping.get(type(config), ())
-            yield from found if isinstance(found, (tuple, list)) else (found,)
-
-
 def _plan(folder: Path, model: PreTrainedModel, parameters: Sequence[Parameter]) -> list[_Item]:
     """Name every parameter, check what is stored of it, and choose its format."""
     expected: dict[str, Tensor] = dict(model.state_dict())
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     chosen = select_targets(model, None, None, default_dense(model)).targets
     targets = {f"{target.name}.weight": target for target in chosen}
-    rename = _renaming(model, expected)
-    not_needed = [*(model._keys_to_ignore_on_load_unexpected or ()), _FORMER_BUFFERS]
-    optional = model._keys_to_ignore_on_load_missing or ()
+    rename = renaming(model, expected)
     items: dict[str, _Item] = {}
     with progress_bar(len(parameters), "Checking") as bar:
         for parameter in parameters:
             bar.update()
             name = rename(parameter)
-            if name is None and _matches(not_needed, parameter.names[0]):
+            if name is None and not is_needed(model, parameter.names[0]):
                 continue
             if name is None:
                 raise parameter.origin.error(f"is of no parameter of {type(model).__name__}")
@@ -257,13 +218,9 @@ def _plan(folder: Path, model: PreTrainedModel, parameters: Sequence[Parameter])
             items[name] = _item(name, parameter, targets.get(name))
     for name in expected:
         found = name in items or tied.get(name) in items
-        if not found and not _matches(optional, name):
+        if not found and not may_be_missing(model, name):
             raise CheckpointError(f"{folder}: no file has {name}")
     return [item for name, item in items.items() if tied.get(name) not in items]
-
-
-def _matches(patterns: Iterable[str], name: str) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _item(name: str, parameter: Parameter, target: Target | None) -> _Item:
@@ -278,36 +235,6 @@ def _item(name: str, parameter: Parameter, target: Target | None) -> _Item:
             layer = PackedLayer(target.name, fmt, target.shape, target.transposed)
             return _Item(name, parameter, parameter.bytes, layer)
     return _Item(name, parameter, parameter.dense_bytes)
-
-
-def _renaming(
-    model: PreTrainedModel, expected: dict[str, Tensor]
-) -> Callable[[Parameter], str | None]:
-    """From a parameter's name in the file to its name in memory, as transformers would load it.
-
-    None for what the model has not.
-    """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-
-    def rename(parameter: Parameter) -> str | None:
-        merged = False
-        for name in parameter.names:
-            renamed, operation = rename_source_key(
-                name, renamings, converters, model.base_model_prefix, expected
-            )
-            if operation is None and renamed in expected:
-                return str(renamed)
-            merged = merged or operation is not None
-        if merged:
-            raise parameter.origin.error(
-                "is one of several weights that this transformers merges into one, or one that it "
-                "splits: such models can't be converted"
-            )
-        return None
-
-    return rename
 
 
 def _copy_others(source: Path, staging: Path) -> None:

@@ -270,7 +270,7 @@ def _packed(stem: str, structure: str, parts: Mapping[str, StoredTensor]) -> Pac
     bitmask.require((*shape[:-1], -(-shape[-1] // 8)), "U8")
     if structure == BITMASK:
         parts["row_offsets"].require(shape[:-1], "I64")
-        compressed.require(compressed.shape[:1], *_FLOATS)
+        compressed.require((math.prod(compressed.shape),), *_FLOATS)
     else:
         compressed.require((shape[0], shape[1] // 2), *_FLOATS)
         if math.prod(shape) % 4:

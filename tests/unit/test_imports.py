@@ -26,7 +26,7 @@ LAYERS = [
     {"layers", "calibration", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report"},
     {"spread", "legacy"},
-    {"pipeline", "saving", "explain"},
+    {"pipeline", "saving", "explain", "skeleton"},
     {"evaluation"},
     {"quantizer"},
     {"bench", "convert"},
@@ -38,7 +38,15 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PLUGIN_FOLDERS = {"solvers", "formats", "kernels"}
 SHARED = {"base", "refit", "descent", "bits", "native", "reference", "speed"}
 
-MAY_IMPORT_TRANSFORMERS = {"config", "convert", "quantizer", "saving", "logging", "bench.endtoend"}
+MAY_IMPORT_TRANSFORMERS = {
+    "config",
+    "convert",
+    "quantizer",
+    "saving",
+    "skeleton",
+    "logging",
+    "bench.endtoend",
+}
 
 
 def modules() -> dict[str, Path]:
