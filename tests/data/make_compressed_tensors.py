@@ -17,7 +17,8 @@ import torch
 from compressed_tensors import ModelCompressor
 from compressed_tensors.config import BitmaskConfig
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 HERE = Path(__file__).parent
 VERSION = version("compressed-tensors")
@@ -44,11 +45,18 @@ def make_llama(dtype, hidden, inner, heads):
     return model
 
 
+def make_gpt2():
+    """A random one-block GPT-2: its layers keep their weights as (in, out), its head is tied."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=1, n_head=2, n_inner=13)
+    return GPT2LMHeadModel(config).to(torch.float16)
+
+
 @torch.no_grad()
 def prune(model, pattern):
     """Zeros in every linear layer of the block: random ones, or 2 of 4 in memory order."""
-    for layer in model.model.layers.modules():
-        if isinstance(layer, torch.nn.Linear):
+    for name, layer in model.named_modules():
+        if isinstance(layer, (torch.nn.Linear, Conv1D)) and name != "lm_head":
             scores = torch.rand(layer.weight.shape)
             if pattern == "2:4":
                 kept = scores.view(-1, 4).topk(2, dim=1).indices
@@ -96,7 +104,12 @@ def main():
     if VERSION in ("0.6.0", "0.8.1"):
         model = make_llama(torch.float32 if VERSION == "0.8.1" else torch.float16, **odd)
         prune(model, "unstructured")
-        save("bitmask", model, BitmaskConfig(format="sparse-bitmask", **unstructured))
+        bitmask = BitmaskConfig(format="sparse-bitmask", **unstructured)
+        save("bitmask", model, bitmask)
+        if VERSION == "0.8.1":
+            model = make_gpt2()
+            prune(model, "unstructured")
+            save("gpt2-bitmask", model, bitmask)
         return
     from compressed_tensors.config import Sparse24BitMaskConfig
 

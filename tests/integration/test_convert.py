@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hf_sparse
@@ -20,7 +20,8 @@ from hf_sparse import CheckpointError, ConfigError, SaveError, SparseLinear, con
 from hf_sparse_cli import main
 
 DATA = ROOT / "tests" / "data"
-FOLDERS = ["bitmask-0.6.0", "bitmask-0.8.1", "bitmask-0.14.0.1", "24-0.9.4", "24-0.14.0.1"]
+FOLDERS = ["bitmask-0.6.0", "bitmask-0.8.1", "gpt2-bitmask-0.8.1", "bitmask-0.14.0.1", "24-0.9.4",
+           "24-0.14.0.1"]  # fmt: skip
 QUANTISED = DATA / "quantised-24-0.14.0.1"
 every_folder = pytest.mark.parametrize("folder", FOLDERS)
 
@@ -78,29 +79,31 @@ def test_every_weight_is_what_was_put_in_to_the_bit(folder, tmp_path):
     assert not any(info.values())
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear) or getattr(module, "weight", None) is not None:
-            found[f"{name}.weight"] = module.weight
+        weight = getattr(module, "weight", None)
+        if weight is not None:
+            found[f"{name}.weight"] = weight.T if getattr(module, "transposed", False) else weight
         if getattr(module, "bias", None) is not None:
             found[f"{name}.bias"] = module.bias
     assert found.keys() == expected.keys()
     for key, weight in expected.items():
         assert found[key].dtype == weight.dtype, key
         # The library itself stored no sign of a zero.
-        assert torch.equal(bits(found[key].detach() + 0.0), bits(weight + 0.0)), key
+        assert torch.equal(bits(found[key].detach().contiguous() + 0.0), bits(weight + 0.0)), key
     assert set(done.layers) == {n for n, m in model.named_modules() if isinstance(m, SparseLinear)}
-    assert len(done.layers) == 7
-    assert done.dense == len(expected) - 7
+    tied = model.config.tie_word_embeddings
+    assert len(done.layers) == (4 if tied else 7)
+    assert done.dense == len(expected) - len(done.layers) - tied
 
 
 @every_folder
 def test_logits_are_the_dense_models(folder, tmp_path):
     convert_checkpoint(DATA / folder, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    config = LlamaConfig.from_pretrained(tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
     del config.quantization_config
-    dense = LlamaForCausalLM(config).eval()
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     dense.load_state_dict(load_file(DATA / folder / "dense.safetensors"))
-    ids = torch.arange(20).view(2, 10)
+    ids = torch.arange(14).view(2, 7) % 11
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-6)
 
@@ -241,7 +244,7 @@ def test_codes_are_refused_also_if_the_config_hides_them(copy, tmp_path):
         ({"model_type": "unheard"}, "no model type 'unheard'"),
         ({"model_type": ["llama"]}, "no model type"),
         ({"architectures": ["os.system"]}, "no 'llama' model called .*os.system"),
-        ({"architectures": 3}, "no 'llama' model called"),
+        ({"architectures": 3}, "model (called|in config.json)"),
         ({"hidden_size": "x"}, "can't build the model in config.json"),
         ({"hidden_size": 24}, r"model.safetensors: \S+ is of a weight of shape .*24"),
         ({"num_hidden_layers": 2}, r"source: no file has model\.layers\.1\."),
