@@ -2,7 +2,7 @@
 
 The weights are gone through twice. First everything is checked and every layer gets its format,
 since each file's header describes all layers; then the files are written, one at a time. No more
-than one file of the result is ever in memory.
+than one file of the result, and the layer at work, is ever in memory.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def convert_checkpoint(
     Args:
         source: the checkpoint's folder.
         target: folder; created if it isn't there. Appears complete or not at all.
-        max_shard_size: of a safetensors file, as for `PreTrainedModel.save_pretrained`; about as
-            much memory is used.
+        max_shard_size: of a safetensors file, as for `PreTrainedModel.save_pretrained`; no
+            more than that and the layer at work is in memory.
 
     Raises:
         CheckpointError: the source is in another format, damaged, or of a model that this version

@@ -257,6 +257,15 @@ def test_a_config_that_does_not_fit_is_refused(changes, words, copy, tmp_path):
     assert_fails(source, tmp_path, words)
 
 
+def test_a_weight_that_is_stored_twice_is_refused(copy, tmp_path):
+    source = copy("24-0.9.4")
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(source, lambda tensors: tensors.update({name: torch.zeros(14, 12)}))
+    assert_fails(
+        source, tmp_path, r"model\.safetensors: \S+up_proj\S* is a second \S+up_proj\.weight"
+    )
+
+
 def test_models_whose_weights_transformers_merges_are_refused(copy, tmp_path):
     source = copy("24-0.9.4")
     edit_config(source, model_type="mixtral", architectures=["MixtralForCausalLM"])

@@ -46,7 +46,7 @@ def convert(
     model: Model,
     output: Output,
     max_shard_size: Annotated[
-        str, typer.Option(help="Of a file; about as much memory is used.")
+        str, typer.Option(help="Of a file; no more than a file is held in memory.")
     ] = "5GB",
     revision: Revision = None,
 ) -> Converted:
