@@ -13,7 +13,6 @@ owl and fisher keep each layer within CLAMP of the mean sparsity, and never empt
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -22,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import ConfigError
+from .patterns import Unstructured
 
 CLAMP = 0.15
 # owl: an outlier is this many times the mean of |W_ij| ||X_j||; block sparsities span 2 OWL_SPAN.
@@ -50,13 +50,15 @@ def meet_budget(
     """
 
     def zeros(t: float) -> dict[str, int]:
-        return {name: math.floor(curve(t) * sizes[name]) for name, curve in curves.items()}
+        return {name: Unstructured(curve(t)).zeros(sizes[name]) for name, curve in curves.items()}
 
     if not sum(zeros(low).values()) <= budget <= sum(zeros(high).values()):
+        total = sum(sizes.values())
+        fewest, largest = (sum(zeros(t).values()) / total for t in (low, high))
         raise ConfigError(
-            f"the allocation can make between {sum(zeros(low).values())} and "
-            f"{sum(zeros(high).values())} of {sum(sizes.values())} weights zero, sparsity asks for "
-            f"{budget}: change sparsity, or name fewer layers in allocation"
+            f"the allocation can make between {fewest:.6g} and {largest:.6g} of the weights zero, "
+            f"sparsity asks for {budget / total:.6g}: pass a sparsity between these, or name fewer "
+            "layers in allocation"
         )
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

@@ -57,14 +57,17 @@ class SparseConfig(QuantizationConfigMixin):
             gradients) after the mask is chosen; 0 for none. None: what the method says, 0 for
             the plain ones; so for the next four.
         stages: solve each block in stages, layers that feed others first, every stage on the
-            inputs that the earlier ones have left. Default False.
+            inputs that the earlier ones have left. Default: with target="dense" alone.
         target: what each layer is to reproduce on the inputs it gets in the pruned model: "layer",
             its own outputs on them, or "dense", the dense model's. Default "layer".
         metric: what the refit minimises: "inputs", the error of the layer's outputs, or "fisher",
             that error weighted by how much the model's loss feels it. Default "inputs".
         allocation: how the sparsity is spread over the layers: "uniform", "owl", "fisher", or
             `{regex: s}` for some layers while the others take what is left of the budget, which
-            is met exactly. Unstructured patterns only. Default "uniform".
+            is met exactly (by "wanda" but for what rounding leaves in each row). Unstructured
+            patterns only. Default "uniform".
+        low_rank: rank of a part B A that is held beside each sparse weight S and fitted with it,
+            W ~ S + B A; needs calibration data. 0 for none. Default 0.
         bits: round what is kept to integers of 8, 4 or 3 bits in the same run; None keeps the
             model's dtype. With sparsity 0 this is quantisation alone.
         group_size: consecutive inputs that share a scale; -1 for all of a row. Default 128.
@@ -98,6 +101,7 @@ class SparseConfig(QuantizationConfigMixin):
         target: str | None = None,
         metric: str | None = None,
         allocation: str | Mapping[str, float] | Sequence[Any] | None = None,
+        low_rank: int = 0,
         bits: int | None = None,
         group_size: int = 128,
         sym: bool = True,
@@ -119,15 +123,22 @@ class SparseConfig(QuantizationConfigMixin):
         self.block_size = _integer("block_size", block_size, 1)
         recipe = get_recipe(method)
         self.refit = _integer("refit", _default(refit, recipe.refit), 0)
-        self.stages = _choice("stages", _default(stages, recipe.stages), (True, False))
         self.target = _choice("target", _default(target, recipe.target), ("layer", "dense"))
+        # Without stages all layers of a block would make up for the same error of its inputs.
+        self.stages = _choice("stages", _default(stages, self.target == "dense"), (True, False))
         self.metric = _choice("metric", _default(metric, recipe.metric), ("inputs", "fisher"))
         self.allocation = _resolve_allocation(allocation, recipe.allocation, self)
+        self.low_rank = _integer("low_rank", low_rank, 0)
         self.bits = _choice("bits", bits, (None, 8, 4, 3))
         self.group_size = _group_size(group_size)
         self.sym = _choice("sym", sym, (True, False))
         self._check_combination()
         self.format = format if format == "auto" else check_format_name(format)
+        if self.format == "dense" and self.low_rank and self.bits is None:
+            raise ConfigError(
+                "format='dense' holds no low-rank part beside the weight: leave format out, or "
+                "low_rank"
+            )
         if self.format == "n:m" and pattern == "unstructured" and method != "keep":
             raise ConfigError("format='n:m' stores n:m patterns only: pass pattern='n:m', e.g. 2:4")
         parsed = parse_pattern(pattern, DEFAULT_SPARSITY)
@@ -146,7 +157,8 @@ class SparseConfig(QuantizationConfigMixin):
     def needs(self) -> Needs:
         """The statistics of a layer's inputs that the method needs."""
         needs = get_solver(self.method).needs
-        return Needs.HESSIAN if self.refit or self.target == "dense" else needs
+        extras = self.refit or self.low_rank or self.target == "dense"
+        return Needs.HESSIAN if extras else needs
 
     @property
     def grid(self) -> Grid | None:
@@ -169,10 +181,10 @@ class SparseConfig(QuantizationConfigMixin):
                 "metric='fisher' is what the refit minimises, and refit is 0: pass refit=20"
             )
         extras = self.refit or self.stages or self.target != "layer" or self.bits is not None
-        if get_solver(self.method).chooses_pattern and extras:
+        if get_solver(self.method).chooses_pattern and (extras or self.low_rank):
             raise ConfigError(
-                f"method={self.method!r} changes no weight: it takes neither refit, stages, target "
-                "nor bits"
+                f"method={self.method!r} changes no weight: it takes neither refit, stages, "
+                "target, low_rank nor bits"
             )
 
     def check_data(self) -> None:
@@ -193,7 +205,13 @@ class SparseConfig(QuantizationConfigMixin):
         """The argument because of which data are needed."""
         if get_solver(self.method).needs > Needs.NOTHING:
             return f"method={self.method!r}"
-        plain = {"refit": 0, "stages": False, "target": "layer", "allocation": "uniform"}
+        plain = {
+            "refit": 0,
+            "target": "layer",
+            "stages": False,
+            "low_rank": 0,
+            "allocation": "uniform",
+        }
         name = next(k for k, v in plain.items() if getattr(self, k) != v)
         return f"{name}={getattr(self, name)!r}"
 

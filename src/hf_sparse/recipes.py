@@ -20,7 +20,6 @@ class Recipe:
     Attributes:
         solver: registered name of the method that chooses the mask.
         refit: steps of the least-squares refit of what is kept; 0 for none.
-        stages: solve a block in stages, each on what the one before has left.
         target: "layer": each layer reproduces its own outputs; "dense": those of the dense model.
         metric: "inputs", or "fisher": refit again weighted by the loss's sensitivity.
         allocation: of unstructured sparsity over the layers.
@@ -28,7 +27,6 @@ class Recipe:
 
     solver: str
     refit: int = 0
-    stages: bool = False
     target: str = "layer"
     metric: str = "inputs"
     allocation: str = "uniform"
@@ -37,9 +35,7 @@ class Recipe:
 RECIPES: Mapping[str, Recipe] = {
     "fast": Recipe("sparsegpt", refit=10),
     "balanced": Recipe("admm", refit=10, metric="fisher", allocation="fisher"),
-    "best": Recipe(
-        "alps", refit=20, stages=True, target="dense", metric="fisher", allocation="fisher"
-    ),
+    "best": Recipe("alps", refit=20, target="dense", metric="fisher", allocation="fisher"),
 }
 
 

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import nn
 
-from .allocation import (
-    Curve,
-    cost_quantiles,
-    explicit_curves,
-    fisher_curves,
-    meet_budget,
-    outlier_share,
-    owl_curves,
-)
-from .calibration.blocks import BlockWalk, Unit
-from .calibration.data import Batch
-from .calibration.gradients import SHARE
-from .calibration.inputs import Observed, collect_statistics
+from .allocation import Curve, explicit_curves, fisher_curves, meet_budget, owl_curves
+from .calibration.blocks import Unit
 from .config import SparseConfig
-from .logging import progress_bar
+from .facts import DenseFacts
 from .patterns import Unstructured
-from .statistics import Needs, OutputMetric
+from .statistics import OutputMetric
 from .targets import Target, layer_sparsity, require_match
 
 # log costs of fp32 numbers lie within these, and owl's and explicit's t does, too.
@@ -40,13 +28,12 @@ def allocate(
     config: SparseConfig,
     targets: Mapping[str, Target],
     units: Sequence[Unit],
-    batches: Sequence[Batch],
+    facts: DenseFacts,
     metrics: Mapping[str, OutputMetric],
 ) -> dict[str, int]:
     """Zeros of each layer, by name; together as many as uniform sparsity makes.
 
-    owl and fisher measure the dense model on an evenly spaced part of the calibration batches;
-    layers that these don't reach get the mean sparsity.
+    Layers that the measurements behind owl and fisher don't reach get the mean sparsity.
     """
     assert isinstance(config.sparsity, float)
     sizes = {name: target.shape[0] * target.shape[1] for name, target in targets.items()}
@@ -59,70 +46,11 @@ def allocate(
         fixed = {name: layer_sparsity(config.allocation, name) for name in targets}
         curves, low, high = explicit_curves(fixed), 0.0, 1.0
     elif config.allocation == "owl":
-        curves = owl_curves(_outliers(model, units, targets, batches), config.sparsity)
+        curves = owl_curves(facts.outliers(model, units, targets), config.sparsity)
     else:
-        curves = fisher_curves(
-            _costs(model, units, targets, batches, metrics, config.damp_percent), config.sparsity
-        )
+        costs = facts.costs(model, units, targets, metrics, config)
+        curves = fisher_curves(costs, config.sparsity)
     if not isinstance(config.allocation, dict):
         missing = {name: config.sparsity for name in targets if name not in curves}
         curves |= explicit_curves(missing)
     return meet_budget(curves, sizes, budget, low, high)
-
-
-def _outliers(
-    model: nn.Module,
-    units: Sequence[Unit],
-    targets: Mapping[str, Target],
-    batches: Sequence[Batch],
-) -> dict[str, float]:
-    """Each layer's block's share of outliers."""
-    shares = {}
-    for observed in _visits(model, units, targets, batches, Needs.COLUMN_NORMS):
-        found = total = 0.0
-        for name, seen in observed.items():
-            assert seen.statistics.column_norms is not None
-            with targets[name].weight() as weight:
-                share = outlier_share(weight.float(), seen.statistics.column_norms)
-                found, total = found + share * weight.numel(), total + weight.numel()
-        shares.update(dict.fromkeys(observed, found / total if total else 0.0))
-    return shares
-
-
-def _costs(
-    model: nn.Module,
-    units: Sequence[Unit],
-    targets: Mapping[str, Target],
-    batches: Sequence[Batch],
-    metrics: Mapping[str, OutputMetric],
-    damp_percent: float,
-) -> dict[str, torch.Tensor]:
-    """Quantiles of what removing each layer's weights costs."""
-    costs = {}
-    for observed in _visits(model, units, targets, batches, Needs.HESSIAN):
-        for name, seen in observed.items():
-            # H^-1 = U'U, so its diagonal is that of U's columns squared.
-            if name not in metrics:
-                continue
-            upper = seen.statistics.inverse_factor(damp_percent).upper
-            inverse_diagonal = upper.square().sum(dim=0)
-            with targets[name].weight() as weight:
-                outputs = metrics[name].diagonal
-                costs[name] = cost_quantiles(weight.float(), outputs, inverse_diagonal)
-    return costs
-
-
-def _visits(
-    model: nn.Module,
-    units: Sequence[Unit],
-    targets: Mapping[str, Target],
-    batches: Sequence[Batch],
-    needs: Needs,
-) -> Iterator[dict[str, Observed]]:
-    """Walk the dense model: what was seen of each unit's layers."""
-    used = batches[:: round(1 / SHARE)]
-    with progress_bar(len(units), "Allocating") as bar:
-        for visit in BlockWalk(model, units, used):
-            layers = {name: targets[name].module for name in visit.unit.targets}
-            yield collect_statistics(visit, layers, needs)
-            bar.update()

@@ -67,13 +67,19 @@ class Statistics:
     _damped: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def damped_hessian(self, damp_percent: float) -> Float[Tensor, "in in"]:
-        """H with H_jj = 1 for dead inputs and damp_percent * mean(diag H) added; fp32, shared."""
+        """H with H_jj = 1 for dead inputs and damp_percent * mean(diag H) added; fp32, shared.
+
+        Raises:
+            SolveError: H is not finite.
+        """
         if damp_percent not in self._damped:
             assert self.hessian is not None, "the solver did not ask for the Hessian"
             matrix = self.hessian.clone()
             diagonal = matrix.diagonal()
             diagonal[diagonal == 0] = 1.0
             diagonal.add_(damp_percent * float(diagonal.mean()))
+            if not bool(torch.isfinite(matrix).all()):
+                raise SolveError("its Hessian holds NaN or infinite values")
             self._damped[damp_percent] = matrix
         return self._damped[damp_percent]
 

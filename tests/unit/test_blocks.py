@@ -52,8 +52,8 @@ def test_a_block_that_is_called_three_times_gets_the_statistics_of_all_calls():
             x = (x @ weight.T + bias).tanh() + 0.5
     rows = torch.cat(entering)
     found = walk(model, ["layers.0.0", "last"], batches)["layers.0"]["layers.0.0"]
-    assert found.tokens == len(rows) == 30
-    torch.testing.assert_close(found.hessian.double(), rows.T @ rows / len(rows))
+    assert found.statistics.tokens == len(rows) == 30
+    torch.testing.assert_close(found.statistics.hessian.double(), rows.T @ rows / len(rows))
 
 
 def test_what_follows_a_shared_block_sees_its_pruned_outputs():
@@ -69,7 +69,7 @@ def test_what_follows_a_shared_block_sees_its_pruned_outputs():
             if visit.unit.name == "layers.0":
                 model.layers[0][0].weight.zero_()
     x = model.layers[0][0].bias.detach().tanh() + 0.5
-    torch.testing.assert_close(hessians["last"].hessian, torch.outer(x, x))
+    torch.testing.assert_close(hessians["last"].statistics.hessian, torch.outer(x, x))
 
 
 def test_a_list_inside_a_list_is_no_block_but_its_elements_are():

@@ -20,25 +20,27 @@ ROOT = Path(__file__).parents[2]
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
     {"errors", "logging"},
-    {"patterns", "quantization", "statistics", "allocation"},
-    {"solvers", "formats"},
+    {"patterns", "quantization", "statistics", "lowrank"},
+    {"solvers", "formats", "allocation"},
     {"kernels"},
     {"layers", "calibration", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report"},
+    {"facts"},
     {"spread", "legacy"},
     {"pipeline", "saving", "explain", "skeleton"},
-    {"evaluation"},
+    {"evaluation", "adapters"},
     {"quantizer"},
-    {"bench", "convert"},
+    {"bench", "comparison", "convert"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # One file a method, layout or kernel; what they share is in these.
 PLUGIN_FOLDERS = {"solvers", "formats", "kernels"}
-SHARED = {"base", "refit", "descent", "bits", "native", "reference", "speed"}
+SHARED = {"base", "refit", "descent", "lowrank", "bits", "native", "reference", "speed"}
 
 MAY_IMPORT_TRANSFORMERS = {
+    "adapters",
     "config",
     "convert",
     "quantizer",

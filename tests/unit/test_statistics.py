@@ -173,6 +173,46 @@ def test_factorising_leaves_the_hessian_as_it_was():
     assert torch.equal(statistics.hessian, before)
 
 
+def test_the_damped_hessian_is_h_with_ones_for_dead_inputs_and_the_share_of_its_mean():
+    inputs = random_inputs(50, 6)
+    inputs[:, [1, 4]] = 0
+    statistics = make_statistics(inputs)
+    before = statistics.hessian.clone()
+    damped = statistics.damped_hessian(0.3)
+    expected = loop_hessian(inputs)
+    expected[1, 1] = expected[4, 4] = 1
+    mean = sum(float(expected[j, j]) for j in range(6)) / 6
+    for j in range(6):
+        expected[j, j] += 0.3 * mean
+    torch.testing.assert_close(damped.double(), expected, rtol=1e-5, atol=1e-6)
+    assert statistics.damped_hessian(0.3) is damped
+    assert statistics.damped_hessian(0.4) is not damped
+    assert torch.equal(statistics.hessian, before)
+
+
+def test_the_damped_hessian_and_the_factor_are_inverses_of_each_other():
+    inputs = random_inputs(60, 9)
+    inputs[:, 3] = 0
+    statistics = make_statistics(inputs)
+    upper = statistics.inverse_factor(0.05).upper.double()
+    product = upper.T @ upper @ statistics.damped_hessian(0.05).double()
+    torch.testing.assert_close(product, torch.eye(9, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (5, 3, 9), (300, 0, 400)])
+def test_the_cross_moment_pairs_each_token_with_its_twin_in_the_dense_model(sizes):
+    collector = StatisticsCollector(7, Needs.HESSIAN, len(sizes), CPU, cross=True)
+    total = torch.zeros(7, 7, dtype=torch.float64)
+    for seed, size in enumerate(sizes):
+        own, dense = random_inputs(size, 7, seed), random_inputs(size, 7, seed + 50)
+        collector.add(own, dense)
+        for x, twin in zip(own.double(), dense.double(), strict=True):
+            total += torch.outer(twin, x)
+    found = collector.finish().cross
+    torch.testing.assert_close(found.double(), total / sum(sizes), rtol=1e-4, atol=1e-5)
+    assert collect([random_inputs(4, 7)], Needs.HESSIAN).cross is None
+
+
 def test_the_relative_error_compares_outputs_on_the_sample():
     inputs, before = random_inputs(7, 5), random_inputs(3, 5, seed=1)
     after = before * (before.abs() > 0.5)

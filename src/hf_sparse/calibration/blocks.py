@@ -104,7 +104,7 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
     Raises:
         CalibrationError: it can't run on these data; names what they have and lack.
     """
-    device = getattr(model, "device", None) or next(model.parameters()).device
+    device = input_device(model)
     dtype = getattr(model, "dtype", None)  # processors give fp32 pixels and audio
     inputs = {key: value.to(device) for key, value in batch.items()}
     floats = {k: v.to(dtype) for k, v in inputs.items() if dtype and v.is_floating_point()}
@@ -135,7 +135,8 @@ class BlockWalk:
     never calls on these batches have no visit.
 
     Raises:
-        CalibrationError: the model can't be run on a batch, or a tower lacks its input.
+        CalibrationError: the model can't be run on a batch, a tower lacks its input, or a unit is
+            reached by other batches in the dense model.
     """
 
     def __init__(
@@ -170,9 +171,10 @@ class BlockWalk:
                 dense.start()
                 while self._waiting and (unit := self._next_unit(passes.stops)):
                     here, twins = passes.at(unit), dense.at(unit)
+                    if self._carry_dense:
+                        _check_dense(unit, unit.module in repeated, here == twins)
                     calls = [passes.call(i) for i in here]
                     if unit.module in repeated:
-                        self._refuse_dense(unit)
                         calls = [c for i in here for c in self._scout(unit, self._batches[i])]
                     del self._waiting[unit.module]
                     yield Visit(
@@ -230,13 +232,6 @@ class BlockWalk:
                 )
         return {module for module, count in most.items() if count > 1}
 
-    def _refuse_dense(self, unit: Unit) -> None:
-        if self._carry_dense:
-            raise CalibrationError(
-                f"{unit.name} is called several times in one pass: target='dense' can't be "
-                "followed through it; pass target='layer'"
-            )
-
     def _scout(self, unit: Unit, batch: Batch) -> list[Call]:
         """All calls of a unit in one more pass over a batch, with what is pruned by now."""
         calls: list[Call] = []
@@ -279,6 +274,20 @@ class BlockWalk:
         return min(reached, key=lambda unit: self._order[unit.name], default=None)
 
 
+def _check_dense(unit: Unit, repeated: bool, same_batches: bool) -> None:
+    """Raise a CalibrationError if the dense model's passes can't be compared in a unit."""
+    if repeated:
+        raise CalibrationError(
+            f"{unit.name} is called several times in one pass: target='dense' can't be followed "
+            "through it; pass target='layer'"
+        )
+    if not same_batches:
+        raise CalibrationError(
+            f"{unit.name} is reached by other batches in the dense than in the pruned model: "
+            "target='dense' can't compare them; pass target='layer'"
+        )
+
+
 def _own_cache(value: Any) -> Any:
     """A copy of a key-value cache, where a model makes one although told not to."""
     return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
@@ -313,6 +322,12 @@ class _Passes:
         for running in self._passes:
             if running:
                 running.throw(greenlet.GreenletExit)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs. accelerate moves those of offloaded modules by itself."""
+    device: torch.device = getattr(model, "device", None) or next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 @contextmanager

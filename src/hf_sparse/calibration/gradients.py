@@ -2,7 +2,8 @@
 
 G = E[d d'] is the Fisher information of a layer's outputs (K-FAC, Martens & Grosse 2015): d is the
 gradient of the negative log-likelihood of a label that is drawn from the model itself. Where the
-model gives logits the label is a class; otherwise its outputs are the means of unit normals.
+model gives logits of two classes or more the label is a class; otherwise its outputs are the means
+of unit normals.
 
 One backward pass per batch runs through the dense model. Each unit's activations are computed
 again when the backward pass reaches it, so that only hidden states between units are held.
@@ -25,6 +26,7 @@ from ..logging import progress_bar
 from ..statistics import OutputMetric
 from .blocks import Unit, call_model, without_cache
 from .data import Batch
+from .stages import stream_input
 
 # Of the calibration batches; the gradients' second moments settle early.
 SHARE = 0.125
@@ -59,7 +61,7 @@ def collect_metrics(
             _backward(model, batch, generator)
             bar.update()
     tokens = sum(int(batch["input_ids"].numel()) if "input_ids" in batch else 1 for batch in used)
-    return {name: found.finish(name, tokens) for name, found in sums.items()}
+    return {name: found.finish(name, tokens) for name, found in sums.items() if found.reached()}
 
 
 class _Sums:
@@ -81,6 +83,9 @@ class _Sums:
             signs = (2 * signs - 1).to(rows) / ROWS**0.5
             self._moments.addmm_(signs, rows)
 
+    def reached(self) -> bool:
+        return bool(self._diagonal.any())
+
     def finish(self, name: str, tokens: int) -> OutputMetric:
         if not bool(torch.isfinite(self._diagonal).all()):
             raise CalibrationError(f"layer {name}: the gradients of its outputs are not finite")
@@ -93,42 +98,55 @@ class _Sums:
 def _backward(model: nn.Module, batch: Batch, generator: torch.Generator) -> None:
     """Draw labels from the model for one batch and send their gradient through it."""
     output = call_model(model, batch)
-    scores, gradient = _label_gradient(output, generator)
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.shape == scores.shape[:-1]:
-        gradient = gradient * mask.to(gradient).unsqueeze(-1)
-    if scores.grad_fn is None:
+    # An encoder-decoder's logits are its decoder's.
+    decodes = "decoder_input_ids" in batch
+    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+    scores, gradients = [], []
+    for values, gradient in _label_gradients(output, generator):
+        if mask is not None and mask.shape == values.shape[:-1]:
+            gradient = gradient * mask.to(gradient).unsqueeze(-1)
+        if values.grad_fn is not None:
+            scores.append(values)
+            gradients.append(gradient)
+    if not scores:
         raise CalibrationError(
             f"{type(model).__name__} gives no gradient: metric and allocation 'fisher' need one"
         )
-    scores.backward(gradient)  # type: ignore[no-untyped-call]
+    torch.autograd.backward(scores, gradients)
 
 
 @torch.no_grad()
-def _label_gradient(output: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _label_gradients(output: Any, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """What the model predicts with, and the gradient of -log p(label) in it."""
     logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
+    if isinstance(logits, Tensor) and logits.shape[-1] > 1:
         shares = logits.detach().float().softmax(dim=-1)
         flat = shares.reshape(-1, shares.shape[-1])
+        if not bool(torch.isfinite(flat).all()):
+            raise CalibrationError("the model's logits are NaN or infinite on the calibration data")
         labels = torch.multinomial(flat.cpu(), 1, generator=generator).to(flat.device)
         drawn = torch.zeros_like(flat).scatter_(1, labels, 1)
-        return logits, (flat - drawn).view_as(logits).to(logits.dtype)
-    values = output if isinstance(output, (tuple, list)) else list(output.values())
-    means = next(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
-    return means, torch.randn(means.shape, generator=generator).to(means)
+        yield logits, (flat - drawn).view_as(logits).to(logits.dtype)
+        return
+    if isinstance(output, Tensor):
+        output = (output,)
+    for values in output if isinstance(output, (tuple, list)) else output.values():
+        # A scalar is a loss.
+        if isinstance(values, Tensor) and values.is_floating_point() and values.ndim:
+            yield values, torch.randn(values.shape, generator=generator).to(values)
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No gradients for parameters: only those of activations are wanted."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    # By name: where accelerate offloads, parameters are replaced by others while the model runs.
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         model.requires_grad_(False)
         yield
     finally:
-        for parameter, flag in before.items():
-            parameter.requires_grad_(flag)
+        for name, flag in before.items():
+            model.get_parameter(name).requires_grad_(flag)
 
 
 @contextmanager
@@ -159,15 +177,14 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _take_gradients(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The graph begins at the first unit: embeddings in front of it are constants."""
-    values = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-    if any(v.requires_grad for v in values):
+    """The graph begins at the first unit of each stack: embeddings in front of it are constants."""
+    stream = stream_input(args, kwargs)
+    if stream is None or stream.requires_grad:
         return None
+    start = stream.detach().requires_grad_().clone()
 
     def begin(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach().requires_grad_().clone()
-        return value
+        return start if value is stream else value
 
     return tuple(begin(v) for v in args), {k: begin(v) for k, v in kwargs.items()}
 

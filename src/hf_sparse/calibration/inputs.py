@@ -19,7 +19,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, SolveError
+from ..errors import SolveError
 from ..statistics import Needs, Statistics
 from .blocks import Call, Visit
 from .stages import stream_input
@@ -118,11 +118,6 @@ class _Collection:
         self._stream: Tensor | None = None
         self._token_mask: Tensor | None = None
         self._stop_early = False
-        if dense is not None and len(visit.dense_calls) != len(visit.calls):
-            raise CalibrationError(
-                f"{visit.unit.name} is reached by other batches in the dense than in the pruned "
-                "model: target='dense' can't compare them; pass target='layer'"
-            )
         hooked = any(hasattr(m, "_hf_hook") for m in visit.unit.module.modules())
         with self._watching(layers):
             for index, call in enumerate(visit.calls):

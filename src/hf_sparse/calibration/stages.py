@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from .blocks import Visit
 
-# Of the largest output: a residual sum that is reproduced this closely is one.
+# Of the largest output: a residual sum that is reproduced this closely, and to the rounding of the
+# model's dtype, is one.
 SUM_TOLERANCE = 1e-3
+# Of an output: a smaller share of it in the sum is what rounding has left, no residual multiplier.
+LEAST_FACTOR = 0.02
 # Rows and weights of the sum that are looked at.
 SUM_SAMPLE = 4096
 
@@ -61,7 +64,7 @@ def residual_writers(visit: Visit, layers: Mapping[str, nn.Module]) -> dict[str,
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, args: tuple[Any, ...], output: Tensor) -> None:
-        outputs[name] = output.detach()
+        outputs[name] = output.detach().clone()  # what follows may write into it
 
     with _watching(layers, keep):
         result = visit.run(visit.unit, visit.calls[0])
@@ -73,16 +76,24 @@ def residual_writers(visit: Visit, layers: Mapping[str, nn.Module]) -> dict[str,
     if not names:
         return {}
     step = max(1, after.numel() // SUM_SAMPLE)
-    rows = [outputs[name].flatten()[::step].double() for name in names]
-    goal = (after.double() - before.double()).flatten()[::step]
-    columns = torch.stack(rows, dim=1)
-    factors = torch.linalg.lstsq(columns, goal).solution
-    if not bool(torch.isfinite(factors).all()):
-        return {}
-    if float((columns @ factors - goal).abs().max()) > SUM_TOLERANCE * float(goal.abs().max()):
+
+    def sampled(x: Tensor) -> Tensor:
+        return x.detach().flatten()[::step].cpu().double()
+
+    start, end = sampled(before), sampled(after)
+    columns = torch.stack([sampled(outputs[name]) for name in names], dim=1)
+    size = start.abs() + end.abs()
+    # Sums round in proportion to their size: the few huge activations would drown the others.
+    weight = (1 / (size + size.median()).clamp_min(torch.finfo(size.dtype).tiny)).unsqueeze(1)
+    goal = end - start
+    factors = torch.linalg.lstsq(columns * weight, goal.unsqueeze(1) * weight).solution.squeeze(1)
+    error = (columns @ factors - goal).abs()
+    rounding = 2 * torch.finfo(after.dtype).eps * size
+    # NaN compares as False.
+    if not bool((error <= SUM_TOLERANCE * goal.abs().max() + rounding).all()):
         return {}
     found = zip(names, factors.tolist(), strict=True)
-    return {name: factor for name, factor in found if abs(factor) > SUM_TOLERANCE}
+    return {name: factor for name, factor in found if abs(factor) > LEAST_FACTOR}
 
 
 def stream_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

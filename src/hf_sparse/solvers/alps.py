@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import SolveError
 from ..patterns import Pattern
 from ..statistics import Needs, Statistics
 from .base import Solution, Solver
@@ -46,7 +47,13 @@ class ALPS(Solver):
         hessian = statistics.damped_hessian(self.damp_percent)
         scale = hessian.diagonal().sqrt()
         normal = hessian / torch.outer(scale, scale)
-        values, vectors = torch.linalg.eigh(normal.double())
+        try:
+            values, vectors = torch.linalg.eigh(normal.double())
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise SolveError(
+                f"the eigendecomposition of its Hessian failed ({error}): raise damp_percent, or "
+                "pass method='admm' or 'balanced'"
+            ) from None
         values, vectors = values.float().clamp_min(0), vectors.float()
         start = (weight * scale).contiguous()
         goal = start @ normal
