@@ -9,6 +9,7 @@ from .adapters import export_low_rank, split_low_rank
 from .calibration.data import DataRecord
 from .comparison import Comparison, ComparisonPoint, compare
 from .config import SparseConfig
+from .convert import Conversion, convert_checkpoint
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -45,6 +46,7 @@ __all__ = [
     "Comparison",
     "ComparisonPoint",
     "ConfigError",
+    "Conversion",
     "DataRecord",
     "EvaluationError",
     "Explanation",
@@ -64,6 +66,7 @@ __all__ = [
     "TaskResults",
     "agreement",
     "compare",
+    "convert_checkpoint",
     "evaluate_tasks",
     "explain",
     "export_dense",

@@ -167,9 +167,9 @@ class SparseQuantizer(HfQuantizer):
         config = self.quantization_config
         routers = find_routers(model)
         with unfused_experts(model):
-            default_dense = routers | _default_dense(model)
+            left_dense = routers | default_dense(model)
             self.report = run(
-                model, config, lambda: load_tokenizer(config, model), default_dense, facts
+                model, config, lambda: load_tokenizer(config, model), left_dense, facts
             )
         if self.report.data is not None:
             self.quantization_config = config.replaced(dataset=self.report.data)
@@ -293,7 +293,7 @@ def _dense_twin(sparse: SparseLinear) -> nn.Module:
         return nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None)
 
 
-def _default_dense(model: PreTrainedModel) -> dict[str, str]:
+def default_dense(model: PreTrainedModel) -> dict[str, str]:
     """Layers that stay dense unless asked for: heads, tied weights, what needs fp32."""
     reasons: dict[str, str] = {}
     base = model.base_model

@@ -27,11 +27,11 @@ LAYERS = [
     {"calibration", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report"},
     {"facts"},
-    {"spread"},
-    {"pipeline", "saving", "explain"},
+    {"spread", "legacy"},
+    {"pipeline", "saving", "explain", "skeleton"},
     {"evaluation", "adapters"},
     {"quantizer"},
-    {"bench", "comparison"},
+    {"bench", "comparison", "convert"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -43,8 +43,10 @@ SHARED = {"base", "refit", "descent", "lowrank", "bits", "native", "reference", 
 MAY_IMPORT_TRANSFORMERS = {
     "adapters",
     "config",
+    "convert",
     "quantizer",
     "saving",
+    "skeleton",
     "logging",
     "bench.endtoend",
 }

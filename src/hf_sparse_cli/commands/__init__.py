@@ -1,6 +1,6 @@
 """The commands, one file each; a new one is a file and a line here."""
 
-from . import compare, evaluate, explain, export, inspect, prune
+from . import compare, convert, evaluate, explain, export, inspect, prune
 
 COMMANDS = (
     prune.COMMAND,
@@ -9,4 +9,5 @@ COMMANDS = (
     inspect.COMMAND,
     explain.COMMAND,
     export.COMMAND,
+    convert.COMMAND,
 )
