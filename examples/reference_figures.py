@@ -2,6 +2,7 @@
 
     python examples/reference_figures.py FIXTURES [--rows sparsegpt-50 best-2:4 ...] [--encoder]
     python examples/reference_figures.py FIXTURES --seeds 3 --rows sparsegpt-60 best-60
+    python examples/reference_figures.py FIXTURES --compare FOLDER
 
 FIXTURES is a folder with `tiny-llama-docs/`, `calibration.txt`, `evaluation.txt` and
 `reference.json`, the reference's results. Perplexity is exp of the mean negative log-likelihood
@@ -31,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from hf_sparse import SparseConfig, perplexity, prune
+from hf_sparse import SparseConfig, compare, perplexity, prune
 
 SEQUENCE = 256
 ENCODER_ROWS = (
@@ -98,6 +99,25 @@ def measure_row(
     }
 
 
+def compare_recipes(fixtures: Path):
+    """The recipes and sparsegpt on the same tokens, as `hf_sparse.compare` gives it."""
+    folder = fixtures / "tiny-llama-docs"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    calibration = token_stream(tokenizer, fixtures / "calibration.txt", 128)
+    evaluation = list(token_stream(tokenizer, fixtures / "evaluation.txt", 256))
+
+    def perplexity_fp32(model) -> float:
+        return perplexity(model, None, evaluation, SEQUENCE, batch_size=8).perplexity
+
+    return compare(
+        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        ["sparsegpt", "fast", "balanced", "best"],
+        [0.5, 0.6, 0.7, "2:4"],
+        evaluate=perplexity_fp32,
+        dataset=list(calibration),
+    )
+
+
 def sentences(text: str) -> list[str]:
     """Sentences of 41 to 199 characters, in order."""
     paragraphs = [part.replace("\n", " ") for part in text.split("\n\n")]
@@ -150,10 +170,16 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", help="default: all of reference.json's")
     parser.add_argument("--seeds", type=int, default=0, help="perplexity over so many draws")
     parser.add_argument("--encoder", action="store_true", help="only the sentence encoder")
+    parser.add_argument("--compare", type=Path, help="write the recipes' table and plot there")
     parser.add_argument("--repeats", type=int, default=3, help="timings per row, median counts")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     reference = json.loads((arguments.fixtures / "reference.json").read_text())
+    if arguments.compare:
+        comparison = compare_recipes(arguments.fixtures)
+        comparison.save(arguments.compare)
+        print(comparison)
+        return
     rows = arguments.rows or [r for r in reference if r != "dense"]
     if arguments.seeds:
         for row in rows:
