@@ -5,8 +5,11 @@ Importing the package registers the quantisation method `hf_sparse` with transfo
 
 from importlib.metadata import version as _version
 
+from .adapters import export_low_rank, split_low_rank
 from .calibration.data import DataRecord
+from .comparison import Comparison, ComparisonPoint, compare
 from .config import SparseConfig
+from .convert import Conversion, convert_checkpoint
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -40,7 +43,10 @@ __all__ = [
     "Agreement",
     "CalibrationError",
     "CheckpointError",
+    "Comparison",
+    "ComparisonPoint",
     "ConfigError",
+    "Conversion",
     "DataRecord",
     "EvaluationError",
     "Explanation",
@@ -59,10 +65,14 @@ __all__ = [
     "TargetError",
     "TaskResults",
     "agreement",
+    "compare",
+    "convert_checkpoint",
     "evaluate_tasks",
     "explain",
     "export_dense",
+    "export_low_rank",
     "generation_speed",
     "perplexity",
     "prune",
+    "split_low_rank",
 ]

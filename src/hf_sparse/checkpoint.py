@@ -26,6 +26,7 @@ from torch import Tensor
 from .errors import CheckpointError, FormatError
 from .formats import Format, format_from_spec
 from .formats.base import check_layout, check_packed
+from .lowrank import KEY_A, KEY_B, LowRank, check_low_rank_layout
 
 METADATA_KEY = "hf_sparse"
 VERSION = 1
@@ -57,8 +58,9 @@ class PackedLayer:
         format: how it is packed.
         shape: (out, in).
         transposed: its dense weight is kept as (in, out), as transformers' Conv1D does.
-        layout: shape and dtype of each packed tensor, by local key.
-        files: the file that holds each packed tensor, by local key.
+        low_rank: rank of the part beside the packed weight; 0 if there is none.
+        layout: shape and dtype of each of its tensors, by local key.
+        files: the file that holds each tensor, by local key.
         has_bias: is there a NAME.bias?
     """
 
@@ -66,6 +68,7 @@ class PackedLayer:
     format: Format
     shape: tuple[int, int]
     transposed: bool
+    low_rank: int = 0
     layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     has_bias: bool = False
@@ -78,10 +81,12 @@ class PackedLayer:
     def description(self) -> dict[str, Any]:
         """The JSON object that the metadata keep."""
         transposed = {"transposed": True} if self.transposed else {}
+        low_rank = {"low_rank": self.low_rank} if self.low_rank else {}
         return {
             "format": self.format.name,
             "shape": list(self.shape),
             **transposed,
+            **low_rank,
             **self.format.parameters(),
         }
 
@@ -95,12 +100,16 @@ class PackedLayer:
             raise _damaged(path, f"it can't be read: {error}") from None
         return tensor
 
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
+    def check(self, tensors: Mapping[str, Tensor], low_rank: LowRank | None = None) -> None:
         """Raise a CheckpointError, with file and tensor, unless the contents agree."""
+        file = self.file
         try:
             check_packed(self.format, tensors, self.shape)
+            if low_rank is not None:
+                file = self.files[KEY_A]
+                low_rank.check(self.shape)
         except FormatError as error:
-            raise _damaged(self.file, f"{self.name}.{error}") from None
+            raise _damaged(file, f"{self.name}.{error}") from None
 
 
 def metadata(layers: Iterable[PackedLayer]) -> dict[str, str]:
@@ -179,6 +188,7 @@ def _describe(name: str, entry: Mapping[str, Any], found: Found) -> PackedLayer:
     file = found["weight"][0] if "weight" in found else next((v[0] for v in found.values()), "")
     parameters = dict(entry)
     shape, transposed = parameters.pop("shape", None), parameters.pop("transposed", False)
+    rank = parameters.pop("low_rank", 0)
     valid = isinstance(shape, list) and len(shape) == 2 and isinstance(transposed, bool)
     if not valid or not all(type(n) is int and 0 < n <= LARGEST_SIDE for n in shape):
         raise _damaged(file, f"{name}: shape {shape!r} is not [out, in] in its hf_sparse metadata")
@@ -187,12 +197,18 @@ def _describe(name: str, entry: Mapping[str, Any], found: Found) -> PackedLayer:
         unknown = [key for key, value in found.items() if value[2] is None]
         if unknown:
             raise FormatError(f"{unknown[0]} has a dtype that no format uses")
-        layout = {key: (value[1], value[2]) for key, value in found.items()}
-        check_layout(fmt, layout, (shape[0], shape[1]))  # type: ignore[arg-type]
+        layout: Any = {key: (value[1], value[2]) for key, value in found.items()}
+        packed = dict(layout)
+        if "low_rank" in entry:
+            if type(rank) is not int:
+                raise FormatError(f"low_rank {rank!r} is no integer in its hf_sparse metadata")
+            check_low_rank_layout(layout, (shape[0], shape[1]), rank)
+            del packed[KEY_A], packed[KEY_B]
+        check_layout(fmt, packed, (shape[0], shape[1]))
     except FormatError as error:
         raise _damaged(file, f"{name}.{error}") from None
     files = {key: value[0] for key, value in found.items()}
-    return PackedLayer(name, fmt, (shape[0], shape[1]), transposed, layout, files, has_bias)  # type: ignore[arg-type]
+    return PackedLayer(name, fmt, (shape[0], shape[1]), transposed, rank, layout, files, has_bias)
 
 
 def _damaged(path: str, what: str) -> CheckpointError:

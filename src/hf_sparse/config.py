@@ -66,6 +66,8 @@ class SparseConfig(QuantizationConfigMixin):
             `{regex: s}` for some layers while the others take what is left of the budget, which
             is met exactly (by "wanda" but for what rounding leaves in each row). Unstructured
             patterns only. Default "uniform".
+        low_rank: rank of a part B A that is held beside each sparse weight S and fitted with it,
+            W ~ S + B A; needs calibration data. 0 for none. Default 0.
         bits: round what is kept to integers of 8, 4 or 3 bits in the same run; None keeps the
             model's dtype. With sparsity 0 this is quantisation alone.
         group_size: consecutive inputs that share a scale; -1 for all of a row. Default 128.
@@ -105,6 +107,7 @@ class SparseConfig(QuantizationConfigMixin):
         target: str | None = None,
         metric: str | None = None,
         allocation: str | Mapping[str, float] | Sequence[Any] | None = None,
+        low_rank: int = 0,
         bits: int | None = None,
         group_size: int = 128,
         sym: bool = True,
@@ -133,6 +136,7 @@ class SparseConfig(QuantizationConfigMixin):
         self.stages = _choice("stages", _default(stages, self.target == "dense"), (True, False))
         self.metric = _choice("metric", _default(metric, recipe.metric), ("inputs", "fisher"))
         self.allocation = _resolve_allocation(allocation, recipe.allocation, self)
+        self.low_rank = _integer("low_rank", low_rank, 0)
         self.bits = _choice("bits", bits, (None, 8, 4, 3))
         self.group_size = _group_size(group_size)
         self.sym = _choice("sym", sym, (True, False))
@@ -143,6 +147,11 @@ class SparseConfig(QuantizationConfigMixin):
         )
         self._check_combination()
         self.format = format if format == "auto" else check_format_name(format)
+        if self.format == "dense" and self.low_rank and self.bits is None:
+            raise ConfigError(
+                "format='dense' holds no low-rank part beside the weight: leave format out, or "
+                "low_rank"
+            )
         if self.format == "n:m" and pattern == "unstructured" and method != "keep":
             raise ConfigError("format='n:m' stores n:m patterns only: pass pattern='n:m', e.g. 2:4")
         parsed = parse_pattern(pattern, DEFAULT_SPARSITY)
@@ -161,7 +170,8 @@ class SparseConfig(QuantizationConfigMixin):
     def needs(self) -> Needs:
         """The statistics of a layer's inputs that the method needs."""
         needs = get_solver(self.method).needs
-        return Needs.HESSIAN if self.refit or self.target == "dense" else needs
+        extras = self.refit or self.low_rank or self.target == "dense"
+        return Needs.HESSIAN if extras else needs
 
     @property
     def grid(self) -> Grid | None:
@@ -184,10 +194,10 @@ class SparseConfig(QuantizationConfigMixin):
                 "metric='fisher' is what the refit minimises, and refit is 0: pass refit=20"
             )
         extras = self.refit or self.stages or self.target != "layer" or self.bits is not None
-        if get_solver(self.method).chooses_pattern and extras:
+        if get_solver(self.method).chooses_pattern and (extras or self.low_rank):
             raise ConfigError(
-                f"method={self.method!r} changes no weight: it takes neither refit, stages, target "
-                "nor bits"
+                f"method={self.method!r} changes no weight: it takes neither refit, stages, "
+                "target, low_rank nor bits"
             )
 
     def check_data(self) -> None:
@@ -208,7 +218,13 @@ class SparseConfig(QuantizationConfigMixin):
         """The argument because of which data are needed."""
         if get_solver(self.method).needs > Needs.NOTHING:
             return f"method={self.method!r}"
-        plain = {"refit": 0, "target": "layer", "stages": False, "allocation": "uniform"}
+        plain = {
+            "refit": 0,
+            "target": "layer",
+            "stages": False,
+            "low_rank": 0,
+            "allocation": "uniform",
+        }
         name = next(k for k, v in plain.items() if getattr(self, k) != v)
         return f"{name}={getattr(self, name)!r}"
 

@@ -17,20 +17,21 @@ from torch import Tensor, nn
 from .calibration.blocks import BlockWalk, Visit, find_units
 from .calibration.data import CalibrationData, make_batches
 from .calibration.experts import observe
-from .calibration.gradients import collect_metrics
 from .calibration.inputs import DensePath, Observed
 from .calibration.stages import find_stages, residual_writers
 from .config import SparseConfig
 from .errors import CalibrationError, ConfigError, SolveError
+from .facts import DenseFacts
 from .formats import Dense, choose_format
-from .formats.base import packed_bytes
+from .formats.bitmask import Bitmask
 from .layers.experts import expert_around
 from .layers.replace import pack_linear, write_weight
 from .logging import get_logger, progress_bar
+from .lowrank import LowRank
 from .patterns import Pattern
 from .quantization import QuantizedWeight
 from .report import LayerReport, PruningReport
-from .solvers import SOLVERS, Solver, make_solver
+from .solvers import SOLVERS, Solution, Solver, make_solver
 from .solving import LayerSolver
 from .spread import allocate, exactly
 from .statistics import OutputMetric
@@ -62,6 +63,9 @@ class _Solved:
     report: LayerReport
     dense: Tensor | None
     quantized: QuantizedWeight | None
+    sparse: Tensor | None
+    """(out, in), if the layer has a low-rank part, which its pruned weight then includes."""
+    low_rank: LowRank | None
 
 
 def run(
@@ -69,6 +73,7 @@ def run(
     config: SparseConfig,
     load_tokenizer: Callable[[], Any],
     default_dense: Mapping[str, str],
+    facts: DenseFacts | None = None,
 ) -> PruningReport:
     """Prune a model in place and replace its pruned layers by sparse ones.
 
@@ -77,6 +82,8 @@ def run(
         config: what to do.
         load_tokenizer: called if the dataset is text.
         default_dense: layers that stay dense unless the config asks for them, with the reason.
+        facts: the calibration data, and what other runs over copies of this model have measured
+            on them; None to load the config's data.
 
     Returns:
         What was done to each layer.
@@ -89,18 +96,20 @@ def run(
     selection = select_targets(model, config.targets, config.modules_to_not_convert, default_dense)
     jobs, left_dense = _plan(selection.targets, config, dict(selection.left_dense))
     solver = make_solver(config.solver, config)
+    _check_low_rank(config.low_rank, jobs)
     _check_weights(solver, jobs)
-    data = None if config.dataset is None else _load_data(model, config, load_tokenizer)
+    if facts is None:
+        facts = DenseFacts(load_calibration(model, config, load_tokenizer))
     training = model.training
     model.eval()
     try:
-        this = _Run(model, config, solver, data)
+        this = _Run(model, config, solver, facts)
         layers = this.prune(jobs)
         left_dense |= dict.fromkeys(this.never_called, NEVER_CALLED)
     finally:
         model.train(training)
     _tell_never_called(left_dense, bool(layers))
-    record = data.record if data else None
+    record = facts.data.record if facts.data else None
     report = PruningReport(tuple(layers), left_dense, record, time.perf_counter() - started)
     logger.info("%s", report.summary())
     return report
@@ -114,10 +123,12 @@ class _Run:
         model: nn.Module,
         config: SparseConfig,
         solver: Solver,
-        data: CalibrationData | None,
+        facts: DenseFacts,
     ) -> None:
-        self._model, self._config, self._data = model, config, data
-        self._solver = LayerSolver(solver, config.refit, config.damp_percent, config.grid)
+        self._model, self._config, self._facts = model, config, facts
+        self._solver = LayerSolver(
+            solver, config.refit, config.damp_percent, config.grid, config.low_rank
+        )
         self._metrics: Mapping[str, OutputMetric] = {}
         self._layers: list[LayerReport] = []
         self.never_called: list[str] = []
@@ -141,26 +152,28 @@ class _Run:
         if not jobs:
             return jobs
         units = find_units(self._model, [job.target.name for job in jobs])
+        metrics: Mapping[str, OutputMetric] = {}
         if config.needs_gradients:
-            assert self._data is not None
-            self._metrics = collect_metrics(self._model, units, self._data.batches, config.seed)
+            metrics = self._facts.metrics(self._model, units, config)
+        if config.metric == "fisher":
+            self._metrics = metrics
         if config.allocation == "uniform":
             return jobs
         targets = {job.target.name: job.target for job in jobs}
-        batches = self._data.batches if self._data else ()
-        zeros = allocate(self._model, config, targets, units, batches, self._metrics)
+        zeros = allocate(self._model, config, targets, units, self._facts, metrics)
         return [Job(job.target, exactly(zeros[job.target.name], job.target.shape)) for job in jobs]
 
     def _solve_all(self, jobs: Sequence[Job]) -> Iterator[tuple[str, LayerReport]]:
         """Solve unit by unit; yields where it is, and the report of each layer that is done."""
-        if self._data is None:
+        if self._facts.data is None:
             for i, job in enumerate(jobs, 1):
                 yield f"layer {i} of {len(jobs)}", self._solve(job, None)
                 self._pack()
             return
         by_name = {job.target.name: job for job in jobs}
         units = find_units(self._model, list(by_name))
-        walk = BlockWalk(self._model, units, self._data.batches, self._config.target == "dense")
+        keep_dense = self._config.target == "dense"
+        walk = BlockWalk(self._model, units, self._facts.batches, keep_dense)
         done = 0
         for visit in walk:
             done += 1  # noqa: SIM113 - enumerate would hold on to the visit
@@ -211,17 +224,20 @@ class _Run:
 
     def _solve(self, job: Job, observed: Observed | None) -> LayerReport:
         """Solve one layer and write the pruned weight into it, still dense."""
-        metric = None
-        if self._config.metric == "fisher":
-            metric = self._metrics.get(job.target.name)
-        report, weight, dense, quantized = _solve(self._solver, job, observed, metric)
+        metric = self._metrics.get(job.target.name)
+        report, solution, dense = _solve(self._solver, job, observed, metric)
         if self._config.metric == "fisher" and metric is None:
             report = replace(report, notes=(*report.notes, NO_GRADIENT))
+        weight, sparse, low_rank = solution.weight, None, solution.low_rank
+        if low_rank is not None:
+            weight, sparse = low_rank.added_to(weight), weight
         if job.target.transposed:
             weight, dense = weight.T, dense.T
         write_weight(job.target.module, weight)
         kept = dense if self._config.target == "dense" else None
-        self._solved[job.target.name] = _Solved(job, report, kept, quantized)
+        self._solved[job.target.name] = _Solved(
+            job, report, kept, solution.quantized, sparse, low_rank
+        )
         return report
 
     def _pack(self) -> None:
@@ -254,6 +270,16 @@ def _plan(
     return jobs, left_dense
 
 
+def _check_low_rank(rank: int, jobs: Sequence[Job]) -> None:
+    smallest = min(jobs, key=lambda job: min(job.target.shape), default=None)
+    if smallest is not None and rank > min(smallest.target.shape):
+        name, shape = smallest.target.name, smallest.target.shape
+        raise ConfigError(
+            f"low_rank={rank} is above the smaller side of {name}, whose shape is {shape}: pass at "
+            f"most {min(shape)}, or leave the layer out with modules_to_not_convert=[{name!r}]"
+        )
+
+
 def _check_weights(solver: Solver, jobs: Sequence[Job]) -> None:
     for job in jobs:
         try:
@@ -268,9 +294,16 @@ def _check_weights(solver: Solver, jobs: Sequence[Job]) -> None:
                 )
 
 
-def _load_data(
+def load_calibration(
     model: nn.Module, config: SparseConfig, load_tokenizer: Callable[[], Any]
-) -> CalibrationData:
+) -> CalibrationData | None:
+    """The config's data as batches for the model; None if it has none.
+
+    Raises:
+        ConfigError, CalibrationError: the data are unusable, or too long for the model.
+    """
+    if config.dataset is None:
+        return None
     longest, vocab_size = _limits(model)
     if config.seq_len is not None and longest is not None and config.seq_len > longest:
         raise ConfigError(
@@ -321,9 +354,8 @@ def _tell_never_called(left_dense: Mapping[str, str], any_pruned: bool) -> None:
 
 def _solve(
     solver: LayerSolver, job: Job, observed: Observed | None, metric: OutputMetric | None
-) -> tuple[LayerReport, Tensor, Tensor, QuantizedWeight | None]:
-    """The report, the pruned and the dense weight of one layer, (out, in) in the layer's dtype, and
-    the pruned one on its grid."""
+) -> tuple[LayerReport, Solution, Tensor]:
+    """The report, the solution and the dense weight of one layer, in the layer's dtype."""
     started = time.perf_counter()
     name = job.target.name
     statistics = observed.statistics if observed else None
@@ -341,9 +373,11 @@ def _solve(
         except SolveError as error:
             raise SolveError(f"layer {name}: {error}") from None
         after = solution.weight.to(dtype)
-        if not bool(torch.isfinite(after).all()):
+        low_rank = solution.low_rank.to(dtype) if solution.low_rank else None
+        whole = after if low_rank is None else low_rank.added_to(after)
+        if not bool(torch.isfinite(whole).all()):
             raise SolveError(f"layer {name}: the solved weight overflows {dtype}")
-        relative_error = statistics.relative_error(before, after.float()) if statistics else None
+        relative_error = statistics.relative_error(before, whole.float()) if statistics else None
     zeros = after.numel() - int(torch.count_nonzero(after))
     report = LayerReport(
         name=name,
@@ -361,19 +395,22 @@ def _solve(
         kernel="dense",
         notes=solution.notes + ((observed.note,) if observed and observed.note else ()),
     )
-    return report, after, dense, solution.quantized
+    return report, replace(solution, weight=after, low_rank=low_rank), dense
 
 
 def _pack(model: nn.Module, solved: _Solved, requested: str) -> LayerReport:
     """Replace a solved layer by a sparse one; returns its completed report."""
     job, report, quantized = solved.job, solved.report, solved.quantized
-    with job.target.weight() as weight:
+    with job.target.weight() as whole:
+        weight = whole if solved.sparse is None else solved.sparse
         fmt = choose_format(weight, job.pattern, requested, quantized)
-        if isinstance(fmt, Dense):
+        if isinstance(fmt, Dense) and solved.low_rank is None:
             return report
+        if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
+            fmt = choose_format(weight, job.pattern, Bitmask.name)
         around = expert_around(model, report.name)
-        sparse = pack_linear(around, job.target.module, weight, fmt, quantized)
-        stored = packed_bytes(sparse.packed)  # before a kernel takes the weight over
+        sparse = pack_linear(around, job.target.module, weight, fmt, quantized, solved.low_rank)
+        stored = sparse.resident_bytes()  # before a kernel takes the weight over
         sparse.resolve()
         return replace(
             report,

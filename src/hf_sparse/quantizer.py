@@ -15,11 +15,13 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from .checkpoint import PackedLayer, read_layers
 from .config import QUANT_METHOD, SparseConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
+from .facts import DenseFacts
 from .layers import SparseLinear
 from .layers.experts import SparseExperts, expert_around, fuse, is_fused, unfuse, unfused_experts
 from .layers.replace import replace_module, unpack_linear
 from .logging import get_logger
-from .pipeline import run
+from .lowrank import KEY_A, KEY_B, LowRank
+from .pipeline import load_calibration, run
 from .report import PruningReport
 from .saving import (
     ValuesRenaming,
@@ -35,7 +37,9 @@ logger = get_logger(__name__)
 register_quantization_config(QUANT_METHOD)(SparseConfig)
 
 
-def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
+def prune(
+    model: nn.Module, config: SparseConfig, *, facts: DenseFacts | None = None
+) -> PruningReport:
     """Prune a model that is already loaded, in place.
 
     Its pruned linear layers become `SparseLinear`s. A transformers model afterwards saves, pushes
@@ -45,6 +49,7 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     Args:
         model: a transformers model, or any module tree with linear layers.
         config: what to do.
+        facts: from `dense_facts`, for runs over copies of one model with the same data.
 
     Returns:
         What was done to each layer.
@@ -57,19 +62,14 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
         raise ConfigError(f"prune needs a SparseConfig, found {type(config).__name__}")
     if not isinstance(model, PreTrainedModel):
         with unfused_experts(model):
-            return run(model, config, lambda: _load_tokenizer(config, None), {})
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ConfigError(
-            f"{type(model).__name__} is quantised with "
-            f"{model.hf_quantizer.quantization_config.quant_method!r} already: call "
-            "model.dequantize() first, or load the original"
-        )
+            return run(model, config, lambda: load_tokenizer(config, model), {}, facts)
+    require_dense(model)
     quantizer = SparseQuantizer(config, pre_quantized=False)
     configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     for module_config in configs:  # before: some models compute with `.weight` unless it is set
         module_config._is_quantized = True
     try:
-        quantizer.prune(model)
+        quantizer.prune(model, facts)
     except BaseException:
         for module_config in configs:
             module_config._is_quantized = False
@@ -79,6 +79,22 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     model.quantization_method = QUANT_METHOD
     assert quantizer.report is not None
     return quantizer.report
+
+
+def require_dense(model: nn.Module) -> None:
+    """Raise a ConfigError if a model is quantised or sparse already."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        raise ConfigError(
+            f"{type(model).__name__} is quantised with "
+            f"{quantizer.quantization_config.quant_method!r} already: call "
+            "model.dequantize() first, or load the original"
+        )
+
+
+def dense_facts(model: nn.Module, config: SparseConfig) -> DenseFacts:
+    """The config's calibration data, tokenised for the model, and nothing measured yet."""
+    return DenseFacts(load_calibration(model, config, lambda: load_tokenizer(config, model)))
 
 
 @register_quantizer(QUANT_METHOD)
@@ -146,13 +162,15 @@ class SparseQuantizer(HfQuantizer):
             self.prune(model)
         install_saving(model)
 
-    def prune(self, model: PreTrainedModel) -> None:
+    def prune(self, model: PreTrainedModel, facts: DenseFacts | None = None) -> None:
         """Prune a loaded dense model and keep the report; the config then describes the data."""
         config = self.quantization_config
         routers = find_routers(model)
         with unfused_experts(model):
-            default_dense = routers | _default_dense(model)
-            self.report = run(model, config, lambda: _load_tokenizer(config, model), default_dense)
+            left_dense = routers | default_dense(model)
+            self.report = run(
+                model, config, lambda: load_tokenizer(config, model), left_dense, facts
+            )
         if self.report.data is not None:
             self.quantization_config = config.replaced(dataset=self.report.data)
         model.config.quantization_config = self.quantization_config
@@ -165,7 +183,7 @@ class SparseQuantizer(HfQuantizer):
             module = modules[name]
             assert isinstance(module, SparseLinear)
             _finish_stored(module, layer)
-            layer.check(module.packed)
+            layer.check(module.packed, module.low_rank)
             module.resolve()
 
     def _dequantize(
@@ -219,12 +237,13 @@ def _build_meta(
         )
     if module.bias is not None and not layer.has_bias:
         raise CheckpointError(f"{layer.file}: {layer.name}.bias is missing")
-    packed = {
+    tensors = {
         key: torch.empty(shape, dtype=stored, device="meta")
         for key, (shape, stored) in layer.layout.items()
     }
+    low_rank = LowRank(tensors.pop(KEY_B), tensors.pop(KEY_A)) if layer.low_rank else None
     bias: Any = module.bias
-    sparse = SparseLinear(layer.format, packed, layer.shape, dtype, bias, transposed)
+    sparse = SparseLinear(layer.format, tensors, layer.shape, dtype, bias, transposed, low_rank)
     # transformers would otherwise unpack each layer to initialise what isn't missing.
     sparse._is_hf_initialized = True  # type: ignore[assignment]
     replace_module(around, module, sparse)
@@ -251,9 +270,11 @@ def _finish_stored(module: SparseLinear, layer: PackedLayer) -> None:
     of its tensors is gone, which embeddings never are. A mapping per tensor ends with the tensor:
     then only one layer at a time is resident both as stored and in its kernel's form.
     """
-    for key, loaded in module.packed.items():
+    low_rank = module.low_rank
+    factors = low_rank.tensors() if low_rank is not None else {}
+    for key, loaded in (module.packed | factors).items():
         tensor = layer.read(key) if loaded.device.type == "cpu" else loaded
-        if key == "weight":
+        if key == "weight" or key in factors:
             tensor = tensor.to(_values_dtype(tensor.dtype, module.weight_dtype))
         setattr(module, module.buffer_name(key), tensor)
 
@@ -272,7 +293,7 @@ def _dense_twin(sparse: SparseLinear) -> nn.Module:
         return nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None)
 
 
-def _default_dense(model: PreTrainedModel) -> dict[str, str]:
+def default_dense(model: PreTrainedModel) -> dict[str, str]:
     """Layers that stay dense unless asked for: heads, tied weights, what needs fp32."""
     reasons: dict[str, str] = {}
     base = model.base_model
@@ -295,8 +316,8 @@ def _default_dense(model: PreTrainedModel) -> dict[str, str]:
     return reasons
 
 
-def _load_tokenizer(config: SparseConfig, model: PreTrainedModel | None) -> Any:
-    """The tokenizer to use for calibration text."""
+def load_tokenizer(config: SparseConfig, model: nn.Module) -> Any:
+    """The tokenizer to use for text: the config's, else the model's; None if it names none."""
     given = config.tokenizer
     if given is not None and not isinstance(given, (str, Path)):
         return given

@@ -47,9 +47,13 @@ def sparse_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
             for key in layer.format.specs(layer.shape):
                 held = state.pop(f"{name}.{layer.buffer_name(key)}")
                 state[f"{name}.{key}"] = layer.packed[key].clone() if held.is_meta else held
+            if (low_rank := layer.low_rank) is not None:
+                for key, tensor in low_rank.tensors().items():
+                    if state[f"{name}.{key}"].is_meta:
+                        state[f"{name}.{key}"] = tensor.clone()
             if layer.bias is not None and state[f"{name}.bias"].is_meta:
                 state[f"{name}.bias"] = layer.bias.detach().clone()
-        described.append(PackedLayer(name, layer.format, layer.shape, layer.transposed))
+        described.append(PackedLayer(name, layer.format, layer.shape, layer.transposed, layer.rank))
     return state, metadata(described)
 
 
@@ -227,11 +231,13 @@ def write_folder(save_directory: str | os.PathLike[str], save: Callable[[str], A
 
 def _move(staging: Path, target: Path) -> None:
     new = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
+    patterns = ("model*.safetensors", "model*.safetensors.index.json")
+    replaced = any(p.match(pattern) for p in new for pattern in patterns)
     stale = [
         p.name
-        for pattern in ("model*.safetensors", "model*.safetensors.index.json")
+        for pattern in patterns
         for p in target.glob(pattern)
-        if Path(p.name) not in new
+        if replaced and Path(p.name) not in new
     ]
     for path in sorted(new, key=lambda p: p.suffix == ".json"):
         (target / path).parent.mkdir(parents=True, exist_ok=True)

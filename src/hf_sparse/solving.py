@@ -1,12 +1,13 @@
-"""One layer, from its dense weight to its pruned one: target, mask, refit, grid.
+"""One layer, from its dense weight to its pruned one: target, mask, refit, grid, low-rank part.
 
 Sees tensors only. What is done beyond the solver's own work is what the config composes: the
 solver doesn't know whether it prunes the layer's weight or the dense model's target, nor that its
-values are refitted.
+values are refitted, nor that part of the target is left to a low-rank part.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +19,12 @@ from .patterns import Pattern
 from .quantization import Grid
 from .solvers import Solution, Solver
 from .solvers.descent import quantize
+from .solvers.lowrank import error_size, fit_low_rank
 from .solvers.refit import refit, refit_fisher
 from .statistics import OutputMetric, Statistics
+
+# Of the sparse and the low-rank part: what one leaves, the other is fitted to.
+ALTERNATIONS = 4
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,14 @@ class LayerSolver:
         refit_steps: of PCG in the inputs metric, and as many in the Fisher metric if there is one.
         damp_percent: the refit's and the target's, as the solver's.
         grid: to round what is kept to; None to leave it as it is.
+        low_rank: rank of the part beside the sparse one; 0 for none.
     """
 
     solver: Solver
     refit_steps: int
     damp_percent: float
     grid: Grid | None = None
+    low_rank: int = 0
 
     def solve(
         self,
@@ -62,6 +69,42 @@ class LayerSolver:
         target = weight
         if statistics is not None and statistics.cross is not None:
             target = dense_target(weight, statistics, self.damp_percent, residual)
+        if not self.low_rank:
+            return self._sparse(target, statistics, pattern, metric)
+        assert statistics is not None
+        return self._sparse_and_low_rank(target, statistics, pattern, metric)
+
+    def _sparse_and_low_rank(
+        self,
+        target: Tensor,
+        statistics: Statistics,
+        pattern: Pattern,
+        metric: OutputMetric | None,
+    ) -> Solution:
+        """Alternate S = what this method makes of W - L and L = the best fit of W - S.
+
+        The error isn't monotone, since a solver isn't exact: the best iterate is kept. The first
+        is no worse than the sparse part alone, whose S it has.
+        """
+        hessian = statistics.damped_hessian(self.damp_percent)
+        goal, least, best = target, math.inf, None
+        for _ in range(ALTERNATIONS):
+            solution = self._sparse(goal, statistics, pattern, metric)
+            low_rank = fit_low_rank(target - solution.weight, hessian, self.low_rank)
+            goal = target - low_rank.product()
+            error = float(error_size(goal - solution.weight, hessian))
+            if best is None or error < least:
+                least, best = error, replace(solution, low_rank=low_rank)
+        assert best is not None
+        return best
+
+    def _sparse(
+        self,
+        target: Tensor,
+        statistics: Statistics | None,
+        pattern: Pattern,
+        metric: OutputMetric | None,
+    ) -> Solution:
         solution = self.solver.solve(target, statistics, pattern)
         if self.refit_steps:
             assert statistics is not None

@@ -16,6 +16,8 @@ examples:
   hf-sparse prune facebook/opt-125m --sparsity 0.5 --dataset wikitext2 --output opt-sparse
   hf-sparse inspect opt-sparse
   hf-sparse eval opt-sparse --dense facebook/opt-125m --data wikitext2
+  hf-sparse compare facebook/opt-125m --methods wanda,fast --sparsities 0.5,2:4 \
+    --dataset wikitext2 --data wikitext2 --output compared
   hf-sparse explain opt-sparse
   hf-sparse export opt-sparse --format dense --output opt-dense
 

@@ -104,7 +104,19 @@ def config_parameters() -> list[inspect.Parameter]:
 
 
 def make_config(settings: Mapping[str, Any], file: Path | None) -> SparseConfig:
-    """The config that options and a file describe; options win.
+    """The config that options and a file describe; see `make_arguments`.
+
+    Raises:
+        ConfigError: the config's own, about a value.
+    """
+    arguments = make_arguments(settings, file)
+    from hf_sparse import SparseConfig
+
+    return SparseConfig(**arguments)
+
+
+def make_arguments(settings: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
+    """The arguments of `SparseConfig` that options and a file give; options win.
 
     Args:
         settings: values of the options that were given, by argument.
@@ -112,13 +124,10 @@ def make_config(settings: Mapping[str, Any], file: Path | None) -> SparseConfig:
 
     Raises:
         Failure: the file can't be used.
-        ConfigError: the config's own, about a value.
     """
     arguments = {} if file is None else read_file(file)
-    arguments |= {name: config_arguments()[name].value(given) for name, given in settings.items()}
-    from hf_sparse import SparseConfig
-
-    return SparseConfig(**arguments)
+    options = {name: config_arguments()[name].value(given) for name, given in settings.items()}
+    return arguments | options
 
 
 def read_file(file: Path) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def test_every_command_has_help_with_examples(cli):
     code, out, _ = cli("--help")
     assert code == 0
     assert "examples:" in out
-    for name in ("prune", "eval", "inspect", "explain", "export"):
+    for name in ("prune", "eval", "compare", "inspect", "explain", "export"):
         assert f"\n  {name} " in out
         code, help_text, _ = cli(name, "--help")
         assert code == 0
@@ -308,6 +308,47 @@ def test_eval_prints_a_line_for_each_thing_that_was_asked_for(cli, sparse, text)
     assert "3 sliding windows, stride 16 of 32" in line
 
 
+def compare_options(text, *more):
+    data = ["--dataset", text, "--data", text, "--num-samples", 4, "--seq-len", 32]
+    return [*data, "--eval-samples", 3, *more]
+
+
+def test_compare_writes_what_the_function_finds(cli, dense, text, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "new" / "compared"
+    code, printed, _ = cli(
+        "compare", dense, "--methods", "wanda,fast", "--sparsities", "0.5,2:4",
+        *compare_options(text), "--bits", 8, "--output", out, "--json",
+    )  # fmt: skip
+    assert code == 0
+    values = json.loads(printed)
+    assert {path.name for path in out.iterdir()} == {
+        "comparison.json", "comparison.md", "comparison.png",
+    }  # fmt: skip
+    assert json.loads((out / "comparison.json").read_text()) | {"output": str(out)} == values
+    expected = hf_sparse.compare(
+        AutoModelForCausalLM.from_pretrained(dense), ["wanda", "fast"], [0.5, "2:4"], str(text),
+        evaluation_samples=3, dataset=str(text), num_samples=4, seq_len=32, bits=8,
+    )  # fmt: skip
+    figures = ("method", "setting", "score", "bytes_stored", "bytes_resident", "error")
+    for point, found in zip(expected.points, values["points"], strict=True):
+        assert [found[name] for name in figures] == [getattr(point, name) for name in figures]
+    assert values["settings"]["bits"] == 8
+    assert values["dense"] == expected.dense
+
+
+def test_compare_prints_a_table_and_can_do_without_a_plot(cli, dense, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "compared"
+    options = ["--methods", "magnitude", "--sparsities", "0.5", *compare_options(text)]
+    code, printed, _ = cli("compare", dense, *options, "--no-plot", "--output", out)
+    assert code == 0
+    lines = printed.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["method", "dense", "magnitude"]
+    assert lines[-1] == f"saved in {out}"
+    assert {path.name for path in out.iterdir()} == {"comparison.json", "comparison.md"}
+
+
 def test_bench_hands_its_options_on(cli, tmp_path):
     code, out, _ = cli(
         "bench", "layers", "--shapes", "32x32", "--sparsity", "0.5", "--rows", "1", "--cold-mb",
@@ -366,6 +407,37 @@ def test_wrong_arguments_are_one_sentence_and_write_nothing(
 ):
     assert re.search(words, fails("prune", dense, "--output", tmp_path / "out", *arguments))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("methods", "sparsities", "more", "words"),
+    [
+        ("wanda,magic", "0.5", [], "'magic' does not exist: pass one of fast, balanced, best"),
+        ("wanda", "0.5,half", [], "'half'"),
+        ("wanda", "50", [], "sparsity=50.0 must be the fraction of zeros"),
+        ("wanda", "0.5", ["--data", "missing.txt"], "missing.txt.*no such file"),
+        ("wanda", "0.5", ["--seq-len", 65], "longer than the 64 positions"),
+    ],
+)
+def test_compare_refuses_mistakes_before_it_prunes_and_writes_nothing(
+    fails, dense, text, tmp_path, monkeypatch, methods, sparsities, more, words
+):
+    monkeypatch.setattr("hf_sparse.comparison.run.prune", pytest.fail)
+    out = ["--no-plot", "--output", tmp_path / "out"]
+    options = ["--methods", methods, "--sparsities", sparsities, *compare_options(text), *more]
+    assert re.search(words, fails("compare", dense, *options, *out))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_says_at_once_what_it_can_not_do(fails, dense, sparse, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_sparse, "compare", pytest.fail)
+    options = ["--methods", "wanda", "--sparsities", "0.5", *compare_options(text)]
+    said = fails("compare", sparse, *options, "--output", tmp_path / "out")
+    assert "is quantised with hf_sparse: compare starts from a dense model" in said
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = fails("compare", dense, *options, "--output", tmp_path / "out")
+    assert "pip install 'hf_sparse[bench]'" in said
+    assert "--no-plot" in said
 
 
 def test_an_output_that_can_not_be_written_is_refused_before_the_work(fails, dense, tmp_path):

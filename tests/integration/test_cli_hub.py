@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from hub_client import LAYERS, Client
-from hub_server import READ_TOKEN, Hub, serve
+from hub_server import READ_TOKEN, Hub, Repo, serve
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from conftest import ROOT
 
 # Runs command lines, given as JSON, one after the other; prints each one's results as JSON.
 RUN = """
@@ -117,3 +119,24 @@ def test_a_push_that_can_not_succeed_is_refused_before_the_work(
     expected = {"hf_expired": "wrong or has expired", "1": "not in the cache"}
     value = next(iter(env.values()))
     assert expected.get(value, "the Hub has no such repository") in sentence(model)
+
+
+def test_an_old_checkpoint_is_fetched_and_converted_without_its_other_weights(
+    hub: Hub, tmp_path: Path
+) -> None:
+    source = ROOT / "tests" / "data" / "bitmask-0.14.0.1"
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    del files["dense.safetensors"]
+    hub.repos["me/old"] = Repo(private=False)
+    hub.repos["me/old"].commit("main", files | {"pytorch_model.bin": b"pickle"})
+    hub.repos["me/dense"] = Repo(private=False)
+    hub.repos["me/dense"].commit("main", {"config.json": b"{}", "model.safetensors": b"large"})
+    client = Client(hub, tmp_path / "home")
+    output = ["--output", str(tmp_path / "out")]
+    refused, done = run(client, ["convert", "me/dense", *output], ["convert", "me/old", *output])
+    assert "me/dense is dense" in sentence(refused)
+    assert done[0] == 0, done
+    assert "7 layers packed" in done[1]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    fetched = [request for request in hub.requests if request.startswith("GET")]
+    assert not [r for r in fetched if "pytorch_model" in r or "me/dense/resolve/main/model" in r]

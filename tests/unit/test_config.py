@@ -12,6 +12,7 @@ from hf_sparse import ConfigError, DataRecord, SparseConfig
 from hf_sparse.formats import FORMATS
 from hf_sparse.patterns import NM, Unstructured
 from hf_sparse.solvers import SOLVERS
+from hf_sparse.statistics import Needs
 
 TEXTS = ["one text", "another"]
 
@@ -48,6 +49,7 @@ def everything_set() -> SparseConfig:
         target="dense",
         metric="fisher",
         allocation="owl",
+        low_rank=5,
         bits=4,
         group_size=64,
         sym=False,
@@ -78,6 +80,7 @@ def test_defaults_are_those_of_the_documentation():
         "target": "layer",
         "metric": "inputs",
         "allocation": "uniform",
+        "low_rank": 0,
         "bits": None,
         "group_size": 128,
         "sym": True,
@@ -295,6 +298,29 @@ def test_groups_too_wide_for_the_n_of_m_format_are_refused_before_anything_is_pr
 def test_an_unknown_choice_is_refused_with_what_there_is(name, value):
     with pytest.raises(ConfigError, match=f"{name}='{value}' does not exist: pass '"):
         SparseConfig(**{name: value, "refit": 5})
+
+
+@pytest.mark.parametrize("rank", [-1, 2.0, True, "8", None])
+def test_a_low_rank_that_is_no_count_is_refused(rank):
+    with pytest.raises(ConfigError, match=r"low_rank=.* must be an integer of at least 0"):
+        SparseConfig(low_rank=rank)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_low_rank_part_needs_the_hessian_and_with_it_data(method):
+    config = SparseConfig(method=method, low_rank=4)
+    assert config.needs is Needs.HESSIAN
+    with pytest.raises(ConfigError, match=r"=.* needs calibration data"):
+        config.check_data()
+    config.replaced(dataset=TEXTS).check_data()
+
+
+def test_a_low_rank_part_is_refused_where_nothing_is_pruned_or_stored_sparse():
+    with pytest.raises(ConfigError, match=r"'keep' changes no weight: it takes .*low_rank"):
+        SparseConfig(method="keep", low_rank=4)
+    with pytest.raises(ConfigError, match="format='dense' holds no low-rank part"):
+        SparseConfig(format="dense", low_rank=4)
+    assert SparseConfig(format="dense", low_rank=4, bits=4).low_rank == 4
 
 
 def test_a_recipe_stands_for_settings_that_can_be_changed_one_by_one():

@@ -20,26 +20,36 @@ ROOT = Path(__file__).parents[2]
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
     {"errors", "logging"},
-    {"patterns", "quantization", "statistics"},
+    {"patterns", "quantization", "statistics", "lowrank"},
     {"solvers", "formats", "allocation"},
     {"kernels"},
     {"layers"},
     {"calibration", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report"},
-    {"spread"},
-    {"pipeline", "saving", "explain"},
-    {"evaluation"},
+    {"facts"},
+    {"spread", "legacy"},
+    {"pipeline", "saving", "explain", "skeleton"},
+    {"evaluation", "adapters"},
     {"quantizer"},
-    {"bench"},
+    {"bench", "comparison", "convert"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # One file a method, layout or kernel; what they share is in these.
 PLUGIN_FOLDERS = {"solvers", "formats", "kernels"}
-SHARED = {"base", "refit", "descent", "bits", "native", "reference", "speed"}
+SHARED = {"base", "refit", "descent", "lowrank", "bits", "native", "reference", "speed"}
 
-MAY_IMPORT_TRANSFORMERS = {"config", "quantizer", "saving", "logging", "bench.endtoend"}
+MAY_IMPORT_TRANSFORMERS = {
+    "adapters",
+    "config",
+    "convert",
+    "quantizer",
+    "saving",
+    "skeleton",
+    "logging",
+    "bench.endtoend",
+}
 
 
 def modules() -> dict[str, Path]:

@@ -71,7 +71,7 @@ def agreement(
     """
     loaded, seq_len = load_data(
         model,
-        tokenizer,
+        lambda: tokenizer,
         data,
         seq_len=seq_len,
         num_samples=num_samples,

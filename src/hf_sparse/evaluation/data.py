@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..pipeline import LONGEST_SEQUENCE, _limits
 
 def load_data(
     model: nn.Module,
-    tokenizer: Any,
+    load_tokenizer: Callable[[], Any],
     data: Any,
     *,
     seq_len: int | None,
@@ -31,7 +31,7 @@ def load_data(
 
     Args:
         model: tells the longest sequence and the vocabulary.
-        tokenizer: for text; None if the data are token ids or dicts of model inputs.
+        load_tokenizer: gives a tokenizer; only called if the data are text.
         data: as `SparseConfig.dataset`.
         seq_len: tokens a sample; None for min(2048, what the model allows).
         num_samples: samples wanted; None for all.
@@ -53,7 +53,7 @@ def load_data(
     check_positive(num_samples=num_samples, batch_size=batch_size)
     loaded = make_batches(
         _held_out(data, split),
-        lambda: tokenizer,
+        load_tokenizer,
         num_samples=num_samples or sys.maxsize,
         seq_len=seq_len,
         batch_size=batch_size,

@@ -92,7 +92,13 @@ def generation_speed(
             bar.update()
     prefill, decode = (median(values) for values in zip(*times, strict=True))
     return GenerationSpeed(
-        prompt_tokens, new_tokens, prefill, decode, weight_bytes(model), peak(device), _name(device)
+        prompt_tokens,
+        new_tokens,
+        prefill,
+        decode,
+        weight_bytes(model),
+        peak(device),
+        machine(device),
     )
 
 
@@ -123,7 +129,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _name(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
+    """The GPU's name, or the processor's and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor()}, {torch.get_num_threads()} threads"

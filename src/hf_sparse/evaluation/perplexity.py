@@ -95,7 +95,7 @@ def perplexity(
     """
     loaded, seq_len = load_data(
         model,
-        tokenizer,
+        lambda: tokenizer,
         data,
         seq_len=seq_len,
         num_samples=num_samples,

@@ -1,4 +1,4 @@
-"""`SparseLinear`: an `nn.Linear` that holds only what is left of its weight."""
+"""`SparseLinear`: an `nn.Linear` that holds what is left of its weight, and a low-rank part."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
 from ..formats import Format
-from ..formats.base import Packed, check_packed
+from ..formats.base import Packed, check_packed, packed_bytes
 from ..kernels import Choice, Kernel, Stored, Verdict, choose
 from ..kernels.reference import sparse_linear
+from ..lowrank import KEY_A, KEY_B, LowRank
 
 # `weight` itself is a property, so the buffer with the values needs a name of its own.
 VALUES = "weight_values"
@@ -26,7 +28,7 @@ class SparseLinear(nn.Linear):
 
     The weight is either in its stored form, as persistent buffers, or `resolve` has handed it to
     a kernel, whose tensors are then the only ones resident. `state_dict` gives the stored form in
-    both cases.
+    both cases. A low-rank part is two more buffers that no kernel sees: its product is added.
 
     Args:
         fmt: storage format of the packed tensors.
@@ -37,6 +39,7 @@ class SparseLinear(nn.Linear):
             a quantised weight are as stored whatever the dtype.
         bias: bias parameter to adopt, shape (out_features,), or None.
         transposed: the layer replaces a `Conv1D`, whose dense weight is (in, out).
+        low_rank: B and A beside the packed weight S, for y = x (S + B A)' + b, or None.
 
     Attributes:
         kernel: what multiplies; None for the reference path.
@@ -51,6 +54,7 @@ class SparseLinear(nn.Linear):
         dtype: torch.dtype,
         bias: nn.Parameter | None = None,
         transposed: bool = False,
+        low_rank: LowRank | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
@@ -61,6 +65,11 @@ class SparseLinear(nn.Linear):
         self.kernel: Kernel | None = None
         self.trace: tuple[Verdict, ...] = ()
         self._store(packed)
+        self.rank = 0
+        if low_rank is not None:
+            self.rank = low_rank.rank
+            for key, tensor in low_rank.tensors().items():
+                self.register_buffer(key, tensor)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,10 +85,29 @@ class SparseLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dense weight, shape (out, in), unpacked anew at each access."""
+        """The dense weight, shape (out, in), unpacked anew at each access; the low-rank part is in
+        it."""
+        low_rank = self.low_rank
+        return self.sparse_weight if low_rank is None else low_rank.added_to(self.sparse_weight)
+
+    @property
+    def sparse_weight(self) -> Tensor:
+        """The packed part of the weight alone, shape (out, in), unpacked anew at each access."""
         if self.kernel is not None:
             return self.kernel.weight(self.weight_dtype)
         return self.format.unpack(self.packed, self.shape, self.weight_dtype)
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """The low-rank part, as it is held; None if there is none."""
+        return LowRank(getattr(self, KEY_B), getattr(self, KEY_A)) if self.rank else None
+
+    def drop_low_rank(self) -> None:
+        """Leave the packed part alone."""
+        if self.rank:
+            self.rank = 0
+            delattr(self, KEY_A)
+            delattr(self, KEY_B)
 
     @staticmethod
     def buffer_name(key: str) -> str:
@@ -88,12 +116,17 @@ class SparseLinear(nn.Linear):
 
     def resident_bytes(self) -> int:
         """Bytes that the weight takes in memory now."""
-        return sum(b.numel() * b.element_size() for b in self.buffers(recurse=False))
+        return packed_bytes(dict(self.named_buffers(recurse=False)))
 
     def forward(self, input: Tensor) -> Tensor:
         if self.kernel is not None:
-            return self.kernel.linear(input, self.bias)
-        return sparse_linear(input, self.bias, self.format, self.shape, self.packed)
+            output = self.kernel.linear(input, self.bias)
+        else:
+            output = sparse_linear(input, self.bias, self.format, self.shape, self.packed)
+        if not self.rank:
+            return output
+        a, b = getattr(self, KEY_A).to(input.dtype), getattr(self, KEY_B).to(input.dtype)
+        return output + F.linear(F.linear(input, a), b)
 
     def resolve(self) -> None:
         """Hand the weight to the kernel that suits it here; its contents have been checked.
@@ -120,9 +153,10 @@ class SparseLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         parameters = "".join(f", {k}={v}" for k, v in self.format.parameters().items())
+        low_rank = f", low_rank={self.rank}" if self.rank else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, format={self.format.name}{parameters}, "
+            f"bias={self.bias is not None}, format={self.format.name}{parameters}{low_rank}, "
             f"kernel={'reference' if self.kernel is None else self.kernel.name}"
         )
 
@@ -136,7 +170,7 @@ class SparseLinear(nn.Linear):
             self.register_buffer(self.buffer_name(key), tensor)
 
     def _drop_buffers(self) -> None:
-        for name in list(self._buffers):
+        for name in set(self._buffers) - {KEY_A, KEY_B}:
             delattr(self, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -177,5 +211,7 @@ class SparseLinear(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
         if not any(tensor.is_meta for tensor in self.packed.values()):
             check_packed(self.format, self.packed, self.shape)
+            if (low_rank := self.low_rank) is not None:
+                low_rank.check(self.shape)
         if resolved:
             self.resolve()

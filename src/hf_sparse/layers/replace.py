@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..formats import Format, pack_weight
+from ..lowrank import LowRank
 from ..quantization import QuantizedWeight
 from .linear import SparseLinear
 
@@ -42,20 +43,23 @@ def pack_linear(
     weight: Float[Tensor, "out in"],
     fmt: Format,
     quantized: QuantizedWeight | None = None,
+    low_rank: LowRank | None = None,
 ) -> SparseLinear:
     """Replace a dense layer by a `SparseLinear` with the same weight, not resolved yet.
 
     Args:
         model: where the layer is.
         module: the dense layer.
-        weight: its weight, (out, in).
+        weight: its weight, (out, in); the sparse part if there is a low-rank one.
         fmt: what `choose_format` chose for the weight and the codes.
         quantized: the weight's codes if it lies on a grid; they are packed in its place.
+        low_rank: to hold beside it, in the weight's dtype.
     """
     shape = (weight.shape[0], weight.shape[1])
     packed = pack_weight(fmt, weight, quantized)
     transposed = not isinstance(module, nn.Linear)
-    sparse = SparseLinear(fmt, packed, shape, weight.dtype, module.bias, transposed)  # type: ignore[arg-type]
+    bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
+    sparse = SparseLinear(fmt, packed, shape, weight.dtype, bias, transposed, low_rank)
     replace_module(model, module, sparse)
     return sparse
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..lowrank import LowRank
 from ..patterns import Pattern
 from ..quantization import QuantizedWeight
 from ..statistics import Needs, Statistics
@@ -22,6 +23,7 @@ class Solution:
         weight: fp32, zero wherever the mask is False.
         mask: True = kept.
         quantized: the codes whose values `weight` has; None if it is on no grid.
+        low_rank: what goes beside `weight`, fp32: the layer's weight is S + B A; None for nothing.
         notes: what the user should know, e.g. that the damping had to be raised.
     """
 
@@ -29,6 +31,7 @@ class Solution:
     mask: Bool[Tensor, "out in"]
     notes: tuple[str, ...] = ()
     quantized: QuantizedWeight | None = None
+    low_rank: LowRank | None = None
 
 
 class Solver(ABC):

@@ -1,5 +1,13 @@
 """The commands, one file each; a new one is a file and a line here."""
 
-from . import evaluate, explain, export, inspect, prune
+from . import compare, convert, evaluate, explain, export, inspect, prune
 
-COMMANDS = (prune.COMMAND, evaluate.COMMAND, inspect.COMMAND, explain.COMMAND, export.COMMAND)
+COMMANDS = (
+    prune.COMMAND,
+    evaluate.COMMAND,
+    compare.COMMAND,
+    inspect.COMMAND,
+    explain.COMMAND,
+    export.COMMAND,
+    convert.COMMAND,
+)

@@ -1,0 +1,297 @@
+"""compressed-tensors' old sparse checkpoints -> this project's format, one layer after the other.
+
+The weights are gone through twice. First everything is checked and every layer gets its format,
+since each file's header describes all layers; then the files are written, one at a time. No more
+than one file of the result, and the layer at work, is ever in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import convert_file_size_to_int
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .checkpoint import PackedLayer, metadata
+from .config import QUANT_METHOD, SparseConfig
+from .errors import CheckpointError, ConfigError, SaveError
+from .formats import Dense, choose_format, pack_weight
+from .legacy import (
+    INDEX,
+    PARTS,
+    SINGLE,
+    PackedParameter,
+    Parameter,
+    read_parameters,
+    weight_files,
+)
+from .logging import progress_bar
+from .patterns import Unstructured
+from .quantizer import default_dense
+from .saving import write_folder
+from .skeleton import empty_model, is_needed, may_be_missing, renaming
+from .targets import Target, find_routers, select_targets
+
+WRITER = "compressed-tensors"
+# Where versions before 0.8 and before 0.4 say what they did.
+_CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
+_QUANTISED_KEYS = ("config_groups", "kv_cache_scheme", "transform_config")
+# Weights in other forms: of no use beside the converted ones.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert_checkpoint` did.
+
+    Attributes:
+        layers: the format of each layer that is packed now, by name.
+        dense: number of parameters that are stored dense.
+        bytes_before: of the source's safetensors files.
+        bytes_after: of the target's.
+    """
+
+    layers: Mapping[str, str]
+    dense: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A parameter under its name in the model; with a layer if it is to be packed.
+
+    `bytes` is what it takes in the result, at most.
+    """
+
+    name: str
+    parameter: Parameter
+    bytes: int
+    layer: PackedLayer | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is to be written, by key."""
+        dense = self.parameter.dense()
+        if self.layer is None:
+            return {self.name: dense}
+        packed = pack_weight(self.layer.format, dense.T if self.layer.transposed else dense)
+        return {f"{self.layer.name}.{key}": value for key, value in packed.items()}
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    max_shard_size: int | str = "5GB",
+) -> Conversion:
+    """Convert a checkpoint that compressed-tensors before 0.15 wrote sparse.
+
+    Reads its formats `sparse-bitmask` and `sparse-24-bitmask`, which later versions can't. Weights
+    keep their dtype and every bit but the sign of zeros. The linear layers that method "keep"
+    would pack are packed, in the smallest format; all else is stored dense. The tokenizer and the
+    other files are copied as they are, weights in other forms and hidden files left out.
+
+    Args:
+        source: the checkpoint's folder.
+        target: folder; created if it isn't there. Appears complete or not at all.
+        max_shard_size: of a safetensors file, as for `PreTrainedModel.save_pretrained`; no
+            more than that and the layer at work is in memory.
+
+    Raises:
+        CheckpointError: the source is in another format, damaged, or of a model that this version
+            of transformers doesn't know, or stores differently; names file and tensor.
+        ConfigError: max_shard_size is no size.
+        SaveError: writing failed; what was there before is as it was.
+    """
+    folder, limit = Path(source), _limit(max_shard_size)
+    if folder.resolve() in (Path(target).resolve(), *Path(target).resolve().parents):
+        raise SaveError(f"can't save to {str(target)!r}: it is in the source, pass another folder")
+    config = _read_config(folder)
+    structure = old_format(config, str(folder))
+    files = weight_files(folder)
+    parameters = read_parameters(files, structure)
+    items = _plan(folder, empty_model(_clean(config), folder), parameters)
+
+    def write(staging: str) -> None:
+        _copy_others(folder, Path(staging))
+        _write_config(config, Path(staging))
+        _write_weights(items, Path(staging), limit)
+
+    write_folder(target, write)
+    layers = {item.layer.name: item.layer.format.label for item in items if item.layer}
+    after = weight_files(Path(target))
+    return Conversion(layers, len(items) - len(layers), _size(files), _size(after))
+
+
+def _limit(max_shard_size: int | str) -> int:
+    try:
+        return int(convert_file_size_to_int(max_shard_size))
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(
+            f"max_shard_size={max_shard_size!r} is no size: pass bytes or a text like '5GB'"
+        ) from None
+
+
+def old_format(config: Mapping[str, Any], where: str) -> str:
+    """The format of an old sparse checkpoint, from its config.json.
+
+    Raises:
+        CheckpointError: it is of another kind; one sentence that says which.
+    """
+    found = next((config[key] for key in _CONFIG_KEYS if config.get(key)), None)
+    if not isinstance(found, Mapping):
+        raise CheckpointError(
+            f"{where} is dense: convert is for compressed-tensors' sparse checkpoints; "
+            "method='keep' packs the zeros of a dense one"
+        )
+    method = found.get("quant_method", WRITER)
+    if method == QUANT_METHOD:
+        raise CheckpointError(f"{where} is in hf_sparse's own format already: load it as it is")
+    if method != WRITER:
+        raise CheckpointError(
+            f"{where} is quantised with {method!r}: convert is for {WRITER}' sparse checkpoints"
+        )
+    more = [key for key in _QUANTISED_KEYS if found.get(key)]
+    more += [key for key in ("sparseml_quantization_config",) if config.get(key)]
+    if more:
+        raise CheckpointError(
+            f"{where} is more than sparse: its {more[0]} says that {WRITER} quantised or "
+            f"transformed it, too (format {found.get('format')!r}), which convert can't undo"
+        )
+    sparsity = found.get("sparsity_config", found)
+    name = sparsity.get("format") if isinstance(sparsity, Mapping) else None
+    if not isinstance(name, str) or name not in PARTS:
+        raise CheckpointError(
+            f"{where} is in {WRITER}' format {name!r}: convert reads {' and '.join(PARTS)}"
+        )
+    return name
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no config.json: it is no model's folder") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: it can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: it holds no object")
+    return content
+
+
+def _clean(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without a trace of how the weights were stored."""
+    return {key: value for key, value in config.items() if key not in _CONFIG_KEYS}
+
+
+def _plan(folder: Path, model: PreTrainedModel, parameters: Sequence[Parameter]) -> list[_Item]:
+    """Name every parameter, check what is stored of it, and choose its format."""
+    expected: dict[str, Tensor] = dict(model.state_dict())
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    left_dense = find_routers(model) | default_dense(model)
+    chosen = select_targets(model, None, None, left_dense).targets
+    targets = {f"{target.name}.weight": target for target in chosen}
+    rename = renaming(model, expected)
+    items: dict[str, _Item] = {}
+    with progress_bar(len(parameters), "Checking") as bar:
+        for parameter in parameters:
+            bar.update()
+            name = rename(parameter)
+            if name is None and not is_needed(model, parameter.names[0]):
+                continue
+            if name is None:
+                raise parameter.origin.error(f"is of no parameter of {type(model).__name__}")
+            if name in items:
+                raise parameter.origin.error(f"is a second {name}")
+            if parameter.shape != tuple(expected[name].shape):
+                raise parameter.origin.error(
+                    f"is of a weight of shape {parameter.shape}, {type(model).__name__} has "
+                    f"{tuple(expected[name].shape)} there"
+                )
+            items[name] = _item(name, parameter, targets.get(name))
+    for name in expected:
+        found = name in items or tied.get(name) in items
+        if not found and not may_be_missing(model, name):
+            raise CheckpointError(f"{folder}: no file has {name}")
+    return [item for name, item in items.items() if tied.get(name) not in items]
+
+
+def _item(name: str, parameter: Parameter, target: Target | None) -> _Item:
+    """The parameter under its name, packed if it is a linear layer's weight and gets smaller."""
+    if not isinstance(parameter, PackedParameter):
+        return _Item(name, parameter, parameter.dense_bytes)
+    dense = parameter.dense()  # checks it
+    if target is not None:
+        weight = dense.T if target.transposed else dense
+        fmt = choose_format(weight, Unstructured(0.0), "auto")
+        if not isinstance(fmt, Dense):
+            layer = PackedLayer(target.name, fmt, target.shape, target.transposed)
+            return _Item(name, parameter, parameter.bytes, layer)
+    return _Item(name, parameter, parameter.dense_bytes)
+
+
+def _copy_others(source: Path, staging: Path) -> None:
+    """Copy what is neither weights nor config.json nor hidden."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        left = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        if hidden or left or relative == Path("config.json") or not path.is_file():
+            continue
+        (staging / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, staging / relative)
+
+
+def _write_config(config: Mapping[str, Any], staging: Path) -> None:
+    described = _clean(config) | {"quantization_config": SparseConfig(method="keep").to_dict()}
+    _write_json(staging / "config.json", described)
+
+
+def _write_weights(items: Sequence[_Item], staging: Path, limit: int) -> None:
+    """Write the files, and an index if they are several."""
+    header = {"format": "pt"} | metadata(item.layer for item in items if item.layer)
+    shards = _shards(items, limit)
+    weight_map: dict[str, str] = {}
+    total = 0
+    with progress_bar(len(items), "Converting") as bar:
+        for number, shard in enumerate(shards, 1):
+            several = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file = SINGLE if len(shards) == 1 else several
+            tensors: dict[str, Tensor] = {}
+            for item in shard:
+                tensors |= item.tensors()
+                bar.update()
+            save_file(tensors, staging / file, header)
+            weight_map |= dict.fromkeys(tensors, file)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(items: Sequence[_Item], limit: int) -> list[list[_Item]]:
+    """Cut into runs of at most `limit` bytes; an item that has more is a run of its own."""
+    shards: list[list[_Item]] = [[]]
+    used = 0
+    for item in items:
+        if shards[-1] and used + item.bytes > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(item)
+        used += item.bytes
+    return shards
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _size(files: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,110 @@
+"""`hf-sparse compare`: several methods at several sparsities, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..command import Command
+from ..failures import Failure
+from ..models import DeviceMap, Dtype, Model, Revision, check_dtype, load, quantisation, read_config
+from ..options import config_parameters, make_arguments
+from ..output import check_output
+
+if TYPE_CHECKING:
+    from hf_sparse import Comparison
+
+VARIED = ("method", "sparsity", "pattern")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What was found, and where it is."""
+
+    comparison: Comparison
+    output: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison's values, and where its files are."""
+        return {**self.comparison.to_dict(), "output": str(self.output)}
+
+    def __str__(self) -> str:
+        return f"{self.comparison}\nsaved in {self.output}"
+
+
+def compare(
+    model: Model,
+    settings: Mapping[str, Any],
+    methods: Annotated[str, typer.Option(help="Recipes or plain methods, separated by commas.")],
+    sparsities: Annotated[
+        str, typer.Option(help="Fractions of zeros or n:m patterns, separated by commas.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(help="Text for perplexity: a text, jsonl or parquet file, or a Hub data set."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the table, its JSON and the plot.")],
+    eval_samples: Annotated[
+        int | None, typer.Option(help="Sequences of --data to use at most.")
+    ] = None,
+    plot: Annotated[
+        bool, typer.Option("--plot/--no-plot", help="Draw comparison.png; needs matplotlib.")
+    ] = True,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON file with any of the arguments below; options win."),
+    ] = None,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+) -> Compared:
+    """Prune a model by several methods at several sparsities, and compare them.
+
+    Perplexity, time of pruning and bytes go into comparison.md, comparison.json and
+    comparison.png; all of them appear, or none. The model is loaded anew for each run, so only one
+    is in memory at a time.
+    """
+    method = quantisation(read_config(model, revision))
+    if method:
+        raise Failure(f"{model} is quantised with {method}: compare starts from a dense model")
+    check_output(output)
+    check_dtype(dtype)
+    arguments = make_arguments(settings, config)
+    if plot and find_spec("matplotlib") is None:
+        raise Failure("the plot needs matplotlib: pip install 'hf_sparse[bench]', or --no-plot")
+    import hf_sparse
+
+    found = hf_sparse.compare(
+        lambda: load(model, revision, dtype, device_map)[0],
+        methods.split(","),
+        [_setting(text) for text in sparsities.split(",")],
+        data,
+        evaluation_samples=eval_samples,
+        **arguments,
+    )
+    found.save(output, plot)
+    return Compared(found, output)
+
+
+def _setting(text: str) -> float | str:
+    """A fraction, or else a pattern."""
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()
+
+
+COMMAND = Command(
+    "compare",
+    compare,
+    (
+        "hf-sparse compare facebook/opt-125m --methods sparsegpt,fast --sparsities 0.5,0.6,2:4 "
+        "--dataset wikitext2 --data wikitext2 --output compared",
+    ),
+    generated=[p for p in config_parameters() if p.name not in VARIED],
+)
