@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from .calibration.blocks import BlockWalk, Visit, find_units
-from .calibration.data import CalibrationData, make_batches
 from .calibration.experts import observe
 from .calibration.inputs import DensePath, Observed
 from .calibration.stages import find_stages, residual_writers
@@ -26,6 +25,7 @@ from .formats import Dense, choose_format
 from .formats.bitmask import Bitmask
 from .layers.experts import expert_around
 from .layers.replace import pack_linear, write_weight
+from .loading import load_calibration
 from .logging import get_logger, progress_bar
 from .lowrank import LowRank
 from .patterns import Pattern
@@ -38,9 +38,6 @@ from .statistics import OutputMetric
 from .targets import Target, layer_sparsity, require_match, select_targets
 
 logger = get_logger(__name__)
-
-# Of the default for seq_len; the papers calibrate with 2048 tokens.
-LONGEST_SEQUENCE = 2048
 
 NO_GRADIENT = "no gradient of the sampled batches reached it: refitted by its inputs alone"
 NEVER_CALLED = "the model never called it on the calibration data"
@@ -292,54 +289,6 @@ def _check_weights(solver: Solver, jobs: Sequence[Job]) -> None:
                     f"layer {job.target.name}: its weight holds NaN or infinite values; the model "
                     "was left as it was"
                 )
-
-
-def load_calibration(
-    model: nn.Module, config: SparseConfig, load_tokenizer: Callable[[], Any]
-) -> CalibrationData | None:
-    """The config's data as batches for the model; None if it has none.
-
-    Raises:
-        ConfigError, CalibrationError: the data are unusable, or too long for the model.
-    """
-    if config.dataset is None:
-        return None
-    longest, vocab_size = _limits(model)
-    if config.seq_len is not None and longest is not None and config.seq_len > longest:
-        raise ConfigError(
-            f"seq_len={config.seq_len} is longer than the {longest} positions that the model has"
-        )
-    data = make_batches(
-        config.dataset,
-        load_tokenizer,
-        num_samples=config.num_samples,
-        seq_len=config.seq_len or min(LONGEST_SEQUENCE, longest or LONGEST_SEQUENCE),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        vocab_size=vocab_size,
-    )
-    if data.record.count is not None and data.record.count < config.num_samples:
-        logger.warning(
-            "the calibration data gave %d samples, fewer than num_samples=%d",
-            data.record.count,
-            config.num_samples,
-        )
-    return data
-
-
-def _limits(model: nn.Module) -> tuple[int | None, int | None]:
-    """Positions and vocabulary that the model's config and embedding tell of."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
-    embedding = None
-    if hasattr(model, "get_input_embeddings"):
-        try:
-            embedding = model.get_input_embeddings()  # type: ignore[operator]
-        except NotImplementedError:
-            embedding = None
-    vocab = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
-    return (longest if isinstance(longest, int) and longest > 0 else None), vocab
 
 
 def _tell_never_called(left_dense: Mapping[str, str], any_pruned: bool) -> None:

@@ -19,9 +19,10 @@ from .facts import DenseFacts
 from .layers import SparseLinear
 from .layers.experts import SparseExperts, expert_around, fuse, is_fused, unfuse, unfused_experts
 from .layers.replace import replace_module, unpack_linear
+from .loading import load_calibration
 from .logging import get_logger
 from .lowrank import KEY_A, KEY_B, LowRank
-from .pipeline import load_calibration, run
+from .pipeline import run
 from .report import PruningReport
 from .saving import (
     ValuesRenaming,

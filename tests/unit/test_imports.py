@@ -26,7 +26,7 @@ LAYERS = [
     {"layers"},
     {"calibration", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report"},
-    {"facts"},
+    {"facts", "loading"},
     {"spread", "legacy"},
     {"pipeline", "saving", "explain", "skeleton"},
     {"evaluation", "adapters"},

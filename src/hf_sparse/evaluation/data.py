@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..calibration.data import FILE_TYPES, HUB_NAMES, Batch, CalibrationData, make_batches
 from ..errors import EvaluationError
-from ..pipeline import LONGEST_SEQUENCE, _limits
+from ..loading import LONGEST_SEQUENCE, limits
 
 
 def load_data(
@@ -44,7 +44,7 @@ def load_data(
         CalibrationError: the data are unusable; see `make_batches`.
     """
     check_causal(model)
-    longest, vocab_size = _limits(model)
+    longest, vocab_size = limits(model)
     seq_len = seq_len or min(LONGEST_SEQUENCE, longest or LONGEST_SEQUENCE)
     if seq_len < 2 or (longest is not None and seq_len > longest):
         raise EvaluationError(
