@@ -23,6 +23,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "max_value_projector_patch_to_query_dict": 16,
         "projector_patch_to_query_dict": {16: 8},
     },
+    "bailing_hybrid": {"num_local_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"num_hidden_layers": 2},
     "blip-2": {"image_token_index": 150},
