@@ -13,6 +13,7 @@ from .kernels import Verdict, native
 from .kernels.products import CLASSES, Way
 from .kernels.speed import processor
 from .layers import SparseLinear
+from .layers.head import HeadLinear
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,18 @@ class LayerExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All sparse layers of a model on this machine; `print` it."""
+    """All sparse layers of a model on this machine; `print` it.
+
+    Attributes:
+        machine: the processor, the threads, the versions and the native paths.
+        layers: one each.
+        head: what the dense output head gains from the native product of one token; None if it
+            doesn't use it.
+    """
 
     machine: str
     layers: tuple[LayerExplanation, ...]
+    head: str | None = None
 
     @property
     def bytes_dense(self) -> int:
@@ -65,8 +74,7 @@ class Explanation:
         width = max([len(layer.name) for layer in self.layers], default=5)
         lines = [
             self.machine,
-            f"{'layer':<{width}}  {'shape':<13} {'format':<14} kernel     bytes  "
-            f"{'speed':<21} why",
+            f"{'layer':<{width}}  {'shape':<13} {'format':<14} kernel     bytes  {'speed':<21} why",
         ]
         for layer in self.layers:
             shape = f"{layer.shape[0]}x{layer.shape[1]}"
@@ -80,6 +88,8 @@ class Explanation:
         counts = ", ".join(f"{count} {kernel}" for kernel, count in used.items()) or "none"
         total = self.bytes_resident / self.bytes_dense if self.layers else 1.0
         lines.append(f"sparse layers: {counts}; {total:.3f} of the dense bytes in memory")
+        if self.head is not None:
+            lines.append(self.head)
         classes = ", ".join(each.name for each in CLASSES)
         lines.append(f"speed: times that of the dense product, for {classes} tokens")
         return "\n".join(lines)
@@ -116,4 +126,9 @@ def explain(model: nn.Module) -> Explanation:
         for name, layer in model.named_modules()
         if isinstance(layer, SparseLinear)
     ]
-    return Explanation(f"{machine}; {native.describe()}", tuple(layers))
+    heads = (
+        f"dense head {name}: native at one token, {module.speedup:.2f}"
+        for name, module in model.named_modules()
+        if isinstance(module, HeadLinear)
+    )
+    return Explanation(f"{machine}; {native.describe()}", tuple(layers), next(heads, None))
