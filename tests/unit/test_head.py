@@ -1,4 +1,4 @@
-"""The dense head of a sparse model: the native product of one token, and an `nn.Linear` all the same."""
+"""The dense head of a sparse model: a native product of one token, and still an `nn.Linear`."""
 
 import copy
 import pickle
@@ -81,7 +81,7 @@ def test_threads_do_not_change_a_bit():
 
 def test_wrong_arguments_are_named():
     weight, x = normal(4, 8).bfloat16(), normal(1, 8).bfloat16()
-    with pytest.raises(TypeError, match="weight is torch.float32"):
+    with pytest.raises(TypeError, match=r"weight is torch\.float32"):
         native.gemv(x, weight.float())
     with pytest.raises(ValueError, match="one row of 8"):
         native.gemv(normal(2, 8).bfloat16(), weight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..kernels import gemv, native
@@ -31,7 +33,7 @@ class HeadLinear(nn.Linear):
 def speed_up_head(model: nn.Module) -> None:
     """Let a transformers model's head use the GEMV if that measures faster here."""
     find = getattr(model, "get_output_embeddings", None)
-    head = None if find is None else find()
+    head: Any = None if find is None else find()
     if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
         return
     weight = head.weight
@@ -47,5 +49,5 @@ def restore_head(model: nn.Module) -> None:
     """Undo `speed_up_head`."""
     for module in model.modules():
         if isinstance(module, HeadLinear):
-            module.__class__ = nn.Linear
             del module.speedup
+            module.__class__ = nn.Linear  # type: ignore[assignment]
