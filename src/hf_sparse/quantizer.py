@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
@@ -318,7 +318,8 @@ def default_dense(model: PreTrainedModel) -> dict[str, str]:
 
 
 def load_tokenizer(config: SparseConfig, model: nn.Module) -> Any:
-    """The tokenizer to use for text: the config's, else the model's; None if it names none."""
+    """What turns data into inputs: the config's tokenizer or processor, else the model's; None if
+    it names none."""
     given = config.tokenizer
     if given is not None and not isinstance(given, (str, Path)):
         return given
@@ -326,9 +327,13 @@ def load_tokenizer(config: SparseConfig, model: nn.Module) -> Any:
     if not source:
         return None
     try:
+        return AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        logger.info("no processor could be loaded from %r: %s", str(source), error)
+    try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
-            f"no tokenizer could be loaded from {str(source)!r}: pass tokenizer= an id, a path or "
-            f"an object ({error})"
+            f"no tokenizer or processor could be loaded from {str(source)!r}: pass tokenizer= an "
+            f"id, a path or an object ({error})"
         ) from error
