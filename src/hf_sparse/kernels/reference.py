@@ -54,8 +54,10 @@ class SparseLinearFunction(torch.autograd.Function):
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         if needs_values:
             grad_values = _values_gradient(fmt, packed, grad, x.to(grad.dtype))
-        return grad_x, grad_bias, *(
-            grad_values if key == "weight" else None for key in ("fmt", "shape", "keys", *keys)
+        return (
+            grad_x,
+            grad_bias,
+            *(grad_values if key == "weight" else None for key in ("fmt", "shape", "keys", *keys)),
         )
 
 

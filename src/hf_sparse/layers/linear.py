@@ -137,6 +137,8 @@ class SparseLinear(nn.Linear):
         Args:
             dtype: of the parameters, floating-point; what is multiplied has the input's dtype.
         """
+        if self.trains_values:
+            return
         self._store(self.packed)
         for name in [name for name in _TRAINED if name in self._buffers]:
             values = getattr(self, name).to(dtype, copy=True)
