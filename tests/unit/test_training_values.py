@@ -1,4 +1,4 @@
-"""Trained values: their gradient is the dense weight's at the kept places; everything else stays."""
+"""Trained values: their gradient is the dense weight's at the kept places; the rest stays."""
 
 import copy
 
