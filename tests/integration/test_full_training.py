@@ -382,7 +382,7 @@ def test_two_processes_train_as_one_does(sparse, tmp_path):
     script.write_text(SCRIPT)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]
     launcher += ["--dynamo_backend", "no", "--num_machines", "1", "--main_process_port", "0"]
-    # --cpu alone would want MPI; with --multi_gpu it is torch's own launcher that starts processes.
+    # With --cpu, two processes would want MPI; --multi_gpu has torch start them.
     runs = {
         "one": ["--cpu", "--num_processes", "1"],
         "two": ["--multi_gpu", "--num_processes", "2"],

@@ -112,7 +112,7 @@ class SparseTrainer(Trainer):
 
     def _teach(
         self, model: nn.Module, outputs: Any, inputs: dict[str, Any], labels: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, int]:
         """The teacher's terms, weighted, per token; and the number of tokens."""
         assert self.teacher is not None
         where = next(self.teacher.parameters()).device
@@ -126,7 +126,10 @@ class SparseTrainer(Trainer):
             taught = self.teacher(**inputs, output_hidden_states=self.hidden_weight > 0)
         causal = getattr(self.accelerator.unwrap_model(model), "loss_type", None) == "ForCausalLM"
         chosen = _chosen(outputs.logits, labels, inputs.get("attention_mask"), causal)
+        tokens = len(outputs.logits) if chosen is None else int(chosen.sum())
         terms = outputs.logits.new_zeros((), dtype=torch.float32)
+        if not tokens:
+            return terms, tokens
         if self.kl_weight:
             pair = outputs.logits, taught.logits
             ours, theirs = (logits if chosen is None else logits[chosen] for logits in pair)
@@ -139,7 +142,6 @@ class SparseTrainer(Trainer):
         if self.hidden_weight:
             ours, theirs = _states(outputs, chosen), _states(taught, chosen)
             terms = terms + self.hidden_weight * hidden_loss(ours, theirs)
-        tokens = outputs.logits.new_tensor(len(outputs.logits)) if chosen is None else chosen.sum()
         return terms, tokens
 
 
