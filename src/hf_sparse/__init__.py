@@ -20,6 +20,7 @@ from .errors import (
     SaveError,
     SolveError,
     TargetError,
+    TrainingError,
 )
 from .evaluation import (
     Agreement,
@@ -64,6 +65,7 @@ __all__ = [
     "SparseQuantizer",
     "TargetError",
     "TaskResults",
+    "TrainingError",
     "agreement",
     "compare",
     "convert_checkpoint",

@@ -104,6 +104,7 @@ class SparseQuantizer(HfQuantizer):
 
     Attributes:
         report: what pruning did; None for a model that was loaded sparse.
+        trains_values: `training.prepare_for_training` has made parameters of the kept values.
     """
 
     requires_calibration = False
@@ -112,6 +113,7 @@ class SparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: SparseConfig = quantization_config
         self.report: PruningReport | None = None
+        self.trains_values = False
         self._layers: dict[str, PackedLayer] = {}
         self._renamed: frozenset[str] = frozenset()
 
@@ -217,6 +219,11 @@ class SparseQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Does Trainer take the model without an adapter?"""
+        return self.trains_values
 
     @property
     def is_compileable(self) -> bool:

@@ -31,7 +31,7 @@ LAYERS = [
     {"pipeline", "saving", "explain", "skeleton"},
     {"evaluation", "adapters"},
     {"quantizer"},
-    {"bench", "comparison", "convert"},
+    {"bench", "comparison", "convert", "training"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -49,6 +49,8 @@ MAY_IMPORT_TRANSFORMERS = {
     "skeleton",
     "logging",
     "bench.endtoend",
+    "training.callback",
+    "training.trainer",
 }
 
 
