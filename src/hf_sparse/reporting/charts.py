@@ -68,7 +68,8 @@ def line_chart(
 
     pairs = enumerate(zip(values, labels, strict=True))
     points = [Point(across_at(i), up_at(v), f"{name}: {v:.4g}") for i, (v, name) in pairs]
-    ticks = [(up_at(i * step), f"{i * step:.4g}") for i in range(round(top / step) + 1)]
+    digits = max(0, -math.floor(math.log10(step)))
+    ticks = [(up_at(i * step), f"{i * step:.{digits}f}") for i in range(round(top / step) + 1)]
     every = math.ceil(len(values) / 16)
     marks = [(across_at(i), str(i)) for i in range(0, len(values), every)]
     return Chart(id, caption, points, ticks, marks, across)
