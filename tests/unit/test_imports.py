@@ -26,7 +26,7 @@ LAYERS = [
     {"layers"},
     {"calibration", "environment", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report"},
-    {"facts", "loading"},
+    {"facts", "loading", "tracking"},
     {"spread", "legacy"},
     {"pipeline", "saving", "explain", "skeleton"},
     {"evaluation", "adapters"},
