@@ -9,6 +9,7 @@ HfSparseError
 ├── SolveError        the maths failed for a layer: NaN weights, a bad Hessian  (ArithmeticError)
 ├── FormatError       tensors do not fit a storage format                            (ValueError)
 │   └── CheckpointError   ... and were read from a file; names the file and the tensor
+├── PackageError      an optional package is needed, and isn't installed            (ImportError)
 └── SaveError         a checkpoint could not be written                                 (OSError)
 
 Each message names what was passed, what was expected and what to do about it.
@@ -49,6 +50,10 @@ class FormatError(HfSparseError, ValueError):
 
 class CheckpointError(FormatError):
     """A checkpoint on disk is damaged, incomplete, or of an unknown version."""
+
+
+class PackageError(HfSparseError, ImportError):
+    """Something needs an optional package that isn't installed; the message names the extra."""
 
 
 class SaveError(HfSparseError, OSError):
