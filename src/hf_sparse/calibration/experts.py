@@ -72,6 +72,7 @@ def _filled(own: Observed | None, shared: Observed, limit: int) -> Observed:
     note += f"of its statistics is the mean of all {total} that enter the experts"
     if own is None:
         return Observed(replace(shared.statistics, tokens=0), note=note)
+    note = f"{own.note}; {note}" if own.note else note
     return Observed(shrink(own.statistics, shared.statistics, routed / limit), note=note)
 
 
