@@ -89,7 +89,7 @@ def check(
             make = find_inputs(model)
             batches = [make(seed) for seed in range(BATCHES)]
             outputs(model, batches[0])
-        if not any(isinstance(m, nn.Linear | Conv1D) for m in model.base_model.modules()):
+        if not any(map(_is_linear, model.base_model.modules())):
             raise _Failure(NOTHING, "no linear layer but its head's")
         with _stage(NOT_BUILT, "generate: "):
             generated = _generate(model, batches[0])
@@ -151,6 +151,13 @@ def build(kind: str, model_type: str) -> PreTrainedModel:
             if parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return model
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        ones = {*module.kernel_size, *module.stride, module.groups}
+        return ones == {1} and type(module) in (nn.Conv1d, nn.Conv2d) and module.padding[0] == 0
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import SolveError
+from ..layers.axes import Axes
 from ..layers.experts import SparseExperts, chosen_slots
 from ..statistics import Needs, Statistics
 from .blocks import Call, Visit
@@ -98,7 +99,8 @@ def collect_statistics(
 
     Args:
         visit: a unit and the calls that stand in front of it.
-        layers: the layers of the unit to watch; inputs are (..., in).
+        layers: the layers of the unit to watch; inputs are (..., in), a convolution's have the
+            channels where it has them.
         needs: what to collect.
         dense: also collect cross moments and residuals against the dense model.
         everywhere: the layers are experts' and are to see all tokens that enter the experts; the
@@ -121,7 +123,7 @@ class _Pass:
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     routed: dict[str, list[Tensor]] = field(default_factory=dict)
     streams: dict[str, Tensor] = field(default_factory=dict)
-    by_tensor: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    by_tensor: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def calls(self) -> int:
         return sum(len(inputs) for inputs in self.inputs.values())
@@ -253,13 +255,16 @@ class _Collection:
             if not len(routed.tokens):
                 return  # padding alone
             now.routed.setdefault(name, []).append(routed.tokens)
-        if id(x) not in now.by_tensor:
-            rows = self._tokens(x) if routed is None else x.detach()[routed.rows]
+        axes = Axes.of(module)
+        seen = id(x), axes.spatial
+        if seen not in now.by_tensor:
+            channels_last = axes.channels_last(x)
+            rows = self._tokens(channels_last) if routed is None else x.detach()[routed.rows]
             # A copy: the model may write into its activations before the pass is counted.
-            now.by_tensor[id(x)] = x, rows.clone()
-        now.inputs.setdefault(name, []).append(now.by_tensor[id(x)][1])
+            now.by_tensor[seen] = x, rows.clone()
+        now.inputs.setdefault(name, []).append(now.by_tensor[seen][1])
         if self._stream is not None and self._dense is not None and name in self._dense.writers:
-            now.streams[name] = self._tokens(self._stream)
+            now.streams[name] = self._tokens(axes.channels_last(self._stream))
         if self._stop_early and now.calls() == len(self._names):
             raise _AllSeen
 
