@@ -29,6 +29,7 @@ from ..layers.axes import Axes
 from ..layers.experts import SparseExperts, chosen_slots
 from ..statistics import Needs, Statistics
 from .blocks import Call, Visit
+from .padding import Padding
 from .stages import stream_input
 from .statistics import StatisticsCollector
 
@@ -164,12 +165,12 @@ class _Collection:
         self._residuals: dict[str, Tensor] = {}
         self._now = _Pass()
         self._stream: Tensor | None = None
-        self._token_mask: Tensor | None = None
+        self._padding = Padding()
         self._stop_early = False
         hooked = any(hasattr(m, "_hf_hook") for m in visit.unit.module.modules())
         with self._watching(layers):
             for index, call in enumerate(visit.calls):
-                self._token_mask = call.token_mask
+                self._padding = call.padding
                 twin = self._pass_dense(index, dense) if dense is not None else None
                 own = self._pass(call, partial(visit.run, visit.unit, call))
                 if index == 0:
@@ -238,7 +239,7 @@ class _Collection:
         if not self._everywhere:
             return
         inside = {index for owner, index in self._experts.values() if owner is experts}
-        rows = self._tokens(call["hidden_states"])
+        rows = self._tokens(experts, call["hidden_states"])
         self._beside = True
         try:
             for index in sorted(inside):
@@ -259,12 +260,14 @@ class _Collection:
         seen = id(x), axes.spatial
         if seen not in now.by_tensor:
             channels_last = axes.channels_last(x)
-            rows = self._tokens(channels_last) if routed is None else x.detach()[routed.rows]
+            rows = (
+                self._tokens(module, channels_last) if routed is None else x.detach()[routed.rows]
+            )
             # A copy: the model may write into its activations before the pass is counted.
             now.by_tensor[seen] = x, rows.clone()
         now.inputs.setdefault(name, []).append(now.by_tensor[seen][1])
         if self._stream is not None and self._dense is not None and name in self._dense.writers:
-            now.streams[name] = self._tokens(axes.channels_last(self._stream))
+            now.streams[name] = self._tokens(module, axes.channels_last(self._stream))
         if self._stop_early and now.calls() == len(self._names):
             raise _AllSeen
 
@@ -329,18 +332,16 @@ class _Collection:
         choice = self._choices[experts]
         tokens = chosen_slots(choice, index) // choice.shape[1]
         inside = torch.ones_like(tokens, dtype=torch.bool)
-        mask = self._token_mask
-        if mask is not None and mask.numel() == len(choice):
-            inside = mask.to(tokens.device).flatten()[tokens]
+        mask = self._padding.tokens(experts, len(choice))
+        if mask is not None:
+            inside = mask.to(tokens.device)[tokens]
         return _Routed(inside, tokens[inside])
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """The input's rows that are no padding, (tokens, in)."""
+    def _tokens(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The rows of a module's input that are no padding, (tokens, in)."""
         rows = x.detach().reshape(-1, x.shape[-1])
-        mask = self._token_mask
-        if mask is not None and mask.numel() == rows.shape[0]:
-            rows = rows[mask.to(rows.device).flatten()]
-        return rows
+        mask = self._padding.tokens(module, len(rows))
+        return rows if mask is None else rows[mask.to(rows.device)]
 
 
 def _by_inputs(names: list[str], own: _Pass) -> list[list[str]]:
