@@ -173,7 +173,7 @@ def _dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         with torch.no_grad(), align_module_device(module):
             own = dict(module.named_parameters(recurse=False))
             if isinstance(module, SparseLinear):
-                weight = module.weight
+                weight = module.whole_weight()
                 own["weight"] = (weight.T if module.transposed else weight).contiguous()  # type: ignore[assignment]
             else:
                 skipped = module._non_persistent_buffers_set

@@ -67,7 +67,7 @@ def pack_linear(
 def unpack_linear(sparse: SparseLinear, original: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Fill `original`, a dense layer on meta, with a sparse layer's weight and bias."""
     with torch.no_grad(), align_module_device(sparse):
-        weight = sparse.weight.to(dtype)
+        weight = sparse.whole_weight().to(dtype)
         original.weight = nn.Parameter((weight.T if sparse.transposed else weight).contiguous())
         original.bias = sparse.bias
     return original
