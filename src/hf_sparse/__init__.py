@@ -11,6 +11,7 @@ from .comparison import Comparison, ComparisonPoint, compare
 from .config import SparseConfig
 from .convert import Conversion, convert_checkpoint
 from .errors import (
+    AdapterError,
     CalibrationError,
     CheckpointError,
     ConfigError,
@@ -33,6 +34,7 @@ from .evaluation import (
 )
 from .explain import Explanation, explain
 from .layers import SparseExperts, SparseLinear
+from .merging import LayerMerge, MergeReport, merge_adapter
 from .quantizer import SparseQuantizer, prune
 from .report import LayerReport, PruningReport
 from .saving import export_dense
@@ -40,6 +42,7 @@ from .saving import export_dense
 __version__ = _version("hf_sparse")
 
 __all__ = [
+    "AdapterError",
     "Agreement",
     "CalibrationError",
     "CheckpointError",
@@ -53,7 +56,9 @@ __all__ = [
     "FormatError",
     "GenerationSpeed",
     "HfSparseError",
+    "LayerMerge",
     "LayerReport",
+    "MergeReport",
     "Perplexity",
     "PruningReport",
     "SaveError",
@@ -72,6 +77,7 @@ __all__ = [
     "export_dense",
     "export_low_rank",
     "generation_speed",
+    "merge_adapter",
     "perplexity",
     "prune",
     "split_low_rank",

@@ -140,7 +140,7 @@ class SparseLinear(nn.Linear):
             AdapterError: the layer's tensors are offloaded.
             FormatError: the weight has another shape.
         """
-        if self._is_offloaded():
+        if self.is_offloaded():
             raise AdapterError(
                 "a weight was written into a sparse layer that is offloaded, where it would be "
                 "lost: load the model without offloading to merge an adapter"
@@ -181,7 +181,8 @@ class SparseLinear(nn.Linear):
         weight = fmt.unpack(packed, self.shape, self.weight_dtype)
         return weight if low_rank is None else low_rank.added_to(weight)
 
-    def _is_offloaded(self) -> bool:
+    def is_offloaded(self) -> bool:
+        """Does accelerate keep its tensors elsewhere between calls?"""
         hook = getattr(self, "_hf_hook", None)
         return isinstance(hook, AlignDevicesHook) and bool(hook.offload)
 
@@ -214,7 +215,7 @@ class SparseLinear(nn.Linear):
         packed = self.packed
         if any(tensor.is_meta for tensor in packed.values()):
             return
-        if self._is_offloaded():
+        if self.is_offloaded():
             self.trace = (Verdict("reference", True, "its tensors are offloaded"),)
             return
         choice: Choice = choose(Stored(self.format, packed, self.shape, self.weight_dtype))
