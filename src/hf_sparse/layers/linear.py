@@ -133,8 +133,9 @@ class SparseLinear(nn.Linear):
             delattr(self, KEY_A)
             delattr(self, KEY_B)
 
-    def _take(self, value: Tensor) -> None:
-        """Hold a weight that was written from outside.
+    def _take(self, value: Tensor) -> Tensor | None:
+        """Hold a weight that was written from outside, or the old one if that is what it is up to
+        rounding: then it is returned.
 
         Raises:
             AdapterError: the layer's tensors are offloaded.
@@ -150,11 +151,11 @@ class SparseLinear(nn.Linear):
         value = value.detach().to(self.weight_dtype).as_subclass(Tensor)
         current = self.whole_weight()
         if torch.equal(value, current):
-            return
+            return None
         before = self._before or (self.format, self.packed, self.low_rank)
         if self._before is not None and _equal_but_rounding(value, current, self._old_weight()):
             self.hold(*before)
-            return
+            return self.whole_weight()
         layout = self.format.layout if isinstance(self.format, Quantized) else self.format
         if self.rank or bool(value[current == 0].any()):
             layout = Dense()
@@ -163,6 +164,7 @@ class SparseLinear(nn.Linear):
             warnings.warn(MERGED.format(lost), stacklevel=3)
         self.hold(layout, pack_weight(layout, value))
         self._before = before
+        return None
 
     def hold(self, fmt: Format, packed: Packed, low_rank: LowRank | None = None) -> None:
         """Hold another weight, of the same shape, and hand it to a kernel if the old one was."""

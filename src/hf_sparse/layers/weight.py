@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+
+# Is given all of a weight, and gives the one that the layer holds instead, if it is another.
+Take: TypeAlias = Callable[[Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class _Origin:
     """The unpacked weight that a tensor is a view of, and what takes it when it has changed."""
 
     whole: Tensor
-    take: Callable[[Tensor], None]
+    take: Take
 
 
 class UnpackedWeight(torch.Tensor):
@@ -31,7 +35,7 @@ class UnpackedWeight(torch.Tensor):
     _origin: _Origin
 
     @staticmethod
-    def of(weight: Tensor, take: Callable[[Tensor], None]) -> Tensor:
+    def of(weight: Tensor, take: Take) -> Tensor:
         """`weight` itself; `take` is called with all of it after every write."""
         return _connected(weight, _Origin(weight, take))
 
@@ -53,7 +57,9 @@ class UnpackedWeight(torch.Tensor):
             if _writes(func):
                 if func.__name__ == "__set__" and target is not origin.whole:
                     return result  # `view.data = x` lets go of the weight's memory
-                origin.take(origin.whole.detach().as_subclass(Tensor))
+                held = origin.take(origin.whole.detach().as_subclass(Tensor))
+                if held is not None:
+                    origin.whole.data.copy_(held)
                 return result
             memory = _memory(target)
 
