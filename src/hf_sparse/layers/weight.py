@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-
 # Is given all of a weight, and gives the one that the layer holds instead, if it is another.
 Take: TypeAlias = Callable[[Tensor], Tensor | None]
 
@@ -31,6 +30,9 @@ class _Origin:
 
 class UnpackedWeight(torch.Tensor):
     """A tensor like any other, but for what is written into it. Results of operations are plain."""
+
+    # transformers gives weights whose names a checkpoint lacks random values, but not these.
+    _is_hf_initialized = True
 
     _origin: _Origin
 

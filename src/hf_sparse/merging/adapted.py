@@ -70,8 +70,10 @@ def _check_state(name: str, tuner: BaseTunerLayer) -> None:
         )
 
 
-def merged_layer(name: str, tuner: Any) -> MergedLayer:
+def merged_layer(name: str, tuner: Any) -> MergedLayer | None:
     """Weight and bias of a sparse layer with its active adapters merged; the layer is unchanged.
+
+    None if no active adapter has a part in it.
 
     Raises:
         AdapterError: PEFT can't merge this kind of adapter, or this one; names the layer.
@@ -85,6 +87,8 @@ def merged_layer(name: str, tuner: Any) -> MergedLayer:
     tuner.base_layer = twin
     try:
         _merge(name, tuner)
+        if not tuner.merged:
+            return None
     finally:
         tuner.base_layer = sparse
         tuner.merged_adapters.clear()

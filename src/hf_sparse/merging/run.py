@@ -143,9 +143,8 @@ class _Merge:
             check_mergeable(name, tuner)
         with progress_bar(len(self._adapted.sparse), "Merging") as bar:
             self._walk(batches, bar)
-            solved = {layer.name for layer in self._layers}
             for name in self._adapted.sparse:
-                if name not in solved:
+                if self._module(name) not in self._merged:
                     self._solve(name, None, (NEVER_CALLED,) if batches else ())
                     bar.update()
         return self._layers
@@ -187,6 +186,10 @@ class _Merge:
         tuner: Any = self._adapted.sparse[name]
         sparse: SparseLinear = tuner.get_base_layer()
         goal = merged_layer(name, tuner)
+        if goal is None:
+            self._merged[tuner] = sparse
+            stand_in(tuner, sparse)
+            return
         mask, low_rank = sparse.sparse_weight != 0, sparse.low_rank
         beside = low_rank.to(torch.float32).product() if low_rank else torch.zeros(())
         whole = goal.weight.float()
