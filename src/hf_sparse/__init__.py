@@ -10,6 +10,7 @@ from .calibration.data import DataRecord
 from .comparison import Comparison, ComparisonPoint, compare
 from .config import SparseConfig
 from .convert import Conversion, convert_checkpoint
+from .environment import Environment
 from .errors import (
     AdapterError,
     CalibrationError,
@@ -18,16 +19,21 @@ from .errors import (
     EvaluationError,
     FormatError,
     HfSparseError,
+    PackageError,
     SaveError,
     SolveError,
     TargetError,
+    TrainingError,
 )
 from .evaluation import (
     Agreement,
+    Evaluation,
     GenerationSpeed,
     Perplexity,
     TaskResults,
+    Texts,
     agreement,
+    evaluate,
     evaluate_tasks,
     generation_speed,
     perplexity,
@@ -37,6 +43,7 @@ from .layers import SparseExperts, SparseLinear
 from .merging import LayerMerge, MergeReport, merge_adapter
 from .quantizer import SparseQuantizer, prune
 from .report import LayerReport, PruningReport
+from .reporting import write_report
 from .saving import export_dense
 
 __version__ = _version("hf_sparse")
@@ -51,6 +58,8 @@ __all__ = [
     "ConfigError",
     "Conversion",
     "DataRecord",
+    "Environment",
+    "Evaluation",
     "EvaluationError",
     "Explanation",
     "FormatError",
@@ -59,6 +68,7 @@ __all__ = [
     "LayerMerge",
     "LayerReport",
     "MergeReport",
+    "PackageError",
     "Perplexity",
     "PruningReport",
     "SaveError",
@@ -69,9 +79,12 @@ __all__ = [
     "SparseQuantizer",
     "TargetError",
     "TaskResults",
+    "Texts",
+    "TrainingError",
     "agreement",
     "compare",
     "convert_checkpoint",
+    "evaluate",
     "evaluate_tasks",
     "explain",
     "export_dense",
@@ -81,4 +94,5 @@ __all__ = [
     "perplexity",
     "prune",
     "split_low_rank",
+    "write_report",
 ]

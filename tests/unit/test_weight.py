@@ -162,3 +162,13 @@ def test_an_offloaded_layer_refuses_what_would_be_lost(monkeypatch):
     with pytest.raises(AdapterError, match="load the model without offloading"):
         sparse.weight.data += 1
     check(sparse, WEIGHT, "bitmask")
+
+
+def test_a_layer_in_training_refuses_another_weight():
+    sparse = layer()
+    sparse.train_values(torch.float32)
+    with pytest.raises(AdapterError, match="call hf_sparse.training.finish_training"):
+        sparse.weight.data += 1
+    assert sparse.weight.requires_grad
+    sparse.fix_values()
+    check(sparse, WEIGHT, "bitmask")
