@@ -34,6 +34,7 @@ def run_commands(block):
 
 # PEFT asks transformers 5.23 by an old name.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.pin_memory. argument:UserWarning")  # Trainer, without a GPU
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     for folder in ("examples", "tests"):
@@ -63,6 +64,31 @@ def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.filterwarnings("ignore:.pin_memory. argument:UserWarning")
+def test_the_example_of_full_fine_tuning_runs(tmp_path, monkeypatch, capsys):
+    import runpy
+    import sys
+
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from hf_sparse import SparseLinear
+
+    output = tmp_path / "out"
+    arguments = ["finetune_full.py", "--steps", "4", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(ROOT / "examples" / "finetune_full.py"), run_name="__main__")
+    logging.disable_progress_bar()
+    printed = capsys.readouterr().out
+    dense, pruned, trained = (float(x) for x in re.findall(r"perplexity ([\d.]+)", printed))
+    assert dense < trained < pruned
+    model = AutoModelForCausalLM.from_pretrained(output)
+    layers = [m for m in model.modules() if isinstance(m, SparseLinear)]
+    assert len(layers) == 56
+    for layer in layers:
+        assert int((layer.weight == 0).sum()) == int(0.6 * layer.weight.numel())
 
 
 def test_the_quickstart_runs(tmp_path, monkeypatch, capsys):
