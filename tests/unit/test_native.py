@@ -225,7 +225,6 @@ def test_infinite_and_subnormal_weights_count_as_in_linear(
             native.linear(x, weight, path="amx")
 
 
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("m", [1, 2, 5, 33, 130])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])

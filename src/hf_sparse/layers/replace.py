@@ -78,6 +78,19 @@ def unpack_linear(sparse: SparseLinear, original: nn.Module, dtype: torch.dtype)
     return original
 
 
+def surroundings(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """For each module what holds all its uses: its parent, or the model if it has several.
+
+    To replace many modules, ask once: looking through the whole model for each takes time that
+    grows with its square.
+    """
+    found: dict[nn.Module, nn.Module] = {}
+    for parent in model.modules():
+        for child in parent.children():
+            found[child] = model if child in found else parent
+    return found
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `model` has `old`; mode and accelerate's hook go with it."""
     put_modules(model, {old: new})
@@ -87,7 +100,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def put_modules(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> None:
     """Put other modules in the places of some, wherever `model` has them."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):
             if child in successors:
                 setattr(parent, name, successors[child])
 
