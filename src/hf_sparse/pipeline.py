@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration.blocks import BlockWalk, Visit, find_units
+from .calibration.blocks import BlockWalk, Visit
 from .calibration.experts import observe
 from .calibration.inputs import DensePath, Observed
 from .calibration.stages import find_stages, residual_writers
+from .calibration.units import Unit, find_units
 from .config import SparseConfig
 from .errors import CalibrationError, ConfigError, SolveError
 from .facts import DenseFacts
@@ -95,12 +96,14 @@ def run(
     solver = make_solver(config.solver, config)
     _check_low_rank(config.low_rank, jobs)
     _check_weights(solver, jobs)
+    units = find_units(model, [job.target.name for job in jobs], config.blocks)
+    _tell_no_blocks(model, units, config)
     if facts is None:
         facts = DenseFacts(load_calibration(model, config, load_tokenizer))
     training = model.training
     model.eval()
     try:
-        this = _Run(model, config, solver, facts)
+        this = _Run(model, config, solver, units, facts)
         layers = this.prune(jobs)
         left_dense |= dict.fromkeys(this.never_called, NEVER_CALLED)
     finally:
@@ -120,9 +123,11 @@ class _Run:
         model: nn.Module,
         config: SparseConfig,
         solver: Solver,
+        units: Sequence[Unit],
         facts: DenseFacts,
     ) -> None:
         self._model, self._config, self._facts = model, config, facts
+        self._units = units
         self._solver = LayerSolver(
             solver, config.refit, config.damp_percent, config.grid, config.low_rank
         )
@@ -148,7 +153,7 @@ class _Run:
         config = self._config
         if not jobs:
             return jobs
-        units = find_units(self._model, [job.target.name for job in jobs])
+        units = self._units
         metrics: Mapping[str, OutputMetric] = {}
         if config.needs_gradients:
             metrics = self._facts.metrics(self._model, units, config)
@@ -168,7 +173,7 @@ class _Run:
                 self._pack()
             return
         by_name = {job.target.name: job for job in jobs}
-        units = find_units(self._model, list(by_name))
+        units = self._units
         keep_dense = self._config.target == "dense"
         walk = BlockWalk(self._model, units, self._facts.batches, keep_dense)
         done = 0
@@ -288,6 +293,18 @@ def _check_weights(solver: Solver, jobs: Sequence[Job]) -> None:
                     f"layer {job.target.name}: its weight holds NaN or infinite values; the model "
                     "was left as it was"
                 )
+
+
+def _tell_no_blocks(model: nn.Module, units: Sequence[Unit], config: SparseConfig) -> None:
+    if config.blocks is None and len(units) > 1 and all(u.targets == (u.name,) for u in units):
+        logger.warning(
+            "no blocks were found in %s, whose modules are %s: each of the %d layers is pruned by "
+            "itself. Pass blocks=, regexes of the modules that are to be pruned at once, if there "
+            "are any",
+            type(model).__name__,
+            ", ".join(f"{name} ({type(m).__name__})" for name, m in model.named_children()),
+            len(units),
+        )
 
 
 def _tell_never_called(left_dense: Mapping[str, str], any_pruned: bool) -> None:

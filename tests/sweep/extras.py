@@ -161,7 +161,7 @@ EXTRA_INPUTS: dict[str, Extra] = {
     "pop2piano": lambda config, inputs: {"input_features": torch.randn(2, 16, config.d_model)},
     "voxtral_realtime": lambda config, inputs: {
         "input_ids": inputs["input_ids"][
-            :, : max(inputs["input_features"].shape[1:]) // config.audio_length_per_tok
+            :, : min(inputs["input_features"].shape[1:]) // config.audio_length_per_tok
         ]
     },
     "musicgen_decoder": _codebooks,

@@ -141,7 +141,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": INDEXER,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (32, 32), "axial_pos_shape": (4, 4)},
-    "shieldgemma2": {"default": {"yes_token_index": 7, "no_token_index": 8}},
+    "shieldgemma2": {
+        "default": {"yes_token_index": 7, "no_token_index": 8},
+        "yes_token_index": 7,
+        "no_token_index": 8,
+    },
     "step3p7": {"text_config": {"sliding_window": 8}},
     "swin": {"image_size": 64, "window_size": 2, "num_heads": [1, 2, 4, 4]},
     "swinv2": {"image_size": 64, "window_size": 2, "num_heads": [1, 2, 4, 4]},
