@@ -20,18 +20,18 @@ ROOT = Path(__file__).parents[2]
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
     {"errors", "logging", "names"},
-    {"patterns", "quantization", "statistics", "lowrank"},
+    {"patterns", "quantization", "statistics", "lowrank", "records"},
     {"solvers", "formats", "allocation"},
     {"kernels"},
     {"layers"},
-    {"calibration", "recipes", "solving"},
+    {"calibration", "environment", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report"},
-    {"facts", "loading"},
+    {"facts", "loading", "tracking"},
     {"spread", "legacy"},
     {"pipeline", "saving", "explain", "skeleton"},
     {"evaluation", "adapters"},
     {"quantizer"},
-    {"bench", "comparison", "convert"},
+    {"bench", "comparison", "convert", "reporting", "training"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -39,6 +39,7 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # One file a method, layout or kernel; what they share is in these.
 PLUGIN_FOLDERS = {"solvers", "formats", "kernels"}
 SHARED = {"base", "refit", "descent", "lowrank", "bits", "native", "reference", "speed"}
+SHARED |= {"products", "panels", "gemv"}  # of kernels
 
 MAY_IMPORT_TRANSFORMERS = {
     "adapters",
@@ -49,6 +50,8 @@ MAY_IMPORT_TRANSFORMERS = {
     "skeleton",
     "logging",
     "bench.endtoend",
+    "training.callback",
+    "training.trainer",
 }
 
 
