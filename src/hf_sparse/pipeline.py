@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration.blocks import BlockWalk, Unit, Visit, find_units, input_device
+from .calibration.blocks import BlockWalk, Visit, input_device
 from .calibration.experts import observe
 from .calibration.inputs import DensePath, Observed
 from .calibration.stages import find_stages, residual_writers
+from .calibration.units import Unit, find_units
 from .config import SparseConfig
 from .environment import Environment
 from .errors import CalibrationError, ConfigError, SolveError
@@ -98,13 +99,15 @@ def run(
     solver = make_solver(config.solver, config)
     _check_low_rank(config.low_rank, jobs)
     _check_weights(solver, jobs)
+    units = find_units(model, [job.target.name for job in jobs], config.blocks)
+    _tell_no_blocks(model, units, config)
     if facts is None:
         facts = DenseFacts(load_calibration(model, config, load_tokenizer))
     training = model.training
     model.eval()
     try:
         this = _Run(model, config, solver, facts)
-        layers = this.prune(jobs)
+        layers = this.prune(jobs, units)
         left_dense |= dict.fromkeys(this.never_called, NEVER_CALLED)
     finally:
         model.train(training)
@@ -148,9 +151,8 @@ class _Run:
         self._solved: dict[str, _Solved] = {}
 
     @torch.no_grad()
-    def prune(self, jobs: Sequence[Job]) -> list[LayerReport]:
+    def prune(self, jobs: Sequence[Job], units: Sequence[Unit]) -> list[LayerReport]:
         """Solve all layers and replace them; returns their reports in the order of solving."""
-        units = find_units(self._model, [job.target.name for job in jobs])
         self._blocks = {name: unit.name for unit in units for name in unit.targets}
         jobs = self._prepared(jobs, units)
         self._clock = time.perf_counter()
@@ -323,6 +325,18 @@ def _check_weights(solver: Solver, jobs: Sequence[Job]) -> None:
                     f"layer {job.target.name}: its weight holds NaN or infinite values; the model "
                     "was left as it was"
                 )
+
+
+def _tell_no_blocks(model: nn.Module, units: Sequence[Unit], config: SparseConfig) -> None:
+    if config.blocks is None and len(units) > 1 and all(u.targets == (u.name,) for u in units):
+        logger.warning(
+            "no blocks were found in %s, whose modules are %s: each of the %d layers is pruned by "
+            "itself. Pass blocks=, regexes of the modules that are to be pruned at once, if there "
+            "are any",
+            type(model).__name__,
+            ", ".join(f"{name} ({type(m).__name__})" for name, m in model.named_children()),
+            len(units),
+        )
 
 
 def _tell_never_called(left_dense: Mapping[str, str], any_pruned: bool) -> None:
