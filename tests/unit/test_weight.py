@@ -167,7 +167,7 @@ def test_an_offloaded_layer_refuses_what_would_be_lost(monkeypatch):
 def test_a_layer_in_training_refuses_another_weight():
     sparse = layer()
     sparse.train_values(torch.float32)
-    with pytest.raises(AdapterError, match="call hf_sparse.training.finish_training"):
+    with pytest.raises(AdapterError, match=r"call hf_sparse\.training\.finish_training"):
         sparse.weight.data += 1
     assert sparse.weight.requires_grad
     sparse.fix_values()
