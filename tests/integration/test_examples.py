@@ -63,3 +63,13 @@ def test_a_sentence_encoder_keeps_its_embeddings(run, tmp_path):
     assert 0.8 < float(re.search(r"cosine .* ([\d.]+)\n", printed)[1]) < 0.999
     dense, sparse = (float(x) for x in re.findall(r"([\d.]+) MB", printed))
     assert sparse < 0.8 * dense
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_an_adapter_is_trained_and_merged_into_a_sparse_checkpoint(run, tmp_path):
+    printed = run("finetune_lora.py", "--steps", 4, "--output", tmp_path / "out")
+    sparse, adapted, merged = (float(x) for x in re.findall(r"perplexity ([\d.]+)", printed))
+    assert adapted < sparse
+    assert merged < 1.05 * sparse
+    assert "56 sparse layers, resolve" in printed
+    assert (tmp_path / "out" / "model.safetensors").exists()
