@@ -77,3 +77,13 @@ def test_full_fine_tuning_recovers_and_keeps_the_pattern(run, tmp_path):
     assert len(layers) == 56
     for layer in layers:
         assert int((layer.weight == 0).sum()) == int(0.6 * layer.weight.numel())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_an_adapter_is_trained_and_merged_into_a_sparse_checkpoint(run, tmp_path):
+    printed = run("finetune_lora.py", "--steps", 4, "--output", tmp_path / "out")
+    sparse, adapted, merged = (float(x) for x in re.findall(r"perplexity ([\d.]+)", printed))
+    assert adapted < sparse
+    assert merged < 1.05 * sparse
+    assert "56 sparse layers, resolve" in printed
+    assert (tmp_path / "out" / "model.safetensors").exists()

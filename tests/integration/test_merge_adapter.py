@@ -387,7 +387,7 @@ def test_a_failure_leaves_the_model_as_it_was(base, token_ids, ids, monkeypatch,
             run, "merged_layer", lambda *args: solve(*args) if next(count) < 1 else broken()
         )
     elif place == "compare":
-        monkeypatch.setattr(run, "kl_divergence", broken)
+        monkeypatch.setattr(run, "compare", broken)
     else:
         monkeypatch.setattr(type(model.base_model), "merge_and_unload", broken)
     with pytest.raises((RuntimeError, AdapterError)):

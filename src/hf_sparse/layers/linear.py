@@ -18,18 +18,12 @@ from ..kernels import Choice, Kernel, Stored, Verdict, choose
 from ..kernels.reference import sparse_linear
 from ..lowrank import KEY_A, KEY_B, LowRank
 from .axes import Axes
-from .weight import UnpackedWeight
+from .weight import MERGED, UnpackedWeight, equal_but_rounding
 
 # `weight` itself is a property, so the buffer with the values needs a name of its own.
 VALUES = "weight_values"
 # Buffers that `train_values` makes parameters of.
 _TRAINED = (VALUES, KEY_A, KEY_B)
-
-MERGED = (
-    "A weight that does not fit its packed form was written into a sparse layer, as PEFT's merge() "
-    "and merge_and_unload() do: the layer is {} now. To merge an adapter into a model that stays "
-    "sparse call hf_sparse.merge_adapter(model) instead."
-)
 
 
 class SparseLinear(nn.Linear):
@@ -169,7 +163,7 @@ class SparseLinear(nn.Linear):
         if torch.equal(value, current):
             return None
         before = self._before or (self.format, self.packed, self.low_rank)
-        if self._before is not None and _equal_but_rounding(value, current, self._old_weight()):
+        if self._before is not None and equal_but_rounding(value, current, self._old_weight()):
             self.hold(*before)
             return self.matrix.view(shape)
         layout = self.format.layout if isinstance(self.format, Quantized) else self.format
@@ -355,9 +349,3 @@ class SparseLinear(nn.Linear):
                 low_rank.check(self.shape)
         if resolved:
             self.resolve()
-
-
-def _equal_but_rounding(value: Tensor, current: Tensor, old: Tensor) -> bool:
-    """Is `value` the old weight, up to what adding to it, and subtracting again, has rounded?"""
-    size = current.abs().max() + old.abs().max()
-    return bool((value - old).abs().max() <= 8 * torch.finfo(old.dtype).eps * size)

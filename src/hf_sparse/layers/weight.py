@@ -16,6 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+MERGED = (
+    "A weight that does not fit its packed form was written into a sparse layer, as PEFT's merge() "
+    "and merge_and_unload() do: the layer is {} now. To merge an adapter into a model that stays "
+    "sparse call hf_sparse.merge_adapter(model) instead."
+)
+
 # Is given all of a weight, and gives the one that the layer holds instead, if it is another.
 Take: TypeAlias = Callable[[Tensor], Tensor | None]
 
@@ -101,3 +107,9 @@ def _writes(func: Callable[..., Any]) -> bool:
     """Is it one of torch's functions that change their first argument?"""
     name = getattr(func, "__name__", "")
     return name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
+
+
+def equal_but_rounding(value: Tensor, current: Tensor, old: Tensor) -> bool:
+    """Is `value` the old weight, up to what adding to it, and subtracting again, has rounded?"""
+    size = current.abs().max() + old.abs().max()
+    return bool((value - old).abs().max() <= 8 * torch.finfo(old.dtype).eps * size)

@@ -15,24 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.blocks import BlockWalk, Visit, call_model, find_units
+from ..calibration.blocks import BlockWalk, Visit, find_units
 from ..calibration.data import Batch
 from ..calibration.experts import observe
 from ..calibration.inputs import DensePath, Observed
 from ..calibration.stages import find_stages, residual_writers
 from ..config import SparseConfig
 from ..errors import AdapterError, ConfigError, SolveError
-from ..evaluation.agreement import kl_divergence
-from ..evaluation.data import token_mask
 from ..formats import pack_weight
 from ..layers import SparseLinear
 from ..layers.replace import inherit, put_modules
 from ..loading import load_calibration
 from ..logging import get_logger, progress_bar
 from ..quantizer import load_tokenizer
+from ..solvers import Solution
 from ..solving import dense_target
 from .adapted import Adapted, check_mergeable, find_adapted, merged_layer, stand_in, step_back
-from .report import Fidelity, LayerMerge, MergeReport
+from .compare import compare
+from .report import LayerMerge, MergeReport
 from .values import values_on_pattern
 
 logger = get_logger(__name__)
@@ -95,7 +95,7 @@ def merge_adapter(
     merge = _Merge(base, adapted, config)
     try:
         layers = merge.solve(batches)
-        fidelity = merge.compare(batches) if batches else None
+        fidelity = compare(base, merge.unmerged, batches) if batches else None
         merged = merge.finish(model)
     finally:
         merge.step_back()
@@ -179,7 +179,7 @@ class _Merge:
         factors = residual_writers(visit, layers)
         writers = {name: layers[name] for name in factors}
         for stage in stages:
-            yield stage, DensePath(self._unmerged, stage is stages[-1], writers, factors)
+            yield stage, DensePath(self.unmerged, stage is stages[-1], writers, factors)
 
     def _solve(self, name: str, observed: Observed | None, notes: tuple[str, ...] = ()) -> None:
         """Find a layer's merged weight, and let it stand in for the adapted layer."""
@@ -190,53 +190,46 @@ class _Merge:
             self._merged[tuner] = sparse
             stand_in(tuner, sparse)
             return
-        mask, low_rank = sparse.sparse_weight != 0, sparse.low_rank
+        whole, low_rank = goal.weight.float(), sparse.low_rank
         beside = low_rank.to(torch.float32).product() if low_rank else torch.zeros(())
-        whole = goal.weight.float()
-        wanted, hessian = whole, None
-        statistics = observed.statistics if observed else None
         try:
-            if statistics is not None and self._config.refit:
-                hessian = statistics.damped_hessian(self._config.damp_percent)
-                if statistics.cross is not None:
-                    assert observed is not None
-                    damp = self._config.damp_percent
-                    wanted = dense_target(whole, statistics, damp, observed.residual)
-            solution = values_on_pattern(
-                wanted - beside, mask, sparse.format, sparse.weight_dtype, hessian,
-                self._config.refit,
-            )  # fmt: skip
+            solution = self._values(sparse, whole, beside, observed)
         except SolveError as error:
             raise SolveError(f"layer {name}: {error}") from None
         if not bool(torch.isfinite(solution.weight).all()):
             raise AdapterError(f"layer {name}: its merged weight overflows {sparse.weight_dtype}")
-        packed = pack_weight(sparse.format, solution.weight, solution.quantized)
-        bias = sparse.bias
-        if bias is not None and goal.bias is not None and not torch.equal(bias, goal.bias):
-            bias = nn.Parameter(goal.bias, requires_grad=bias.requires_grad)
-        merged = type(sparse)(
-            sparse.format, packed, sparse.shape, sparse.weight_dtype, bias, sparse.axes, low_rank
-        )
-        inherit(sparse, merged)
-        merged.resolve()
-        self._merged[tuner] = merged
-        stand_in(tuner, merged)
+        self._merged[tuner] = _layer(sparse, solution, goal.bias)
+        stand_in(tuner, self._merged[tuner])
+        notes += (observed.note,) if observed and observed.note else ()
+        statistics = observed.statistics if observed else None
         after = solution.weight.float() + beside
-        zeros = mask.numel() - int(mask.sum())
+        zeros = int((~solution.mask).sum())
         self._layers.append(
             LayerMerge(
                 name=name,
                 zeros=zeros,
-                sparsity=zeros / mask.numel(),
+                sparsity=zeros / after.numel(),
                 weight_error=_relative(after - whole, whole),
                 output_error=statistics.relative_error(whole, after) if statistics else None,
                 tokens=statistics.tokens if statistics else None,
-                notes=notes + ((observed.note,) if observed and observed.note else ()),
+                notes=notes,
             )
         )
 
+    def _values(
+        self, sparse: SparseLinear, whole: Tensor, beside: Tensor, observed: Observed | None
+    ) -> Solution:
+        """The packed part of a layer whose weight is to be `whole`, low-rank part included."""
+        wanted, hessian, damp = whole, None, self._config.damp_percent
+        if observed is not None and self._config.refit:
+            hessian = observed.statistics.damped_hessian(damp)
+            wanted = dense_target(whole, observed.statistics, damp, observed.residual)
+        mask, dtype = sparse.sparse_weight != 0, sparse.weight_dtype
+        steps = self._config.refit
+        return values_on_pattern(wanted - beside, mask, sparse.format, dtype, hessian, steps)
+
     @contextmanager
-    def _unmerged(self) -> Iterator[None]:
+    def unmerged(self) -> Iterator[None]:
         """The model with its adapters, as it was."""
         self.step_back()
         try:
@@ -250,27 +243,6 @@ class _Merge:
         for tuner in self._merged:
             step_back(tuner)
 
-    @torch.no_grad()
-    def compare(self, batches: Sequence[Batch]) -> Fidelity:
-        """Outputs of the merged and the unmerged model on all batches."""
-        wrong, size, divergence, tokens = 0.0, 0.0, 0.0, 0
-        logits = True
-        with progress_bar(len(batches), "Comparing") as bar:
-            for batch in batches:
-                found, logits = _output(call_model(self._base, batch))
-                with self._unmerged():
-                    expected, _ = _output(call_model(self._base, batch))
-                mask = _mask(batch, expected)
-                y, goal = found[mask].float(), expected[mask].float()
-                wrong += float((y - goal).square().sum(dtype=torch.float64))
-                size += float(goal.square().sum(dtype=torch.float64))
-                tokens += len(goal)
-                if logits:
-                    divergence += float(kl_divergence(goal, y).sum(dtype=torch.float64))
-                bar.update()
-        error = (wrong / size) ** 0.5 if size else 0.0
-        return Fidelity(error, divergence / tokens if logits else None, tokens)
-
     def finish(self, model: Any) -> Any:
         """Put the merged layers in their places for good, and have PEFT merge the rest."""
         put_modules(self._base, self._merged)
@@ -281,22 +253,25 @@ class _Merge:
             raise
 
 
+def _layer(sparse: SparseLinear, solution: Solution, bias: Tensor | None) -> SparseLinear:
+    """A layer like a sparse one, with other values, and bias if it has one."""
+    own = sparse.bias
+    if own is not None and bias is not None and not torch.equal(own, bias):
+        own = nn.Parameter(bias, requires_grad=own.requires_grad)
+    merged = type(sparse)(
+        sparse.format,
+        pack_weight(sparse.format, solution.weight, solution.quantized),
+        sparse.shape,
+        sparse.weight_dtype,
+        own,
+        sparse.axes,
+        sparse.low_rank,
+    )
+    inherit(sparse, merged)
+    merged.resolve()
+    return merged
+
+
 def _relative(difference: Tensor, whole: Tensor) -> float:
     size = float(whole.norm())
     return float(difference.norm()) / size if size else 0.0
-
-
-def _output(outputs: Any) -> tuple[Tensor, bool]:
-    """Logits, or else the first tensor of a model's outputs; and whether it is logits."""
-    logits = getattr(outputs, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits, True
-    values = outputs.values() if isinstance(outputs, Mapping) else (outputs,)
-    return next(value for value in values if isinstance(value, Tensor)), False
-
-
-def _mask(batch: Batch, output: Tensor) -> Tensor:
-    """Where an output (batch, tokens, ...) belongs to a token; everywhere if it has no tokens."""
-    if "input_ids" in batch and output.shape[:2] == batch["input_ids"].shape:
-        return token_mask(batch).to(output.device)
-    return torch.ones(output.shape[:-1], dtype=torch.bool, device=output.device)
