@@ -22,6 +22,7 @@ from .errors import (
     SaveError,
     SolveError,
     TargetError,
+    TrainingError,
 )
 from .evaluation import (
     Agreement,
@@ -74,6 +75,7 @@ __all__ = [
     "TargetError",
     "TaskResults",
     "Texts",
+    "TrainingError",
     "agreement",
     "compare",
     "convert_checkpoint",
