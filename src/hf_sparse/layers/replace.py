@@ -101,7 +101,7 @@ def put_modules(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> 
     """Put other modules in the places of some, wherever `model` has them."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in successors:
+            if child is not None and child in successors:
                 setattr(parent, name, successors[child])
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.blocks import BlockWalk, Visit, find_units
+from ..calibration.blocks import BlockWalk, Visit
 from ..calibration.data import Batch
 from ..calibration.experts import observe
 from ..calibration.inputs import DensePath, Observed
 from ..calibration.stages import find_stages, residual_writers
+from ..calibration.units import find_units
 from ..config import SparseConfig
 from ..errors import AdapterError, ConfigError, SolveError
 from ..formats import pack_weight
@@ -153,7 +154,7 @@ class _Merge:
         """Solve the layers that the model calls on the data, block by block."""
         if not batches:
             return
-        units = find_units(self._base, list(self._adapted.sparse))
+        units = find_units(self._base, list(self._adapted.sparse), self._config.blocks)
         for visit in BlockWalk(self._base, units, batches, self._config.target == "dense"):
             layers = {name: self._module(name) for name in visit.unit.targets}
             for stage, dense in self._stages(visit, layers):
