@@ -8,7 +8,8 @@ HfSparseError
 ├── SolveError        the maths failed for a layer: NaN weights, a bad Hessian  (ArithmeticError)
 ├── FormatError       tensors do not fit a storage format                            (ValueError)
 │   └── CheckpointError   ... and were read from a file; names the file and the tensor
-└── SaveError         a checkpoint could not be written                                 (OSError)
+├── SaveError         a checkpoint could not be written                                 (OSError)
+└── HubError          the Hub refused a push, or can't be reached                       (OSError)
 
 Each message names what was passed, what was expected and what to do about it.
 """
@@ -48,3 +49,7 @@ class CheckpointError(FormatError):
 
 class SaveError(HfSparseError, OSError):
     """A checkpoint could not be written; what was there before is untouched."""
+
+
+class HubError(HfSparseError, OSError):
+    """A push to the Hub was refused or broke off; its cause is huggingface_hub's own error."""

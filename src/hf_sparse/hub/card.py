@@ -1,0 +1,144 @@
+"""The model card of a sparse model: metadata for the Hub, and text for people.
+
+Every number comes from the pruning report; what was not measured is not in the card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers.modelcard import TASK_MAPPING
+
+from ..config import SparseConfig
+from ..errors import CheckpointError
+from ..logging import get_logger
+from ..report import REPORT_FILE, PruningReport
+from .results import eval_results
+from .source import CARD, INHERITED, hub_id, inherited, read_card, source_file
+from .text import Subject, card_text
+
+logger = get_logger(__name__)
+
+MARK = (
+    "<!-- Written by hf_sparse from the model's pruning report, and written anew whenever the "
+    "model is saved: delete this line to make the card your own. -->"
+)
+# transformers says so in the card that it makes up where there is none.
+MADE_UP = "This model card has been automatically generated."
+# The Hub knows adapter, finetune, merge and quantized, the last for weights in another form.
+RELATION = "quantized"
+
+
+def is_own_card(path: Path) -> bool:
+    """Is there a card that somebody wrote: with a text, and neither from here nor made up?"""
+    if not path.is_file():
+        return False
+    card = read_card(path)
+    if card is None:
+        return True  # there is something that can't be read
+    return bool(card.text.strip()) and MARK not in card.text and MADE_UP not in card.text
+
+
+def model_card(
+    model: Any, folder: Path, repo_id: str | None = None, tags: Iterable[str] = ()
+) -> ModelCard:
+    """The card of a sparse model whose files are in a folder.
+
+    Args:
+        model: the model.
+        folder: where its weights, and perhaps its tokenizer, have been written.
+        repo_id: where it is pushed to; None if it stays in a folder.
+        tags: beside the card's own.
+    """
+    source = str(model.name_or_path or "")
+    given = inherited(source)
+    subject = _subject(model, folder, source, given.pop("base_model", None), repo_id)
+    results = eval_results(subject.report) if subject.report else []
+    data = ModelCardData(
+        **{"pipeline_tag": _task(model)} | given,
+        base_model=subject.base,
+        base_model_relation=RELATION if subject.base else None,
+        library_name="transformers",
+        tags=["hf_sparse", "sparse", "pruned", str(subject.settings["method"]), *tags],
+        eval_results=results or None,
+        model_name=subject.name if results else None,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{card_text(subject)}\n")
+
+
+def write_card(card: ModelCard, folder: Path, existing: Path | None) -> None:
+    """Write a card into a folder that is to be pushed to a repository that may have one already.
+
+    A card that somebody wrote stays, and gets the new one's tags, as with transformers. One without
+    text, or one that transformers made up, gives its licence, language and task to the new one.
+    """
+    found = read_card(existing)
+    if existing is not None and is_own_card(existing):
+        if found is None:
+            (folder / CARD).unlink()
+            return
+        found.data.tags = list(dict.fromkeys([*(found.data.tags or ()), *card.data.tags]))
+        card = found
+    elif found is not None and MARK not in found.text:
+        for key in INHERITED:
+            if found.data.get(key) is not None:
+                card.data[key] = found.data[key]
+    card.save(folder / CARD)
+
+
+def _subject(
+    model: Any, folder: Path, source: str, named_base: Any, repo_id: str | None
+) -> Subject:
+    quantizer = model.hf_quantizer
+    report = find_report(model)
+    settings = (report.config if report else None) or quantizer.quantization_config.to_dict()
+    base = hub_id(source)
+    if quantizer.pre_quantized:  # what it was loaded from is sparse itself
+        base = report.model if report and "/" in report.model else None
+        base = named_base if isinstance(named_base, str) else base
+    base_name = base or (report.model if report else "")
+    name = (repo_id or "").rpartition("/")[2] or _name(base_name, report)
+    return Subject(
+        name=name,
+        address=repo_id or name,
+        base=base,
+        base_name=base_name,
+        model_class=type(model).__name__,
+        has_tokenizer=any(folder.glob("tokenizer*")),
+        settings=settings,
+        defaults=SparseConfig(method=settings["method"]).to_dict(),
+        report=report,
+        weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+    )
+
+
+def find_report(model: Any) -> PruningReport | None:
+    """What is known of a sparse model's pruning: its own report, or the one beside its files."""
+    report: PruningReport | None = model.hf_quantizer.report
+    path = source_file(str(model.name_or_path or ""), REPORT_FILE) if report is None else None
+    if path is None:
+        return report
+    try:
+        return PruningReport.from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, CheckpointError) as error:
+        logger.warning("the card goes without the report: %s", error)
+        return None
+
+
+def _name(base_name: str, report: PruningReport | None) -> str:
+    base = base_name.rpartition("/")[2] or "model"
+    return f"{base}-sparse{round(100 * report.sparsity)}" if report else f"{base}-sparse"
+
+
+def _task(model: Any) -> str | None:
+    """The Hub's name for what a model of this class does."""
+    name = type(model).__name__
+    known = (task for task, classes in TASK_MAPPING.items() if name in _flat(classes.values()))
+    return next(known, None)
+
+
+def _flat(names: Iterable[Any]) -> set[str]:
+    return {name for entry in names for name in ([entry] if isinstance(entry, str) else entry)}
