@@ -10,6 +10,7 @@ from .calibration.data import DataRecord
 from .comparison import Comparison, ComparisonPoint, compare
 from .config import SparseConfig
 from .convert import Conversion, convert_checkpoint
+from .environment import Environment
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -49,6 +50,7 @@ __all__ = [
     "ConfigError",
     "Conversion",
     "DataRecord",
+    "Environment",
     "EvaluationError",
     "Explanation",
     "FormatError",

@@ -28,6 +28,7 @@ from .saving import (
     ValuesRenaming,
     install_saving,
     remove_saving,
+    saved_report,
     sparse_layers,
     sparse_state_dict,
 )
@@ -103,7 +104,8 @@ class SparseQuantizer(HfQuantizer):
     """Prunes dense checkpoints after they are loaded; builds sparse layers for sparse ones.
 
     Attributes:
-        report: what pruning did; None for a model that was loaded sparse.
+        report: what pruning did; of a model that was loaded sparse, the report that was saved
+            with it; None if there is none.
     """
 
     requires_calibration = False
@@ -135,6 +137,7 @@ class SparseQuantizer(HfQuantizer):
                 "formats of its layers"
             )
         described = read_layers(checkpoint_files)
+        self.report = saved_report(Path(checkpoint_files[0]).parent)
         self._renamed = frozenset(described)
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         _unfuse_described(model, described, prefix)

@@ -22,11 +22,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
+from transformers.utils import cached_file
 
 from .checkpoint import PackedLayer, metadata, sort_metadata
-from .errors import SaveError
+from .errors import CheckpointError, SaveError
 from .layers import SparseExperts, SparseLinear
 from .layers.linear import VALUES
+from .logging import get_logger
+from .report import REPORT_FILE, PruningReport
+
+logger = get_logger(__name__)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
@@ -107,6 +112,8 @@ def save_pretrained(
 ) -> None:
     """transformers' `save_pretrained`, so that files appear complete or not at all.
 
+    What pruning reported goes beside the weights, as pruning_report.json.
+
     Args:
         model: the model to save.
         save_directory: folder; created if it isn't there.
@@ -122,10 +129,35 @@ def save_pretrained(
     if "max_shard_size" in hub:
         kwargs["max_shard_size"] = hub["max_shard_size"]
     kwargs["save_original_format"] = False
-    save = type(model).save_pretrained
-    write_folder(save_directory, lambda folder: save(model, folder, *args, **kwargs))
+    report = getattr(getattr(model, "hf_quantizer", None), "report", None)
+
+    def write(folder: str) -> None:
+        type(model).save_pretrained(model, folder, *args, **kwargs)
+        if report is not None:
+            (Path(folder) / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+
+    write_folder(save_directory, write)
     if push_to_hub:
         model.push_to_hub(hub.pop("repo_id", Path(save_directory).resolve().name), **hub)
+
+
+def saved_report(folder: Path) -> PruningReport | None:
+    """The report that was saved with a checkpoint; None if there is none that can be used.
+
+    Args:
+        folder: where its files lie. If that is in the cache of the Hub, the report is fetched.
+    """
+    try:
+        if folder.parent.name == "snapshots":  # .../models--OWNER--NAME/snapshots/COMMIT
+            cache, repository = folder.parents[2], folder.parents[1].name
+            name = repository.removeprefix("models--").replace("--", "/")
+            cached_file(name, REPORT_FILE, cache_dir=str(cache), revision=folder.name)
+        return PruningReport.from_folder(folder)
+    except CheckpointError as error:
+        logger.warning("the model is loaded without its report: %s", str(error))
+    except OSError as error:
+        logger.debug("the model is loaded without its report: %s", str(error))
+    return None
 
 
 def export_dense(
@@ -231,7 +263,7 @@ def write_folder(save_directory: str | os.PathLike[str], save: Callable[[str], A
 
 def _move(staging: Path, target: Path) -> None:
     new = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
-    patterns = ("model*.safetensors", "model*.safetensors.index.json")
+    patterns = ("model*.safetensors", "model*.safetensors.index.json", REPORT_FILE)
     replaced = any(p.match(pattern) for p in new for pattern in patterns)
     stale = [
         p.name

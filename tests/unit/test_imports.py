@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[2]
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
     {"errors", "logging"},
-    {"patterns", "quantization", "statistics", "lowrank"},
+    {"patterns", "quantization", "statistics", "lowrank", "records"},
     {"solvers", "formats", "allocation"},
     {"kernels"},
     {"layers"},
-    {"calibration", "recipes", "solving"},
+    {"calibration", "environment", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report"},
     {"facts", "loading"},
     {"spread", "legacy"},
