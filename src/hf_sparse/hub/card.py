@@ -13,14 +13,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
 from ..config import SparseConfig
-from ..errors import CheckpointError
-from ..logging import get_logger
-from ..report import REPORT_FILE, PruningReport
+from ..report import PruningReport
 from .results import eval_results
-from .source import CARD, INHERITED, hub_id, inherited, read_card, source_file
+from .source import CARD, INHERITED, hub_id, inherited, read_card
 from .text import Subject, card_text
-
-logger = get_logger(__name__)
 
 MARK = (
     "<!-- Written by hf_sparse from the model's pruning report, and written anew whenever the "
@@ -80,7 +76,8 @@ def write_card(card: ModelCard, folder: Path, existing: Path | None) -> None:
         if found is None:
             (folder / CARD).unlink()
             return
-        found.data.tags = list(dict.fromkeys([*(found.data.tags or ()), *card.data.tags]))
+        tags = [*found.data.get("tags", []), *card.data.get("tags")]
+        found.data["tags"] = list(dict.fromkeys(tags))
         card = found
     elif found is not None and MARK not in found.text:
         for key in INHERITED:
@@ -93,7 +90,7 @@ def _subject(
     model: Any, folder: Path, source: str, named_base: Any, repo_id: str | None
 ) -> Subject:
     quantizer = model.hf_quantizer
-    report = find_report(model)
+    report: PruningReport | None = quantizer.report
     settings = (report.config if report else None) or quantizer.quantization_config.to_dict()
     base = hub_id(source)
     if quantizer.pre_quantized:  # what it was loaded from is sparse itself
@@ -113,19 +110,6 @@ def _subject(
         report=report,
         weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
     )
-
-
-def find_report(model: Any) -> PruningReport | None:
-    """What is known of a sparse model's pruning: its own report, or the one beside its files."""
-    report: PruningReport | None = model.hf_quantizer.report
-    path = source_file(str(model.name_or_path or ""), REPORT_FILE) if report is None else None
-    if path is None:
-        return report
-    try:
-        return PruningReport.from_json(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, CheckpointError) as error:
-        logger.warning("the card goes without the report: %s", error)
-        return None
 
 
 def _name(base_name: str, report: PruningReport | None) -> str:

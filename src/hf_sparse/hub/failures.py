@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from huggingface_hub import get_token
 
 # httpx's in huggingface_hub 1, httpx2's in 2.
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]
+    HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )

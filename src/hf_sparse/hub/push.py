@@ -14,11 +14,12 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..checkpoint import stale_files
+from ..files import stale_files
 from ..logging import get_logger
 from ..tokenizer import known_tokenizer
-from .card import CARD, model_card, write_card
+from .card import model_card, write_card
 from .failures import pushing
+from .source import CARD
 
 logger = get_logger(__name__)
 
@@ -75,9 +76,7 @@ def push_to_hub(
             labels = [tags] if isinstance(tags, str) else [*(model.model_tags or ()), *(tags or ())]
             existing = None
             if CARD in held:
-                existing = Path(
-                    api.hf_hub_download(repo_id, CARD, revision=revision, token=token)
-                )
+                existing = Path(api.hf_hub_download(repo_id, CARD, revision=revision, token=token))
             write_card(model_card(model, Path(folder), repo_id, labels), Path(folder), existing)
             files = {
                 path.relative_to(folder).as_posix(): path

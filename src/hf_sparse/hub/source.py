@@ -8,12 +8,12 @@ from typing import Any
 
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]
+    HTTPError,
     RemoteEntryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from yaml import YAMLError
 
 from ..logging import get_logger
@@ -63,10 +63,11 @@ def read_card(path: Path | None) -> ModelCard | None:
     if path is None:
         return None
     try:
-        return ModelCard.load(path, ignore_metadata_errors=True)
+        card: ModelCard = ModelCard.load(path, ignore_metadata_errors=True)
     except (OSError, ValueError, YAMLError) as error:
         logger.warning("the model card %s can't be read: %s", path, error)
         return None
+    return card
 
 
 def inherited(source: str) -> dict[str, Any]:

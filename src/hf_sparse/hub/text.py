@@ -9,7 +9,6 @@ from typing import Any
 from ..report import PruningReport
 from .results import result_rows
 
-HOME = "hf_sparse"
 # Of the config, what the table has lines of its own for, or what says nothing about the model.
 SHOWN = ("quant_method", "sparsity", "pattern", "method", "dataset", "tokenizer", "seed")
 
@@ -141,14 +140,9 @@ def _size(subject: Subject) -> str:
     report = subject.report
     rows = [("all weight files", "", _megabytes(subject.weight_bytes))]
     if report is not None and report.layers:
-        rows.insert(
-            0,
-            (
-                f"{len(report.layers)} pruned layers, as stored",
-                _megabytes(report.bytes_before),
-                f"{_megabytes(report.bytes_after)} ({report.bytes_after / report.bytes_before:.2f})",
-            ),
-        )
+        share = f"{_megabytes(report.bytes_after)} ({report.bytes_after / report.bytes_before:.2f})"
+        pruned = f"{len(report.layers)} pruned layers, as stored"
+        rows.insert(0, (pruned, _megabytes(report.bytes_before), share))
     return "## Size\n\n" + table(("", "dense", "sparse"), rows)
 
 
@@ -156,8 +150,8 @@ def _limits(subject: Subject) -> str:
     report = subject.report
     lines = [
         "It needs the package hf_sparse: transformers alone stops with an error that names it.",
-        "Weights were removed and nothing was trained afterwards by this tool: expect it to do "
-        "worse than the dense model, most of all on text unlike the calibration data.",
+        "Pruning makes a model worse than the dense one, more so on text unlike what it was "
+        "calibrated with.",
     ]
     if report is None or not result_rows(report):
         lines.append("Its quality was not measured: evaluate it before you rely on it.")
@@ -169,7 +163,9 @@ def _limits(subject: Subject) -> str:
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """A Markdown table."""
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def _megabytes(count: int) -> str:
