@@ -25,10 +25,13 @@ from .errors import (
 )
 from .evaluation import (
     Agreement,
+    Evaluation,
     GenerationSpeed,
     Perplexity,
     TaskResults,
+    Texts,
     agreement,
+    evaluate,
     evaluate_tasks,
     generation_speed,
     perplexity,
@@ -37,6 +40,7 @@ from .explain import Explanation, explain
 from .layers import SparseExperts, SparseLinear
 from .quantizer import SparseQuantizer, prune
 from .report import LayerReport, PruningReport
+from .reporting import write_report
 from .saving import export_dense
 
 __version__ = _version("hf_sparse")
@@ -51,6 +55,7 @@ __all__ = [
     "Conversion",
     "DataRecord",
     "Environment",
+    "Evaluation",
     "EvaluationError",
     "Explanation",
     "FormatError",
@@ -68,9 +73,11 @@ __all__ = [
     "SparseQuantizer",
     "TargetError",
     "TaskResults",
+    "Texts",
     "agreement",
     "compare",
     "convert_checkpoint",
+    "evaluate",
     "evaluate_tasks",
     "explain",
     "export_dense",
@@ -79,4 +86,5 @@ __all__ = [
     "perplexity",
     "prune",
     "split_low_rank",
+    "write_report",
 ]

@@ -274,6 +274,24 @@ def write_folder(save_directory: str | os.PathLike[str], save: Callable[[str], A
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def write_file(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file that appears complete or not at all.
+
+    Raises:
+        SaveError: it could not be written; what was there before is as it was.
+    """
+    target = Path(path)
+    staging = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.write_text(text, encoding="utf-8")
+        os.replace(staging, target)
+    except OSError as error:
+        raise SaveError(f"{str(target)!r} could not be written: {error}") from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def _move(staging: Path, target: Path) -> None:
     new = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
     if is_own_card(target / CARD):

@@ -31,7 +31,7 @@ LAYERS = [
     {"pipeline", "saving", "explain", "skeleton"},
     {"evaluation", "adapters"},
     {"quantizer"},
-    {"bench", "comparison", "convert"},
+    {"bench", "comparison", "convert", "reporting"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
