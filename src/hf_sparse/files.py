@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from fnmatch import fnmatch
 
-from .report import REPORT_FILE
+from .report import EVALUATION_FILE, REPORT_FILE
 
-_OWN = ("model*.safetensors", "model*.safetensors.index.json", REPORT_FILE)
+_OWN = ("model*.safetensors", "model*.safetensors.index.json", REPORT_FILE, EVALUATION_FILE)
 
 
 def stale_files(new: Collection[str], held: Collection[str]) -> list[str]:

@@ -15,6 +15,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from .checkpoint import PackedLayer, read_layers
 from .config import QUANT_METHOD, SparseConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
+from .evaluation import Evaluation
 from .facts import DenseFacts
 from .layers import SparseLinear
 from .layers.experts import SparseExperts, expert_around, fuse, is_fused, unfuse, unfused_experts
@@ -23,7 +24,8 @@ from .loading import load_calibration
 from .logging import get_logger
 from .lowrank import KEY_A, KEY_B, LowRank
 from .pipeline import run
-from .report import PruningReport
+from .report import PAGE_FILE, PruningReport
+from .reporting import write_report
 from .saving import (
     ValuesRenaming,
     install_saving,
@@ -114,6 +116,7 @@ class SparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: SparseConfig = quantization_config
         self.report: PruningReport | None = None
+        self.evaluation: Evaluation | None = None
         self._layers: dict[str, PackedLayer] = {}
         self._renamed: frozenset[str] = frozenset()
 
@@ -208,6 +211,12 @@ class SparseQuantizer(HfQuantizer):
                 module.config._is_quantized = False
         remove_saving(model)
         return model
+
+    def write_page(self, model: PreTrainedModel, folder: str) -> None:
+        """Write the report as HTML into a folder, if there is a report."""
+        if self.report is not None:
+            page = Path(folder) / PAGE_FILE
+            write_report(self.report, page, masks=model, evaluation=self.evaluation)
 
     def get_state_dict_and_metadata(
         self, model: nn.Module

@@ -6,6 +6,7 @@ operations on dense weights (splitting, merging), which packed values would not 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -33,7 +34,7 @@ from .hub.source import CARD
 from .layers import SparseExperts, SparseLinear
 from .layers.linear import VALUES
 from .logging import get_logger
-from .report import REPORT_FILE, PruningReport
+from .report import EVALUATION_FILE, REPORT_FILE, PruningReport
 
 logger = get_logger(__name__)
 
@@ -147,10 +148,13 @@ def save_pretrained(
 
 
 def _write_companions(model: PreTrainedModel, folder: Path) -> None:
-    """What goes beside the weights: the pruning report and the model card."""
-    report = model.hf_quantizer.report
-    if report is not None:
-        (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+    """What goes beside the weights: the pruning report, the evaluation and the model card."""
+    quantizer = model.hf_quantizer
+    held = {REPORT_FILE: quantizer.report, EVALUATION_FILE: quantizer.evaluation}
+    for name, value in held.items():
+        if value is not None:
+            text = json.dumps(value.to_dict(), indent=2)
+            (folder / name).write_text(text, encoding="utf-8")
     model_card(model, folder).save(folder / CARD)
 
 

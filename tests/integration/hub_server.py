@@ -97,7 +97,7 @@ class Hub:
         uploaded: LFS files by SHA-256.
         requests: "METHOD path" of all requests, in order.
         unanswered: those that no route matched; if there are any, this server lags the client.
-        breaks: regexes of requests at which the connection is cut, each of them once.
+        failures: regexes of requests that fail once: with a status, or cut off for None.
     """
 
     url: str = ""
@@ -105,7 +105,7 @@ class Hub:
     uploaded: Files = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     unanswered: list[str] = field(default_factory=list)
-    breaks: list[str] = field(default_factory=list)
+    failures: dict[str, int | None] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -123,12 +123,14 @@ class Handler(BaseHTTPRequestHandler):
         self.token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         asked = f"{self.command} {urlsplit(self.path).path}"
         with self.hub.lock:
-            cut = next((p for p in self.hub.breaks if re.fullmatch(p, asked)), None)
-            if cut is not None:
-                self.hub.breaks.remove(cut)
+            failure = next((p for p in self.hub.failures if re.fullmatch(p, asked)), None)
+            status = self.hub.failures.pop(failure) if failure else 0
+            if status is None:
                 self.close_connection = True
                 return
             try:
+                if status:
+                    raise HubError(status, "this once")
                 reply = self._answer(asked)
             except HubError as error:
                 reply = error.reply
@@ -180,7 +182,9 @@ class Handler(BaseHTTPRequestHandler):
         sha = repo.resolve(revision)
         return _json({"id": name, "sha": sha, "private": repo.private, "siblings": siblings})
 
-    def tree(self, name: str, revision: str) -> Reply:
+    def tree(self, name: str, revision: str, folder: str = "") -> Reply:
+        if folder:  # no repository here has one
+            raise HubError(404, f"{folder} does not exist", "EntryNotFound")
         entries = []
         for path, content in self._repo(name).files(revision).items():
             entry = {"size": len(content), "oid": oid(path, content)}
@@ -341,6 +345,7 @@ ROUTES: list[tuple[str, Callable[..., Reply]]] = [
     (f"GET /api/models/{REPO}/refs", Handler.refs),
     (f"GET /api/models/{REPO}/revision/([^/]+)", Handler.info),
     (f"GET /api/models/{REPO}/tree/([^/]+)", Handler.tree),
+    (f"GET /api/models/{REPO}/tree/([^/]+)/(.+)", Handler.tree),
     (f"POST /api/models/{REPO}/branch/([^/]+)", Handler.create_branch),
     (f"POST /api/models/{REPO}/preupload/([^/]+)", Handler.preupload),
     (f"POST /api/models/{REPO}/commit/([^/]+)", Handler.commit),

@@ -162,13 +162,13 @@ def test_a_push_that_the_hub_refuses_raises_and_leaves_the_repository_as_it_was(
     repo = client.hub.repos["me/tiny-sparse"]
     before = dict(repo.refs), len(repo.commits), set(client.hub.repos)
     code = """
-from huggingface_hub.errors import HfHubHTTPError
+from hf_sparse import HubError
 
 def refused(push, name, token):
     try:
         push(name, token)
-    except HfHubHTTPError as error:
-        return error.response.status_code
+    except HubError as error:
+        return error.__cause__.response.status_code
 
 def push(name, token):
     model.push_to_hub(name, token=token)

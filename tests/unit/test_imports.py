@@ -27,11 +27,12 @@ LAYERS = [
     {"calibration", "environment", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report", "tokenizer"},
     {"facts", "files", "loading"},
-    {"spread", "legacy", "hub"},
+    {"spread", "legacy", "evaluation"},
+    {"hub"},
     {"pipeline", "saving", "explain", "skeleton"},
-    {"evaluation", "adapters"},
+    {"adapters", "reporting"},
     {"quantizer"},
-    {"bench", "comparison", "convert", "reporting"},
+    {"bench", "comparison", "convert"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,6 +1,7 @@
 """The model card of a sparse model: metadata for the Hub, and text for people.
 
-Every number comes from the pruning report; what was not measured is not in the card.
+Every number comes from the pruning report and the evaluation that the model's quantizer holds; what
+was not measured is not in the card.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
 from ..config import SparseConfig
+from ..evaluation import Evaluation
 from ..report import PruningReport
 from .results import eval_results
 from .source import CARD, INHERITED, hub_id, inherited, read_card
@@ -52,7 +54,7 @@ def model_card(
     source = str(model.name_or_path or "")
     given = inherited(source)
     subject = _subject(model, folder, source, given.pop("base_model", None), repo_id)
-    results = eval_results(subject.report) if subject.report else []
+    results = eval_results(subject.evaluation)
     data = ModelCardData(
         **{"pipeline_tag": _task(model)} | given,
         base_model=subject.base,
@@ -108,6 +110,7 @@ def _subject(
         settings=settings,
         defaults=SparseConfig(method=settings["method"]).to_dict(),
         report=report,
+        evaluation=quantizer.evaluation or Evaluation(),
         weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
     )
 

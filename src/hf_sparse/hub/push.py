@@ -37,7 +37,7 @@ def push_to_hub(
     max_shard_size: int | str = "50GB",
     tags: list[str] | str | None = None,
 ) -> str:
-    """Push a sparse model: weights, configs, report, tokenizer and model card.
+    """Push a sparse model: weights, configs, reports (JSON and HTML), tokenizer and model card.
 
     The tokenizer is the one that calibration used, or else the one beside the files that the
     model was loaded from; none is pushed if neither is there, and what the repository has of a
@@ -71,6 +71,7 @@ def push_to_hub(
         held = api.list_repo_files(repo_id, revision=revision, token=token)
         with tempfile.TemporaryDirectory(prefix="hf-sparse-") as folder:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
+            model.hf_quantizer.write_page(model, folder)
             if not any(name.startswith("tokenizer") for name in held):
                 _save_tokenizer(model, folder)
             labels = [tags] if isinstance(tags, str) else [*(model.model_tags or ()), *(tags or ())]

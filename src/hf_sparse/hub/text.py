@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..evaluation import Evaluation
 from ..report import PruningReport
-from .results import result_rows
+from .results import quality_rows, speed_rows
 
 # Of the config, what the table has lines of its own for, or what says nothing about the model.
 SHOWN = ("quant_method", "sparsity", "pattern", "method", "dataset", "tokenizer", "seed")
@@ -27,6 +28,7 @@ class Subject:
         settings: `SparseConfig` as a dict.
         defaults: the same for a config that names only the method.
         report: what pruning did; None if that is not known.
+        evaluation: what was measured of the model.
         weight_bytes: of all weight files.
     """
 
@@ -39,6 +41,7 @@ class Subject:
     settings: Mapping[str, Any]
     defaults: Mapping[str, Any]
     report: PruningReport | None
+    evaluation: Evaluation
     weight_bytes: int
 
 
@@ -130,10 +133,12 @@ def _run_rows(report: PruningReport) -> Iterable[tuple[str, str]]:
 
 
 def _results(subject: Subject) -> str:
-    rows = result_rows(subject.report) if subject.report else []
-    if not rows:
-        return ""
-    return "## Results\n\n" + table(("measure", "dense", "sparse", "on"), rows)
+    head = ("", "dense", "sparse", "measured on")
+    measured = {
+        "Results": list(quality_rows(subject.evaluation)),
+        "Speed": list(speed_rows(subject.evaluation)),
+    }
+    return "\n\n".join(f"## {k}\n\n{table(head, rows)}" for k, rows in measured.items() if rows)
 
 
 def _size(subject: Subject) -> str:
@@ -147,13 +152,12 @@ def _size(subject: Subject) -> str:
 
 
 def _limits(subject: Subject) -> str:
-    report = subject.report
     lines = [
         "It needs the package hf_sparse: transformers alone stops with an error that names it.",
         "Pruning makes a model worse than the dense one, more so on text unlike what it was "
         "calibrated with.",
     ]
-    if report is None or not result_rows(report):
+    if not any(quality_rows(subject.evaluation)):
         lines.append("Its quality was not measured: evaluate it before you rely on it.")
     if subject.base_name:
         lines.append(f"The limits, biases and licence of `{subject.base_name}` hold for it, too.")
