@@ -212,11 +212,10 @@ class SparseQuantizer(HfQuantizer):
         remove_saving(model)
         return model
 
-    def write_page(self, model: PreTrainedModel, folder: str) -> None:
+    def write_page(self, model: PreTrainedModel, folder: Path) -> None:
         """Write the report as HTML into a folder, if there is a report."""
         if self.report is not None:
-            page = Path(folder) / PAGE_FILE
-            write_report(self.report, page, masks=model, evaluation=self.evaluation)
+            write_report(self.report, folder / PAGE_FILE, masks=model, evaluation=self.evaluation)
 
     def get_state_dict_and_metadata(
         self, model: nn.Module

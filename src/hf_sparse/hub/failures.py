@@ -16,7 +16,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     OfflineModeIsEnabled,
 )
 
-from ..errors import HfSparseError, HubError
+from ..errors import HubError
 
 NO_TOKEN = "there is no Hub token: run `hf auth login`, set HF_TOKEN or pass token="
 
@@ -26,14 +26,14 @@ def pushing(repo_id: str, token: bool | str | None) -> Iterator[None]:
     """Turn what goes wrong while pushing into a HubError of one sentence, its cause chained."""
     try:
         yield
-    except HfSparseError:
-        raise
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError, RuntimeError) as error:
         reason = _reason(error, bool(token or get_token()))
         raise HubError(f"can't push to {repo_id!r}: {reason}") from error
 
 
-def _reason(error: Exception, has_token: bool) -> str:
+def _reason(error: BaseException, has_token: bool) -> str:
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__  # the client wraps what happens to a large file
     said = one_line(error)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it, or save to a folder and push later"

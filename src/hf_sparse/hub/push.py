@@ -63,53 +63,48 @@ def push_to_hub(
         HubError: the Hub refused, or can't be reached; the repository is as it was.
         SaveError: there was no room to write the files that are to be pushed.
     """
-    api = HfApi(library_name="hf_sparse", library_version=version("hf_sparse"))
+    api = HfApi(library_name="hf_sparse", library_version=version("hf_sparse"), token=token)
     with pushing(repo_id, token):
-        repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr/"):
-            _create_branch(api, repo_id, revision, token, create_pr)
-        held = api.list_repo_files(repo_id, revision=revision, token=token)
-        with tempfile.TemporaryDirectory(prefix="hf-sparse-") as folder:
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
-            model.hf_quantizer.write_page(model, folder)
-            if not any(name.startswith("tokenizer") for name in held):
-                _save_tokenizer(model, folder)
-            labels = [tags] if isinstance(tags, str) else [*(model.model_tags or ()), *(tags or ())]
-            existing = None
-            if CARD in held:
-                existing = Path(api.hf_hub_download(repo_id, CARD, revision=revision, token=token))
-            write_card(model_card(model, Path(folder), repo_id, labels), Path(folder), existing)
-            files = {
-                path.relative_to(folder).as_posix(): path
-                for path in sorted(Path(folder).rglob("*"))
-                if path.is_file()
-            }
+            _create_branch(api, repo_id, revision, create_pr)
+        held = api.list_repo_files(repo_id, revision=revision)
+        card = None
+        if CARD in held:
+            card = Path(api.hf_hub_download(repo_id, CARD, revision=revision))
+    with tempfile.TemporaryDirectory(prefix="hf-sparse-") as temporary:
+        folder = Path(temporary)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.hf_quantizer.write_page(model, folder)
+        if not any(name.startswith("tokenizer") for name in held):
+            _save_tokenizer(model, folder)
+        labels = [tags] if isinstance(tags, str) else [*(model.model_tags or ()), *(tags or ())]
+        write_card(model_card(model, folder, repo_id, labels), folder, card)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {path.relative_to(folder).as_posix(): path for path in paths}
+        additions = [CommitOperationAdd(name, path) for name, path in files.items()]
+        deletions = [CommitOperationDelete(name) for name in stale_files(files, held)]
+        with pushing(repo_id, token):
             return api.create_commit(
                 repo_id,
-                [
-                    *(CommitOperationAdd(name, path) for name, path in files.items()),
-                    *(CommitOperationDelete(name) for name in stale_files(files, held)),
-                ],
+                [*additions, *deletions],
                 commit_message=commit_message or f"Upload {type(model).__name__}",
                 commit_description=commit_description,
-                token=token,
                 create_pr=create_pr,
                 revision=revision,
             )
 
 
-def _create_branch(
-    api: HfApi, repo_id: str, branch: str, token: bool | str | None, create_pr: bool
-) -> None:
+def _create_branch(api: HfApi, repo_id: str, branch: str, create_pr: bool) -> None:
     """Make sure that a branch is there; whoever only proposes a change can't make one."""
     try:
-        api.create_branch(repo_id, branch=branch, token=token, exist_ok=True)
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
     except HfHubHTTPError as error:
         if not (create_pr and error.response.status_code == 403):
             raise
 
 
-def _save_tokenizer(model: Any, folder: str) -> None:
+def _save_tokenizer(model: Any, folder: Path) -> None:
     tokenizer = known_tokenizer(model)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -68,7 +68,8 @@ def line_chart(
 
     pairs = enumerate(zip(values, labels, strict=True))
     points = [Point(across_at(i), up_at(v), f"{name}: {v:.4g}") for i, (v, name) in pairs]
-    ticks = [(up_at(i * step), f"{i * step:.4g}") for i in range(round(top / step) + 1)]
+    digits = max(0, -math.floor(math.log10(step)))
+    ticks = [(up_at(i * step), f"{i * step:.{digits}f}") for i in range(round(top / step) + 1)]
     every = math.ceil(len(values) / 16)
     marks = [(across_at(i), str(i)) for i in range(0, len(values), every)]
     return Chart(id, caption, points, ticks, marks, across)
@@ -78,5 +79,6 @@ def _step(highest: float) -> float:
     """1, 2 or 5 times a power of ten, so that three to seven of it reach a value."""
     if highest <= 0:
         return 1.0
-    power = 10.0 ** math.floor(math.log10(highest / 3))
-    return max(factor * power for factor in (1, 2, 5) if factor * power <= highest / 3)
+    most = highest / 3 * (1 + 1e-9)  # 0.3 / 3 is a little less than 0.1
+    power = 10.0 ** math.floor(math.log10(most))
+    return max(factor * power for factor in (1, 2, 5) if factor * power <= most)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,8 @@ def view_mask(name: str, weight: Tensor) -> MaskView:
     kept = weight != 0
     rows, columns = (min(GRID, side) for side in kept.shape)
     # A band of rows at a time: no copy of the mask in a wider type.
-    counts = torch.stack([band.sum(0) for band in kept.tensor_split(rows)])
+    bands = kept.tensor_split(rows)
+    counts = torch.stack([band.to(torch.int32).sum(0, dtype=torch.int32) for band in bands])
     counts = torch.stack([part.sum(1) for part in counts.tensor_split(columns, dim=1)], dim=1)
     heights = torch.tensor([len(part) for part in torch.arange(kept.shape[0]).tensor_split(rows)])
     widths = torch.tensor([len(part) for part in torch.arange(kept.shape[1]).tensor_split(columns)])
@@ -81,18 +82,23 @@ def view_mask(name: str, weight: Tensor) -> MaskView:
     )
 
 
-def read_masks(source: nn.Module | str | os.PathLike[str]) -> list[MaskView]:
+def read_masks(source: nn.Module | str | os.PathLike[str], layers: Sequence[str]) -> list[MaskView]:
     """The masks of a sparse model, or of a checkpoint's folder; of 256 layers at most.
 
     Only one layer is unpacked at a time, and of a folder only one is read. Of more layers, a choice
     is taken at even distances.
 
+    Args:
+        source: the model or the folder.
+        layers: names of the layers wanted, in the order wanted; those that are dense are left out.
+
     Raises:
         CheckpointError: a file of the folder is damaged.
     """
     weights = _of_model(source) if isinstance(source, nn.Module) else _of_folder(source)
-    count = min(LAYERS, len(weights))
-    chosen = [list(weights)[i * len(weights) // count] for i in range(count)]
+    found = [name for name in layers if name in weights]
+    count = min(LAYERS, len(found))
+    chosen = [found[i * len(found) // count] for i in range(count)]
     views = []
     with progress_bar(count, "Masks") as bar:
         for name in chosen:

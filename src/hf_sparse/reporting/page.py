@@ -87,8 +87,12 @@ def _made(report: PruningReport) -> list[tuple[str, str]]:
         terms["Instruction set"] = where.instruction_set
         terms["System"] = where.system
         terms["Versions"] = ", ".join(f"{name} {v}" for name, v in where.versions.items())
-    terms |= {"Time": _duration(report.seconds), "Date": report.date}
+    terms |= {"Time": _duration(report.seconds), "Date": _date(report.date)}
     return [(term, str(value)) for term, value in terms.items() if value not in (None, "")]
+
+
+def _date(stamp: str) -> str:
+    return stamp.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _duration(seconds: float) -> str:

@@ -99,8 +99,11 @@ def heat_map(id: str, caption: str, values: Values, show: Callable[[float], str]
     def shade(place: tuple[str, str]) -> Shade:
         if place not in means:
             return Shade("", None)
-        share = (means[place] - low) / (high - low) if high > low else 0.3
+        # Where rounding is all that differs, shades would make it look like much.
+        share = (means[place] - low) / (high - low) if show(low) != show(high) else 0.3
         return Shade(show(means[place]), min(int(share * STEPS), STEPS - 1))
 
+    short = [column.rpartition(".")[2] for column in columns]
+    headings = columns if len(set(short)) < len(short) else short
     cells = [(row, [shade((row, column)) for column in columns]) for row in rows]
-    return HeatMap(id, caption, columns, cells, show(low), show(high))
+    return HeatMap(id, caption, headings, cells, show(low), show(high))

@@ -42,7 +42,8 @@ def write_report(
         CheckpointError: the folder's files are damaged.
         SaveError: the file can't be written; what was there before is as it was.
     """
-    views = [] if masks is None else read_masks(masks)
+    names = [layer.name for layer in report.layers]
+    views = [] if masks is None else read_masks(masks, names)
     write_file(path, render(report, views, evaluation))
 
 

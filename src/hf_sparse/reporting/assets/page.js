@@ -38,22 +38,19 @@ function bytes(text) {
   return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 }
 
-function colour(name) {
-  const hex = getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
-}
+// Pale for zero, dark for kept, in both colour schemes.
+const PALE = [238, 244, 251];
+const DARK = [18, 62, 107];
 
-// Each value, from 0 to 1, as a pixel between the light and the dark colour.
+// Each value, from 0 to 1, as a pixel from pale to dark.
 function draw(canvas, [rows, columns], value) {
-  const light = colour("--s0");
-  const dark = colour("--s9");
   canvas.width = columns;
   canvas.height = rows;
   const context = canvas.getContext("2d");
   const image = context.createImageData(columns, rows);
   for (let i = 0; i < rows * columns; i++) {
     const share = value(i);
-    for (let c = 0; c < 3; c++) image.data[4 * i + c] = light[c] + (dark[c] - light[c]) * share;
+    for (let c = 0; c < 3; c++) image.data[4 * i + c] = PALE[c] + (DARK[c] - PALE[c]) * share;
     image.data[4 * i + 3] = 255;
   }
   context.putImageData(image, 0, 0);
@@ -78,6 +75,5 @@ function show() {
 
 if (select !== null) {
   select.addEventListener("change", show);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
   show();
 }
