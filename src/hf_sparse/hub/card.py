@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
+from ..calibration.data import DataRecord
 from ..config import SparseConfig
 from ..evaluation import Evaluation
 from ..report import PruningReport
@@ -60,7 +61,7 @@ def model_card(
         base_model=subject.base,
         base_model_relation=RELATION if subject.base else None,
         library_name="transformers",
-        tags=["hf_sparse", "sparse", "pruned", str(subject.settings["method"]), *tags],
+        tags=["hf_sparse", "sparse", "pruned", subject.settings["method"], *tags],
         eval_results=results or None,
         model_name=subject.name if results else None,
     )
@@ -93,12 +94,12 @@ def _subject(
 ) -> Subject:
     quantizer = model.hf_quantizer
     report: PruningReport | None = quantizer.report
-    settings = (report.config if report else None) or quantizer.quantization_config.to_dict()
-    base = hub_id(source)
-    if quantizer.pre_quantized:  # what it was loaded from is sparse itself
-        base = report.model if report and "/" in report.model else None
-        base = named_base if isinstance(named_base, str) else base
-    base_name = base or (report.model if report else "")
+    config: SparseConfig = quantizer.quantization_config
+    made_from = report.model if report else ""
+    base = hub_id(made_from) if "/" in made_from or made_from == hub_id(source) else None
+    if quantizer.pre_quantized and isinstance(named_base, str):
+        base = named_base
+    base_name = base or made_from
     name = (repo_id or "").rpartition("/")[2] or _name(base_name, report)
     return Subject(
         name=name,
@@ -107,8 +108,9 @@ def _subject(
         base_name=base_name,
         model_class=type(model).__name__,
         has_tokenizer=any(folder.glob("tokenizer*")),
-        settings=settings,
-        defaults=SparseConfig(method=settings["method"]).to_dict(),
+        settings=config.to_dict(),
+        defaults=SparseConfig(method=config.method).to_dict(),
+        data=config.dataset if isinstance(config.dataset, DataRecord) else None,
         report=report,
         evaluation=quantizer.evaluation or Evaluation(),
         weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),

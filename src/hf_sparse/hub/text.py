@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..calibration.data import DataRecord
 from ..evaluation import Evaluation
 from ..report import PruningReport
 from .results import quality_rows, speed_rows
@@ -27,6 +28,7 @@ class Subject:
         has_tokenizer: is a tokenizer beside the weights?
         settings: `SparseConfig` as a dict.
         defaults: the same for a config that names only the method.
+        data: how the calibration data were made; None if there were none.
         report: what pruning did; None if that is not known.
         evaluation: what was measured of the model.
         weight_bytes: of all weight files.
@@ -40,6 +42,7 @@ class Subject:
     has_tokenizer: bool
     settings: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    data: DataRecord | None
     report: PruningReport | None
     evaluation: Evaluation
     weight_bytes: int
@@ -57,6 +60,9 @@ def _summary(subject: Subject) -> str:
     report = subject.report
     share = f"{report.sparsity:.1%} of the weights of {len(report.layers)} layers" if report else ""
     what = f"{share or 'weights'} set to zero by `{subject.settings['method']}`"
+    bits, rank = subject.settings.get("bits"), subject.settings.get("low_rank")
+    what += f" and the others rounded to {bits} bits" if bits else ""
+    what += f", beside a part of rank {rank}" if rank else ""
     return (
         f"# {subject.name}\n\n{base} with {what}, without retraining, stored and computed sparse "
         "by hf_sparse."
@@ -82,9 +88,9 @@ def _making(subject: Subject) -> str:
     rows = [
         ("method", f"`{settings['method']}`"),
         ("sparsity asked for", _plain(settings["sparsity"])),
-        ("pattern", settings["pattern"]),
         *((("sparsity reached", f"{report.sparsity:.4f}"),) if report else ()),
-        *_data_rows(subject),
+        ("pattern", settings["pattern"]),
+        *_data_rows(subject.data),
         ("seed", str(settings["seed"])),
     ]
     others = {
@@ -99,18 +105,13 @@ def _making(subject: Subject) -> str:
     return "## How it was made\n\n" + table(("", ""), rows)
 
 
-def _data_rows(subject: Subject) -> Iterable[tuple[str, str]]:
-    data = subject.report.data if subject.report else subject.settings["dataset"]
+def _data_rows(data: DataRecord | None) -> Iterable[tuple[str, str]]:
     if data is None:
         return [("calibration data", "none")]
-    known: Mapping[str, Any] = data if isinstance(data, Mapping) else vars(data)
-    counts = [
-        f"{known[key]} {unit}"
-        for key, unit in (("count", "samples"), ("tokens", "tokens"))
-        if known.get(key)
-    ]
-    rows = [("calibration data", ", ".join([f"`{known['source']}`", *counts]))]
-    return [*rows, ("SHA-256 of the data", f"`{known['digest']}`")] if known.get("digest") else rows
+    counts = {"samples": data.count, "tokens": data.tokens}
+    said = [f"`{data.source}`", *(f"{count} {unit}" for unit, count in counts.items() if count)]
+    digest = [("SHA-256 of the data", f"`{data.digest}`")] if data.digest else []
+    return [("calibration data", ", ".join(said)), *digest]
 
 
 def _run_rows(report: PruningReport) -> Iterable[tuple[str, str]]:
@@ -165,11 +166,13 @@ def _limits(subject: Subject) -> str:
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; what would break out of a cell is made harmless."""
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _megabytes(count: int) -> str:
