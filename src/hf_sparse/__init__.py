@@ -19,9 +19,11 @@ from .errors import (
     FormatError,
     HfSparseError,
     HubError,
+    PackageError,
     SaveError,
     SolveError,
     TargetError,
+    TrainingError,
 )
 from .evaluation import (
     Agreement,
@@ -63,6 +65,7 @@ __all__ = [
     "HfSparseError",
     "HubError",
     "LayerReport",
+    "PackageError",
     "Perplexity",
     "PruningReport",
     "SaveError",
@@ -74,6 +77,7 @@ __all__ = [
     "TargetError",
     "TaskResults",
     "Texts",
+    "TrainingError",
     "agreement",
     "compare",
     "convert_checkpoint",

@@ -39,6 +39,7 @@ from .solving import LayerSolver
 from .spread import allocate, exactly
 from .statistics import OutputMetric
 from .targets import Target, layer_sparsity, require_match, select_targets
+from .tracking import log_to_current_run
 
 logger = get_logger(__name__)
 
@@ -122,6 +123,7 @@ def run(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     logger.info("%s", report.summary())
+    log_to_current_run(report)
     return report
 
 

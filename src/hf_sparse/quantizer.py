@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
@@ -19,6 +19,7 @@ from .evaluation import Evaluation
 from .facts import DenseFacts
 from .layers import SparseLinear
 from .layers.experts import SparseExperts, expert_around, fuse, is_fused, unfuse, unfused_experts
+from .layers.head import restore_head, speed_up_head
 from .layers.replace import replace_module, unpack_linear
 from .loading import load_calibration
 from .logging import get_logger
@@ -108,6 +109,7 @@ class SparseQuantizer(HfQuantizer):
     Attributes:
         report: what pruning did; of a model that was loaded sparse, the report that was saved
             with it; None if there is none.
+        trains_values: `training.prepare_for_training` has made parameters of the kept values.
     """
 
     requires_calibration = False
@@ -117,6 +119,7 @@ class SparseQuantizer(HfQuantizer):
         self.quantization_config: SparseConfig = quantization_config
         self.report: PruningReport | None = None
         self.evaluation: Evaluation | None = None
+        self.trains_values = False
         self._layers: dict[str, PackedLayer] = {}
         self._renamed: frozenset[str] = frozenset()
 
@@ -181,6 +184,7 @@ class SparseQuantizer(HfQuantizer):
         if self.report.data is not None:
             self.quantization_config = config.replaced(dataset=self.report.data)
         model.config.quantization_config = self.quantization_config
+        speed_up_head(model)
         install_saving(model)
 
     def _take_over(self, model: PreTrainedModel) -> None:
@@ -192,6 +196,7 @@ class SparseQuantizer(HfQuantizer):
             _finish_stored(module, layer)
             layer.check(module.packed, module.low_rank)
             module.resolve()
+        speed_up_head(model)
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
@@ -206,6 +211,7 @@ class SparseQuantizer(HfQuantizer):
                 model, sparse, unpack_linear(sparse, dense, dtype or sparse.weight_dtype)
             )
             logger.debug("%s is dense again", name)
+        restore_head(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
@@ -228,6 +234,11 @@ class SparseQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Does Trainer take the model without an adapter?"""
+        return self.trains_values
 
     @property
     def is_compileable(self) -> bool:
@@ -329,7 +340,8 @@ def default_dense(model: PreTrainedModel) -> dict[str, str]:
 
 
 def load_tokenizer(config: SparseConfig, model: nn.Module) -> Any:
-    """The tokenizer to use for text: the config's, else the model's; None if it names none."""
+    """What turns data into inputs: the config's tokenizer or processor, else the model's; None if
+    it names none."""
     given = config.tokenizer
     if given is not None and not isinstance(given, (str, Path)):
         return given
@@ -337,9 +349,13 @@ def load_tokenizer(config: SparseConfig, model: nn.Module) -> Any:
     if not source:
         return None
     try:
+        return AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        logger.info("no processor could be loaded from %r: %s", str(source), error)
+    try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
-            f"no tokenizer could be loaded from {str(source)!r}: pass tokenizer= an id, a path or "
-            f"an object ({error})"
+            f"no tokenizer or processor could be loaded from {str(source)!r}: pass tokenizer= an "
+            f"id, a path or an object ({error})"
         ) from error

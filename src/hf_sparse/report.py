@@ -12,7 +12,7 @@ from typing import Any
 
 from .calibration.data import DataRecord
 from .environment import Environment
-from .errors import CheckpointError
+from .errors import CheckpointError, PackageError
 from .records import read_record
 
 # Beside the weights of a checkpoint.
@@ -115,15 +115,29 @@ class PruningReport:
         """Bytes of the pruned weights in memory, on this machine."""
         return sum(layer.bytes_resident for layer in self.layers)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values, totals included."""
+    def totals(self) -> dict[str, float]:
+        """What holds for all layers together."""
         return {
             "sparsity": self.sparsity,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "bytes_resident": self.bytes_resident,
-            **asdict(self),
+            "seconds": self.seconds,
         }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer, its shape as `out` and `in`, its notes as one string."""
+        rows = []
+        for layer in self.layers:
+            out, into = layer.shape
+            values = asdict(layer) | {"notes": "; ".join(layer.notes)}
+            del values["shape"]
+            rows.append({"name": values.pop("name"), "out": out, "in": into, **values})
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values, totals included."""
+        return {**self.totals(), **asdict(self)}
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
@@ -160,6 +174,33 @@ class PruningReport:
             return None
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} can't be read: {error}") from None
+
+    def to_pandas(self) -> Any:
+        """The layers as a `pandas.DataFrame`, one row each; see `rows`.
+
+        Raises:
+            PackageError: pandas isn't installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise PackageError("to_pandas needs pandas: pip install 'hf_sparse[pandas]'") from None
+        return pandas.DataFrame(self.rows())
+
+    def log_to(self, writer: Any) -> None:
+        """Log it with a TensorBoard writer: totals at step 0, layers at their place in the depth.
+
+        Args:
+            writer: a `torch.utils.tensorboard.SummaryWriter`, or what has its `add_scalar` and
+                `add_text`.
+        """
+        for name, total in self.totals().items():
+            writer.add_scalar(f"pruning/{name}", total, 0)
+        for step, layer in enumerate(self.layers):
+            for name in ("sparsity", "relative_error", "seconds"):
+                if (value := getattr(layer, name)) is not None:
+                    writer.add_scalar(f"pruning/layers/{name}", value, step)
+        writer.add_text("pruning/summary", self.summary(), 0)
 
     def summary(self) -> str:
         """One line of totals."""

@@ -1,36 +1,51 @@
-"""Which tokenizer belongs to a model."""
+"""Which tokenizer or processor belongs to a model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from .logging import get_logger
 
 logger = get_logger(__name__)
 
+MISSING = (OSError, ValueError, KeyError, ImportError)
 
-def known_tokenizer(model: Any) -> Any:
-    """The tokenizer of a sparse model's config, or the one beside the files it was loaded from.
 
-    None if there is neither.
+def known_processor(model: Any) -> Any:
+    """What a sparse model's config names, or else what lies beside the files it was loaded from.
+
+    A processor if there is one, else a tokenizer; None if there is neither.
     """
     given = model.hf_quantizer.quantization_config.tokenizer
     if given is not None and not isinstance(given, str | Path):
         return given
-    found = (find_tokenizer(source) for source in (given, model.name_or_path) if source)
-    return next((tokenizer for tokenizer in found if tokenizer is not None), None)
+    found = (_find_processor(source) for source in (given, model.name_or_path) if source)
+    return next((processor for processor in found if processor is not None), None)
+
+
+def _find_processor(source: str | Path) -> Any:
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except MISSING as error:
+        logger.debug("no processor at %s: %s", source, error)
+        return find_tokenizer(source)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return None if hasattr(tokenizer, "get_vocab") and _is_made_up(tokenizer) else processor
 
 
 def find_tokenizer(source: str | Path, revision: str | None = None) -> Any:
     """The tokenizer in a folder or at a Hub id; None if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except MISSING as error:
         logger.debug("no tokenizer at %s: %s", source, error)
         return None
-    # Where there are no files, transformers may make one up, of special tokens and at most "▁".
-    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-    return tokenizer if len(words) > 1 else None
+    return None if _is_made_up(tokenizer) else tokenizer
+
+
+def _is_made_up(tokenizer: Any) -> bool:
+    """Where there are no files, transformers may make one up, of special tokens and at most "▁"."""
+    return len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) <= 1

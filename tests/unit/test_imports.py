@@ -26,13 +26,13 @@ LAYERS = [
     {"layers"},
     {"calibration", "environment", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report", "tokenizer"},
-    {"facts", "files", "loading"},
+    {"facts", "files", "loading", "tracking"},
     {"spread", "legacy", "evaluation"},
     {"hub"},
     {"pipeline", "saving", "explain", "skeleton"},
     {"adapters", "reporting"},
     {"quantizer"},
-    {"bench", "comparison", "convert"},
+    {"bench", "comparison", "convert", "training"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -40,6 +40,7 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # One file a method, layout or kernel; what they share is in these.
 PLUGIN_FOLDERS = {"solvers", "formats", "kernels"}
 SHARED = {"base", "refit", "descent", "lowrank", "bits", "native", "reference", "speed"}
+SHARED |= {"products", "panels", "gemv"}  # of kernels
 
 MAY_IMPORT_TRANSFORMERS = {
     "adapters",
@@ -52,6 +53,8 @@ MAY_IMPORT_TRANSFORMERS = {
     "tokenizer",
     "hub.card",
     "bench.endtoend",
+    "training.callback",
+    "training.trainer",
 }
 
 

@@ -1,12 +1,13 @@
 """The report adds up, turns into JSON and reads well."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 import hf_sparse
-from hf_sparse import CheckpointError, Environment, SparseConfig
+from hf_sparse import CheckpointError, Environment, PackageError, SparseConfig
 from hf_sparse.calibration.data import DataRecord
 from hf_sparse.report import LayerReport, PruningReport
 
@@ -214,6 +215,23 @@ def test_an_empty_report_says_that_nothing_was_pruned():
     assert report.summary() == "no layer was pruned"
     assert str(report).endswith("no layer was pruned")
     assert json.loads(report.to_json())["data"] is None
+
+
+def test_pandas_gets_a_row_for_each_layer():
+    frame = two_layers().to_pandas()
+    assert list(frame.columns[:4]) == ["name", "out", "in", "pattern"]
+    assert list(frame["name"]) == ["layers.0.q_proj", "layers.0.down"]
+    assert list(frame["in"]) == [10, 16]
+    assert frame["sparsity"].mean() == pytest.approx(0.625)
+    assert frame["relative_error"].isna().tolist() == [False, True]
+    assert frame["notes"][1] == "damping raised to 0.1"
+    assert len(PruningReport(()).to_pandas()) == 0
+
+
+def test_without_pandas_an_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(PackageError, match=r"pip install 'hf_sparse\[pandas\]'"):
+        two_layers().to_pandas()
 
 
 def test_reports_are_frozen():

@@ -68,8 +68,9 @@ class Visit:
     dense_calls: tuple[Call, ...] = ()
     """The same batches' calls in the dense model, if the walk carries it along."""
     leave_dense: Callable[[int], None] = lambda index: None
-    """Lets the dense model's pass of one batch go on through the unit as it is now, to the next:
-    call it once for each of `dense_calls`, which is gone then, while the unit is dense."""
+    """Lets the dense model's pass of one batch go on through the unit as it is now, to the next if
+    there is one: call it once for each of `dense_calls`, which is gone then, while the unit is
+    dense."""
 
 
 def find_units(model: nn.Module, targets: Sequence[str]) -> list[Unit]:
@@ -181,13 +182,20 @@ class BlockWalk:
                     if unit.module in repeated:
                         calls = [c for i in here for c in self._scout(unit, self._batches[i])]
                     del self._waiting[unit.module]
-                    yield Visit(
-                        unit,
-                        tuple(calls),
-                        self._run,
-                        tuple(dense.call(i) for i in twins),
-                        lambda index, twins=twins: dense.go_on(twins[index]),  # type: ignore[misc]
-                    )
+                    dense_calls = tuple(dense.call(i) for i in twins)
+
+                    def leave_dense(
+                        index: int,
+                        unit: Unit = unit,
+                        twins: Sequence[int] = twins,
+                        calls: Sequence[Call] = dense_calls,
+                    ) -> None:
+                        if self._waiting:
+                            dense.go_on(twins[index])
+                        else:  # nothing after the last unit is of use, the head least of all
+                            self._run(unit, calls[index])
+
+                    yield Visit(unit, tuple(calls), self._run, dense_calls, leave_dense)
                     if self._waiting:
                         for i in here:
                             passes.go_on(i)

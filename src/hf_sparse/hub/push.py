@@ -16,12 +16,15 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..files import stale_files
 from ..logging import get_logger
-from ..tokenizer import known_tokenizer
+from ..tokenizer import known_processor
 from .card import model_card, write_card
 from .failures import pushing
 from .source import CARD
 
 logger = get_logger(__name__)
+
+# How the files of tokenizers and processors begin.
+PROCESSORS = ("tokenizer", "processor", "preprocessor")
 
 
 def push_to_hub(
@@ -39,9 +42,9 @@ def push_to_hub(
 ) -> str:
     """Push a sparse model: weights, configs, reports (JSON and HTML), tokenizer and model card.
 
-    The tokenizer is the one that calibration used, or else the one beside the files that the
-    model was loaded from; none is pushed if neither is there, and what the repository has of a
-    tokenizer stays. So does a model card that someone wrote, except that tags are added to it.
+    The tokenizer, or processor, is the one that calibration used, or else the one beside the files
+    that the model was loaded from; none is pushed if neither is there, and what the repository has
+    of one stays. So does a model card that someone wrote, except that tags are added to it.
     Weight files of an earlier push that this one doesn't replace are deleted.
 
     Args:
@@ -76,8 +79,8 @@ def push_to_hub(
         folder = Path(temporary)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         model.hf_quantizer.write_page(model, folder)
-        if not any(name.startswith("tokenizer") for name in held):
-            _save_tokenizer(model, folder)
+        if not any(name.startswith(PROCESSORS) for name in held):
+            _save_processor(model, folder)
         labels = [tags] if isinstance(tags, str) else [*(model.model_tags or ()), *(tags or ())]
         write_card(model_card(model, folder, repo_id, labels), folder, card)
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -104,10 +107,10 @@ def _create_branch(api: HfApi, repo_id: str, branch: str, create_pr: bool) -> No
             raise
 
 
-def _save_tokenizer(model: Any, folder: Path) -> None:
-    tokenizer = known_tokenizer(model)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+def _save_processor(model: Any, folder: Path) -> None:
+    processor = known_processor(model)
+    if processor is not None:
+        processor.save_pretrained(folder)
     elif model.main_input_name == "input_ids":
         logger.warning(
             "no tokenizer is known for the model, so none is pushed: tokenizer.push_to_hub adds it"

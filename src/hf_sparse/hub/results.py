@@ -8,7 +8,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..calibration.data import HUB_NAMES, DataRecord
+from ..calibration.data import DataRecord
+from ..calibration.sources import HUB_NAMES
 from ..evaluation import Evaluation, GenerationSpeed, Perplexity
 
 TASK = "text-generation"  # all that is measured is of causal language models
