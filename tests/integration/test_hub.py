@@ -93,6 +93,7 @@ def test_a_pushed_repository_holds_packed_tensors_and_a_config_that_names_hf_spa
     files = hub.repos["me/tiny-sparse"].files()
     assert {"README.md", "config.json", "generation_config.json", "model.safetensors"} < set(files)
     assert not [path for path in files if path.endswith(".index.json")]
+    assert not [path for path in files if "token" in path]  # none is made up
     config = json.loads(files["config.json"])
     assert config["quantization_config"]["quant_method"] == "hf_sparse"
     assert b"sparsity_config" not in files["config.json"]

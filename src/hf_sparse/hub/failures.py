@@ -26,7 +26,7 @@ def pushing(repo_id: str, token: bool | str | None) -> Iterator[None]:
     """Turn what goes wrong while pushing into a HubError of one sentence, its cause chained."""
     try:
         yield
-    except (HTTPError, HFValidationError, OSError, RuntimeError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         reason = _reason(error, bool(token or get_token()))
         raise HubError(f"can't push to {repo_id!r}: {reason}") from error
 
