@@ -256,10 +256,9 @@ class _Run:
         weight, sparse, low_rank = solution.weight, None, solution.low_rank
         if low_rank is not None:
             weight, sparse = low_rank.added_to(weight), weight
-        if job.target.transposed:
-            weight, dense = weight.T, dense.T
-        write_weight(job.target.module, weight)
-        kept = dense if self._config.target == "dense" else None
+        axes = job.target.axes
+        write_weight(job.target.module, axes.own(weight))
+        kept = axes.own(dense) if self._config.target == "dense" else None
         self._solved[job.target.name] = _Solved(
             job, report, kept, solution.quantized, sparse, low_rank
         )

@@ -18,6 +18,8 @@ from .errors import CalibrationError, CheckpointError, ConfigError
 from .evaluation import Evaluation
 from .facts import DenseFacts
 from .layers import SparseLinear
+from .layers.axes import Axes
+from .layers.conv import dense_twin, sparse_class
 from .layers.experts import SparseExperts, expert_around, fuse, is_fused, unfuse, unfused_experts
 from .layers.head import restore_head, speed_up_head
 from .layers.replace import replace_module, unpack_linear
@@ -35,7 +37,7 @@ from .saving import (
     sparse_layers,
     sparse_state_dict,
 )
-from .targets import find_routers
+from .targets import find_routers, is_prunable
 
 logger = get_logger(__name__)
 
@@ -250,10 +252,10 @@ def _build_meta(
 ) -> None:
     """Put an empty sparse layer in a dense one's place, with the checkpoint's shapes."""
     weight = getattr(module, "weight", None)
-    transposed = not isinstance(module, nn.Linear)
     expected = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
-    found = layer.shape[::-1] if transposed else layer.shape
-    if expected != found or layer.transposed != transposed:
+    axes = Axes.of(module)
+    same = expected == axes.own_shape(layer.shape) and layer.axes == axes
+    if not same or not is_prunable(module):
         raise CheckpointError(
             f"{layer.file}: {layer.name}.weight is packed from shape {layer.shape}, the model has "
             f"{type(module).__name__} with weight {expected} there"
@@ -266,7 +268,8 @@ def _build_meta(
     }
     low_rank = LowRank(tensors.pop(KEY_B), tensors.pop(KEY_A)) if layer.low_rank else None
     bias: Any = module.bias
-    sparse = SparseLinear(layer.format, tensors, layer.shape, dtype, bias, transposed, low_rank)
+    cls = sparse_class(axes)
+    sparse = cls(layer.format, tensors, layer.shape, dtype, bias, axes, low_rank)
     # transformers would otherwise unpack each layer to initialise what isn't missing.
     sparse._is_hf_initialized = True  # type: ignore[assignment]
     replace_module(around, module, sparse)
@@ -309,11 +312,11 @@ def _values_dtype(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
 
 def _dense_twin(sparse: SparseLinear) -> nn.Module:
     """An empty module of the kind that a sparse layer replaced."""
+    if not sparse.axes.transposed:
+        return dense_twin(sparse)
     with torch.device("meta"):
-        if sparse.transposed:
-            conv: nn.Module = Conv1D(sparse.out_features, sparse.in_features)
-            return conv
-        return nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None)
+        conv: nn.Module = Conv1D(sparse.out_features, sparse.in_features)
+        return conv
 
 
 def default_dense(model: PreTrainedModel) -> dict[str, str]:

@@ -63,7 +63,7 @@ def sparse_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
                         state[f"{name}.{key}"] = tensor.clone()
             if layer.bias is not None and state[f"{name}.bias"].is_meta:
                 state[f"{name}.bias"] = layer.bias.detach().clone()
-        described.append(PackedLayer(name, layer.format, layer.shape, layer.transposed, layer.rank))
+        described.append(PackedLayer(name, layer.format, layer.shape, layer.axes, layer.rank))
     return state, metadata(described)
 
 
@@ -222,8 +222,7 @@ def _dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         with torch.no_grad(), align_module_device(module):
             own = dict(module.named_parameters(recurse=False))
             if isinstance(module, SparseLinear):
-                weight = module.weight
-                own["weight"] = (weight.T if module.transposed else weight).contiguous()  # type: ignore[assignment]
+                own["weight"] = module.axes.own(module.matrix).contiguous()  # type: ignore[assignment]
             else:
                 skipped = module._non_persistent_buffers_set
                 own |= {k: b for k, b in module.named_buffers(recurse=False) if k not in skipped}  # type: ignore[misc]

@@ -15,6 +15,7 @@ from ..formats.base import Packed, check_packed, packed_bytes
 from ..kernels import Choice, Kernel, Stored, Verdict, choose
 from ..kernels.reference import sparse_linear
 from ..lowrank import KEY_A, KEY_B, LowRank
+from .axes import Axes
 
 # `weight` itself is a property, so the buffer with the values needs a name of its own.
 VALUES = "weight_values"
@@ -41,7 +42,7 @@ class SparseLinear(nn.Linear):
             a bf16 checkpoint loaded in fp32 keeps bf16 values, which is exact. Codes and scales of
             a quantised weight are as stored whatever the dtype.
         bias: bias parameter to adopt, shape (out_features,), or None.
-        transposed: the layer replaces a `Conv1D`, whose dense weight is (in, out).
+        axes: those of the layer that it replaces; a `Conv1D` keeps its weight as (in, out).
         low_rank: B and A beside the packed weight S, for y = x (S + B A)' + b, or None.
 
     Attributes:
@@ -56,13 +57,13 @@ class SparseLinear(nn.Linear):
         shape: tuple[int, int],
         dtype: torch.dtype,
         bias: nn.Parameter | None = None,
-        transposed: bool = False,
+        axes: Axes = Axes(),  # noqa: B008 - it is frozen
         low_rank: LowRank | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.format = fmt
-        self.transposed = transposed
+        self.axes = axes
         self.weight_dtype = dtype
         self.bias = bias  # type: ignore[assignment]
         self.kernel: Kernel | None = None
@@ -88,8 +89,14 @@ class SparseLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dense weight, shape (out, in), unpacked anew at each access; the low-rank part is in
-        it."""
+        """The dense weight, unpacked anew at each access; the low-rank part is in it. Of shape
+        (out, in), also in place of a `Conv1D`; a convolution's has its axes of size 1 behind."""
+        weight = self.matrix
+        return weight if self.axes.transposed else self.axes.own(weight)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The dense weight as (out, in), the low-rank part in it."""
         low_rank = self.low_rank
         return self.sparse_weight if low_rank is None else low_rank.added_to(self.sparse_weight)
 
