@@ -11,7 +11,8 @@ HfSparseError
 ├── FormatError       tensors do not fit a storage format                            (ValueError)
 │   └── CheckpointError   ... and were read from a file; names the file and the tensor
 ├── PackageError      an optional package is needed, and isn't installed            (ImportError)
-└── SaveError         a checkpoint could not be written                                 (OSError)
+├── SaveError         a checkpoint could not be written                                 (OSError)
+└── HubError          the Hub refused a push, or can't be reached                       (OSError)
 
 Each message names what was passed, what was expected and what to do about it.
 """
@@ -63,3 +64,7 @@ class PackageError(HfSparseError, ImportError):
 
 class SaveError(HfSparseError, OSError):
     """A checkpoint could not be written; what was there before is untouched."""
+
+
+class HubError(HfSparseError, OSError):
+    """A push to the Hub was refused or broke off; its cause is huggingface_hub's own error."""

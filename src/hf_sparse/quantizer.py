@@ -15,6 +15,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from .checkpoint import PackedLayer, read_layers
 from .config import QUANT_METHOD, SparseConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
+from .evaluation import Evaluation
 from .facts import DenseFacts
 from .layers import SparseLinear
 from .layers.axes import Axes
@@ -26,7 +27,8 @@ from .loading import load_calibration
 from .logging import get_logger
 from .lowrank import KEY_A, KEY_B, LowRank
 from .pipeline import run
-from .report import PruningReport
+from .report import PAGE_FILE, PruningReport
+from .reporting import write_report
 from .saving import (
     ValuesRenaming,
     install_saving,
@@ -118,6 +120,7 @@ class SparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: SparseConfig = quantization_config
         self.report: PruningReport | None = None
+        self.evaluation: Evaluation | None = None
         self.trains_values = False
         self._layers: dict[str, PackedLayer] = {}
         self._renamed: frozenset[str] = frozenset()
@@ -215,6 +218,11 @@ class SparseQuantizer(HfQuantizer):
                 module.config._is_quantized = False
         remove_saving(model)
         return model
+
+    def write_page(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the report as HTML into a folder, if there is a report."""
+        if self.report is not None:
+            write_report(self.report, folder / PAGE_FILE, masks=model, evaluation=self.evaluation)
 
     def get_state_dict_and_metadata(
         self, model: nn.Module
