@@ -27,9 +27,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import SolveError
+from ..layers.axes import Axes
 from ..layers.experts import SparseExperts, chosen_slots
 from ..statistics import Needs, Statistics
 from .blocks import Call, Visit
+from .padding import Padding
 from .stages import stream_input
 from .statistics import StatisticsCollector
 
@@ -100,7 +102,8 @@ def collect_statistics(
 
     Args:
         visit: a unit and the calls that stand in front of it.
-        layers: the layers of the unit to watch; inputs are (..., in).
+        layers: the layers of the unit to watch; inputs are (..., in), a convolution's have the
+            channels where it has them.
         needs: what to collect.
         dense: also collect cross moments and residuals against the dense model.
         everywhere: the layers are experts' and are to see all tokens that enter the experts; the
@@ -123,7 +126,7 @@ class _Pass:
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     routed: dict[str, list[Tensor]] = field(default_factory=dict)
     streams: dict[str, Tensor] = field(default_factory=dict)
-    by_tensor: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    by_tensor: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def calls(self) -> int:
         return sum(len(inputs) for inputs in self.inputs.values())
@@ -165,12 +168,12 @@ class _Collection:
         self._strays: Counter[str] = Counter()  # tokens without a dense input
         self._now = _Pass()
         self._stream: Tensor | None = None
-        self._token_mask: Tensor | None = None
+        self._padding = Padding()
         self._stop_early = False
         hooked = any(hasattr(m, "_hf_hook") for m in visit.unit.module.modules())
         with self._watching(layers):
             for index, call in enumerate(visit.calls):
-                self._token_mask = call.token_mask
+                self._padding = call.padding
                 twin = self._pass_dense(index, dense) if dense is not None else None
                 own = self._pass(call, partial(visit.run, visit.unit, call))
                 if index == 0:
@@ -245,7 +248,7 @@ class _Collection:
         if not self._everywhere:
             return
         inside = {index for owner, index in self._experts.values() if owner is experts}
-        rows = self._tokens(call["hidden_states"])
+        rows = self._tokens(experts, call["hidden_states"])
         self._beside = True
         try:
             for index in sorted(inside):
@@ -262,13 +265,20 @@ class _Collection:
             if not len(routed.tokens):
                 return  # padding alone
             now.routed.setdefault(name, []).append(routed.tokens)
-        if id(x) not in now.by_tensor:
-            rows = self._tokens(x) if routed is None else x.detach()[routed.rows]
+        axes = Axes.of(module)
+        seen = id(x), axes.spatial
+        if seen not in now.by_tensor:
+            if self._beside:
+                rows = x.detach()  # no padding among them
+            elif routed is None:
+                rows = self._tokens(module, axes.channels_last(x))
+            else:
+                rows = x.detach()[routed.rows]
             # A copy: the model may write into its activations before the pass is counted.
-            now.by_tensor[id(x)] = x, rows.clone()
-        now.inputs.setdefault(name, []).append(now.by_tensor[id(x)][1])
+            now.by_tensor[seen] = x, rows.clone()
+        now.inputs.setdefault(name, []).append(now.by_tensor[seen][1])
         if self._stream is not None and self._dense is not None and name in self._dense.writers:
-            now.streams[name] = self._tokens(self._stream)
+            now.streams[name] = self._tokens(module, axes.channels_last(self._stream))
         if self._stop_early and now.calls() == len(self._names):
             raise _AllSeen
 
@@ -337,18 +347,16 @@ class _Collection:
         choice = self._choices[experts]
         tokens = chosen_slots(choice, index) // choice.shape[1]
         inside = torch.ones_like(tokens, dtype=torch.bool)
-        mask = self._token_mask
-        if mask is not None and mask.numel() == len(choice):
-            inside = mask.to(tokens.device).flatten()[tokens]
+        mask = self._padding.tokens(experts, len(choice))
+        if mask is not None:
+            inside = mask.to(tokens.device)[tokens]
         return _Routed(inside, tokens[inside])
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """The input's rows that are no padding, (tokens, in)."""
+    def _tokens(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The rows of a module's input that are no padding, (tokens, in)."""
         rows = x.detach().reshape(-1, x.shape[-1])
-        mask = self._token_mask
-        if mask is not None and mask.numel() == rows.shape[0]:
-            rows = rows[mask.to(rows.device).flatten()]
-        return rows
+        mask = self._padding.tokens(module, len(rows))
+        return rows if mask is None else rows[mask.to(rows.device)]
 
 
 def _by_inputs(names: list[str], own: _Pass) -> list[list[str]]:
