@@ -107,6 +107,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hidden_sizes": [16, 32, 32, 64],
     },
     "hunyuan_vl": {"text_config": MROPE},
+    "inkling_mm_model": {"vision_config": {"num_hidden_layers": 2}},
     "instructblip": {"image_token_index": 150},
     "instructblipvideo": {"video_token_index": 150},
     "kyutai_speech_to_text": {"codec_config": {"upsample_groups": 64}},
