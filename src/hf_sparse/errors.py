@@ -5,6 +5,7 @@ HfSparseError
 ├── TargetError       a regex matches nothing, or something that can't be pruned     (ValueError)
 ├── CalibrationError  the calibration data, or what came of them, are unusable       (ValueError)
 ├── EvaluationError   a model can't be measured the way that was asked for           (ValueError)
+├── AdapterError      a PEFT adapter can't be merged into a sparse model             (ValueError)
 ├── TrainingError     a model can't be trained as asked for, or its pattern broke    (ValueError)
 ├── SolveError        the maths failed for a layer: NaN weights, a bad Hessian  (ArithmeticError)
 ├── FormatError       tensors do not fit a storage format                            (ValueError)
@@ -35,6 +36,10 @@ class CalibrationError(HfSparseError, ValueError):
 
 class EvaluationError(HfSparseError, ValueError):
     """A measurement can't be made: of this model, with these arguments or packages."""
+
+
+class AdapterError(HfSparseError, ValueError):
+    """An adapter can't be merged into a sparse model, or not the way that was asked for."""
 
 
 class TrainingError(HfSparseError, ValueError):

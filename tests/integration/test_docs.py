@@ -49,6 +49,7 @@ def registries():
 
 # PEFT asks transformers 5.23 by an old name.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.pin_memory. argument:UserWarning")  # Trainer, without a GPU
 # What is in sharing.md needs a Hub: test_sharing.py runs it.
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.name != "sharing.md"], ids=lambda page: page.name

@@ -8,9 +8,10 @@ from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from hf_sparse.calibration.blocks import BlockWalk, find_units
+from hf_sparse.calibration.blocks import BlockWalk
 from hf_sparse.calibration.experts import observe
 from hf_sparse.calibration.inputs import DensePath
+from hf_sparse.calibration.units import find_units
 from hf_sparse.layers.experts import unfuse
 from hf_sparse.statistics import Needs
 

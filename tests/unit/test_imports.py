@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
-    {"errors", "logging"},
+    {"errors", "logging", "names"},
     {"patterns", "quantization", "statistics", "lowrank", "records"},
     {"solvers", "formats", "allocation"},
     {"kernels"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"pipeline", "saving", "explain", "skeleton"},
     {"adapters", "reporting"},
     {"quantizer"},
-    {"bench", "comparison", "convert", "training"},
+    {"bench", "comparison", "convert", "merging", "training"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
