@@ -30,8 +30,8 @@ ids = torch.arange(3, 61).reshape(2, 29)
 
 
 def contents(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The model's files, by path; attributes and the card come with a push only."""
-    added = (".gitattributes", "README.md")
+    """The files that a push shares with a saved folder; a card has the name of its place in it."""
+    added = (".gitattributes", "README.md", "pruning_report.html")
     return {path: content for path, content in files.items() if path not in added}
 
 
