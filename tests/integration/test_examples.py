@@ -65,7 +65,9 @@ def test_a_sentence_encoder_keeps_its_embeddings(run, tmp_path):
     assert sparse < 0.8 * dense
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning", "ignore:.pin_memory."
+)
 def test_an_adapter_is_trained_and_merged_into_a_sparse_checkpoint(run, tmp_path):
     printed = run("finetune_lora.py", "--steps", 4, "--output", tmp_path / "out")
     sparse, adapted, merged = (float(x) for x in re.findall(r"perplexity ([\d.]+)", printed))

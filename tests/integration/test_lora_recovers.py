@@ -76,6 +76,5 @@ def test_lora_recovers_a_third_of_what_pruning_cost_and_the_merged_model_is_as_s
             error = (merged(tokens).logits - expected).norm() / expected.norm()
         reported = merged.merge_report.fidelity.output_error
         assert float(error) == pytest.approx(reported, rel=0.2)
-    print(recovered)
     assert recovered["adapted"] >= 0.3
     assert recovered["resolve"] > recovered["masked"]
