@@ -79,7 +79,9 @@ def test_full_fine_tuning_recovers_and_keeps_the_pattern(run, tmp_path):
         assert int((layer.weight == 0).sum()) == int(0.6 * layer.weight.numel())
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning", "ignore:.pin_memory."
+)
 def test_an_adapter_is_trained_and_merged_into_a_sparse_checkpoint(run, tmp_path):
     printed = run("finetune_lora.py", "--steps", 4, "--output", tmp_path / "out")
     sparse, adapted, merged = (float(x) for x in re.findall(r"perplexity ([\d.]+)", printed))
