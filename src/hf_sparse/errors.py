@@ -5,11 +5,14 @@ HfSparseError
 ├── TargetError       a regex matches nothing, or something that can't be pruned     (ValueError)
 ├── CalibrationError  the calibration data, or what came of them, are unusable       (ValueError)
 ├── EvaluationError   a model can't be measured the way that was asked for           (ValueError)
+├── AdapterError      a PEFT adapter can't be merged into a sparse model             (ValueError)
 ├── TrainingError     a model can't be trained as asked for, or its pattern broke    (ValueError)
 ├── SolveError        the maths failed for a layer: NaN weights, a bad Hessian  (ArithmeticError)
 ├── FormatError       tensors do not fit a storage format                            (ValueError)
 │   └── CheckpointError   ... and were read from a file; names the file and the tensor
-└── SaveError         a checkpoint could not be written                                 (OSError)
+├── PackageError      an optional package is needed, and isn't installed            (ImportError)
+├── SaveError         a checkpoint could not be written                                 (OSError)
+└── HubError          the Hub refused a push, or can't be reached                       (OSError)
 
 Each message names what was passed, what was expected and what to do about it.
 """
@@ -35,6 +38,10 @@ class EvaluationError(HfSparseError, ValueError):
     """A measurement can't be made: of this model, with these arguments or packages."""
 
 
+class AdapterError(HfSparseError, ValueError):
+    """An adapter can't be merged into a sparse model, or not the way that was asked for."""
+
+
 class TrainingError(HfSparseError, ValueError):
     """A model can't be trained the way that was asked for, or training broke its pattern."""
 
@@ -51,5 +58,13 @@ class CheckpointError(FormatError):
     """A checkpoint on disk is damaged, incomplete, or of an unknown version."""
 
 
+class PackageError(HfSparseError, ImportError):
+    """Something needs an optional package that isn't installed; the message names the extra."""
+
+
 class SaveError(HfSparseError, OSError):
     """A checkpoint could not be written; what was there before is untouched."""
+
+
+class HubError(HfSparseError, OSError):
+    """A push to the Hub was refused or broke off; its cause is huggingface_hub's own error."""

@@ -76,9 +76,10 @@ def _filled(own: Observed | None, shared: Observed, limit: int) -> Observed:
 
 
 def _inputs(layer: nn.Module) -> int:
-    """How many a linear layer has."""
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features
+    """How many a linear layer, or the one that an adapter wraps, has."""
+    linear = getattr(layer, "base_layer", layer)
+    assert isinstance(linear, nn.Linear)
+    return linear.in_features
 
 
 def _tokens(observed: Observed) -> int:
