@@ -1,0 +1,1 @@
+"""Sparse weights on NVIDIA GPUs: the layout, and the Triton kernels that multiply with it."""
