@@ -18,6 +18,7 @@ from .errors import CalibrationError, CheckpointError, ConfigError
 from .facts import DenseFacts
 from .layers import SparseLinear
 from .layers.experts import SparseExperts, expert_around, fuse, is_fused, unfuse, unfused_experts
+from .layers.head import restore_head, speed_up_head
 from .layers.replace import replace_module, unpack_linear
 from .loading import load_calibration
 from .logging import get_logger
@@ -175,6 +176,7 @@ class SparseQuantizer(HfQuantizer):
         if self.report.data is not None:
             self.quantization_config = config.replaced(dataset=self.report.data)
         model.config.quantization_config = self.quantization_config
+        speed_up_head(model)
         install_saving(model)
 
     def _take_over(self, model: PreTrainedModel) -> None:
@@ -186,6 +188,7 @@ class SparseQuantizer(HfQuantizer):
             _finish_stored(module, layer)
             layer.check(module.packed, module.low_rank)
             module.resolve()
+        speed_up_head(model)
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
@@ -200,6 +203,7 @@ class SparseQuantizer(HfQuantizer):
                 model, sparse, unpack_linear(sparse, dense, dtype or sparse.weight_dtype)
             )
             logger.debug("%s is dense again", name)
+        restore_head(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False

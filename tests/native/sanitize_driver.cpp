@@ -31,7 +31,9 @@ int32_t t16_unpack(const Weight*, uint8_t*, void*, ParallelFor);
 int32_t t16_linear(const Weight*, int32_t, const void*, int32_t, int64_t, int64_t, const void*,
                    int32_t, void*, int32_t, int64_t, ParallelFor);
 int32_t t16_decode_panel(const Weight*, int32_t, int64_t, int64_t, void*, int32_t, int64_t,
-                         ParallelFor);
+                         int32_t, ParallelFor);
+int32_t t16_gemv(int64_t, int64_t, const void*, int32_t, int64_t, int32_t, const void*, int32_t,
+                 void*, int32_t, ParallelFor);
 }
 
 namespace {
@@ -218,12 +220,49 @@ void one_case() {
     const int64_t begin = uniform(0, tiles - 1), end = uniform(begin, tiles);
     const int64_t rows = min64(n, end * 16) - min64(n, begin * 16);
     Bytes panel(rows * k * 4);
-    expect(t16_decode_panel(&w, path, begin, end, panel.data, kF32, k, uneven) == kOk,
-           name + ": decode");
-    for (int64_t i = 0; i < rows * k; ++i) {
-      const double v = weight[static_cast<size_t>(begin * 16 * k + i)];
-      expect(std::fabs(load_as_float(panel.data, i, kF32) - v) <= 0x1p-23 * std::fabs(v),
-             name + ": decode differs");
+    for (const bool transposed : {false, true}) {
+      expect(t16_decode_panel(&w, path, begin, end, panel.data, kF32, transposed ? rows : k,
+                              transposed, uneven) == kOk,
+             name + ": decode");
+      for (int64_t i = 0; i < rows * k; ++i) {
+        const int64_t at = transposed ? i % k * rows + i / k : i;
+        const double v = weight[static_cast<size_t>(begin * 16 * k + i)];
+        expect(std::fabs(load_as_float(panel.data, at, kF32) - v) <= 0x1p-23 * std::fabs(v),
+               name + ": decode differs");
+      }
+    }
+  }
+}
+
+// A dense weight of 16-bit floats times one token.
+void one_gemv() {
+  const int64_t n = uniform(1, 70), k = uniform(1, 300), stride = k + uniform(0, 5);
+  const int32_t w_dtype = chance(0.5) ? kBF16 : kF16;
+  const int32_t x_dtype = static_cast<int32_t>(uniform(0, 2));
+  Bytes w(((n - 1) * stride + k) * 2), x(k * item_size(x_dtype)), y(n * 4);
+  for (int64_t i = 0; i < (n - 1) * stride + k; ++i) {
+    store_from_float(w.data, i, w_dtype, static_cast<float>(normal()));
+  }
+  for (int64_t c = 0; c < k; ++c) {
+    store_from_float(x.data, c, x_dtype, static_cast<float>(normal()));
+  }
+  for (int32_t path = 0; path < t16_path_count(); ++path) {
+    if (!t16_path_available(path)) continue;
+    const std::string name = t16_path_name(path);
+    expect(t16_gemv(n, k, w.data, w_dtype, stride, path, x.data, x_dtype, y.data, kF32,
+                    chance(0.5) ? uneven : nullptr) == kOk,
+           name + ": gemv");
+    for (int64_t r = 0; r < n; ++r) {
+      double sum = 0, size = 0;
+      for (int64_t c = 0; c < k; ++c) {
+        const double term = static_cast<double>(load_as_float(w.data, r * stride + c, w_dtype)) *
+                            load_as_float(x.data, c, x_dtype);
+        sum += term;
+        size += std::fabs(term);
+      }
+      const double got = load_as_float(y.data, r, kF32);
+      expect(std::fabs(got - sum) <= 0x1p-23 * (std::sqrt(static_cast<double>(k)) + 4) * size,
+             name + ": gemv differs");
     }
   }
 }
@@ -238,5 +277,6 @@ int main(int argc, char** argv) {
   }
   std::printf("\n");
   for (int i = 0; i < cases; ++i) one_case();
+  for (int i = 0; i < cases; ++i) one_gemv();
   std::printf("%d cases passed\n", cases);
 }

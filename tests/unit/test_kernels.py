@@ -12,7 +12,8 @@ import hf_sparse
 from hf_sparse import SparseConfig, SparseLinear
 from hf_sparse.formats import Bitmask, choose_format
 from hf_sparse.formats.nm import NMPacked
-from hf_sparse.kernels import Stored, choose, native, speed, t16
+from hf_sparse.kernels import Stored, choose, native, panels, products, speed, t16
+from hf_sparse.kernels.products import Product, fastest
 from hf_sparse.kernels.t16 import T16Kernel
 from hf_sparse.patterns import NM, Unstructured
 
@@ -101,9 +102,12 @@ def test_the_gradient_in_fp32_is_the_dense_layer_s():
     layer = layer_of(weight)
     x = torch.randn(5, 36, requires_grad=True)
     layer(x).square().sum().backward()
-    other = x.detach().clone().requires_grad_()
-    F.linear(other, weight).square().sum().backward()
-    torch.testing.assert_close(x.grad, other.grad)
+    other = x.detach().double().requires_grad_()
+    dense = weight.double()
+    F.linear(other, dense).square().sum().backward()
+    # Both products sum in fp32: a unit for each term of the sums behind an element, of their size.
+    terms = (2 * other.detach().abs() @ dense.abs().T) @ dense.abs()
+    assert bool(((x.grad - other.grad).abs() <= 2.0**-24 * sum(weight.shape) * terms).all())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -193,7 +197,9 @@ def test_without_the_binary_layers_are_dense_and_one_warning_says_so(without_bin
 
 
 def test_a_shape_that_is_slower_sparse_falls_back_to_dense_and_explain_says_so(monkeypatch, tiny):
-    monkeypatch.setattr(speed, "over_dense", lambda w, d: 0.5 if w.shape[0] == 40 else 2.0)
+    monkeypatch.setattr(
+        speed, "over_dense", lambda w, d: {"1": {"packed": 0.5 if w.shape[0] == 40 else 2.0}}
+    )
     hf_sparse.prune(tiny, SparseConfig(method="magnitude"))
     explanation = hf_sparse.explain(tiny)
     kernels = {layer.shape[0]: layer.kernel for layer in explanation.layers}
@@ -213,31 +219,105 @@ def test_offloaded_and_unresolved_layers_use_the_reference_path():
     torch.testing.assert_close(layer(x), F.linear(x, weight))
 
 
-def test_measurements_are_kept_per_machine_shape_and_sparsity(monkeypatch, tmp_path):
+def test_each_class_of_tokens_takes_the_way_that_measured_fastest(monkeypatch, tiny):
+    found = {
+        "1": {"packed": 2.0},
+        "2-32": {"packed": 3.0},
+        "33-255": {"packed": 1.5, "panels": 1.2},
+        "256+": {"packed": 0.7, "panels": 0.9},
+    }
+    monkeypatch.setattr(speed, "over_dense", lambda w, d: found)
+    hf_sparse.prune(tiny, SparseConfig(method="magnitude"))
+    layer = hf_sparse.explain(tiny).layers[0]
+    assert [way.name for way in layer.ways] == ["packed", "packed", "packed", "panels"]
+    assert [way.speedup for way in layer.ways] == [2.0, 3.0, 1.5, 0.9]
+    assert "for 256+ panels 0.90, packed 0.70" in str(hf_sparse.explain(tiny))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(1, 0), (2, 1), (32, 1), (33, 2), (255, 2), (256, 3), (9999, 3)]
+)
+def test_every_number_of_tokens_has_a_class(tokens, expected):
+    assert products.class_of(tokens) == expected
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(36,), (3, 36), (2, 3, 36), (0, 36)])
+def test_products_by_panels_agree_with_float64(monkeypatch, x_dtype, shape):
+    monkeypatch.setattr(panels, "PANEL_BYTES", 16 * 36 * 2)  # 53 rows are then several panels
+    weight = pruned(53, 36, dtype=torch.bfloat16)
+    bias = torch.randn(53, generator=torch.Generator().manual_seed(1)).to(x_dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x_dtype)
+    packed = native.pack_dense(weight)
+    for given in (None, bias):
+        y = panels.linear(x, packed, given)
+        other = None if given is None else given.double()
+        expected = F.linear(x.double(), weight.double(), other)
+        assert y.dtype == x_dtype
+        tolerance = {torch.bfloat16: 3e-2, torch.float16: 3e-3}.get(x_dtype, 1e-5)
+        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_operator_takes_the_way_of_the_weight_that_its_tensors_belong_to(monkeypatch):
+    kernel = T16Kernel(Product(native.pack_dense(pruned()), fastest({"1": {"panels": 1.0}})))
+    calls = []
+    monkeypatch.setitem(products.WAYS, "panels", lambda x, w, b: calls.append(b) or x @ x.T)
+    x = torch.randn(1, 36)
+    kernel.linear(x, None)
+    t16.t16_linear(x, *kernel.operands())
+    assert len(calls) == 2
+    t16.t16_linear(torch.randn(2, 36), *kernel.operands())
+    assert len(calls) == 2
+
+
+def speeds_of(monkeypatch, tmp_path, answer):
+    """`speed.over_dense` with a cache of its own, and the classes that it measured."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(speed.SWITCH, "1")
-    calls = []
-    monkeypatch.setattr(speed, "_measure", lambda weight, dtype: calls.append(weight) or 1.5)
+    measured = []
+    monkeypatch.setattr(
+        speed, "_measure", lambda weight, dtype, tokens: measured.append(tokens.name) or answer
+    )
+    return measured
+
+
+def test_measurements_are_kept_per_machine_shape_and_sparsity(monkeypatch, tmp_path):
+    measured = speeds_of(monkeypatch, tmp_path, {"packed": 1.5})
     weight = native.pack_dense(pruned())
-    assert [speed.over_dense(weight, torch.float32) for _ in range(3)] == [1.5, 1.5, 1.5]
-    assert len(calls) == 1
+    names = [each.name for each in products.CLASSES]
+    for _ in range(3):
+        assert speed.over_dense(weight, torch.float32) == {n: {"packed": 1.5} for n in names}
+    assert measured == names
     speed.over_dense(native.pack_dense(pruned(24, 36)), torch.float32)
     speed.over_dense(weight, torch.bfloat16)
-    assert len(calls) == 3
-    content = json.loads((tmp_path / "hf_sparse" / "speed.json").read_text())
-    assert len(content) == 3
+    assert measured == 3 * names
+    file = tmp_path / "hf_sparse" / "speed.json"
+    content = json.loads(file.read_text())
+    assert len(content) == 3 * len(names)
     assert all("20x36" in key or "24x36" in key for key in content)
-    (tmp_path / "hf_sparse" / "speed.json").write_text("{damaged")
-    assert speed.over_dense(weight, torch.float32) == 1.5
-    assert len(calls) == 4
+    key = next(iter(content))
+    for damaged in ("{damaged", "[]", json.dumps({key: 1.5}), json.dumps({key: {"packed": "x"}})):
+        file.write_text(damaged)
+        assert speed.over_dense(weight, torch.float32)["1"] == {"packed": 1.5}
     monkeypatch.setenv(speed.SWITCH, "0")
-    assert speed.over_dense(weight, torch.float32) is None
+    assert speed.over_dense(weight, torch.float32) == {}
 
 
-def test_a_measurement_is_a_positive_ratio(monkeypatch, tmp_path):
+def test_what_is_slower_at_one_token_is_not_measured_further(monkeypatch, tmp_path):
+    measured = speeds_of(monkeypatch, tmp_path, {"packed": 0.9})
+    found = speed.over_dense(native.pack_dense(pruned()), torch.float32)
+    assert measured == list(found) == ["1"]
+
+
+def test_measurements_are_positive_ratios_for_every_way(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(speed.SWITCH, "1")
-    assert speed.over_dense(native.pack_dense(pruned()), torch.float32) > 0
+    monkeypatch.setattr(speed, "WARM_WEIGHTS", 1)  # so that the first tile stands for all
+    weight = native.pack_dense(pruned(40, 36))
+    for each in products.CLASSES:
+        found = speed._measure(weight, torch.float32, each)
+        assert tuple(found) == each.ways
+        assert all(ratio > 0 for ratio in found.values())
 
 
 def test_every_kernel_that_was_turned_down_has_a_reason():

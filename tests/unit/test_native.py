@@ -250,6 +250,7 @@ def test_packing_is_undone_by_unpacking_and_decoding(
     assert torch.equal(values, values_again)
     for path in PATHS:
         decoded = native.decode(weight, path=path)
+        assert torch.equal(native.decode(weight, path=path, transposed=True), decoded.T)
         assert torch.equal(decoded.float(), dense.float())
     begin, end = weight.masks.shape[0] // 3, weight.masks.shape[0]
     panel = native.decode(weight, torch.float32, tiles=(begin, end))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..formats import Format
 from ..formats.base import Packed
+from .products import Way
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Verdict:
     reason: str
     speedup: float | None = None
     """Over the dense product at one token, measured on this machine; None if not measured."""
+    ways: tuple[Way, ...] = ()
+    """How products of each class of tokens are made, where the kernel has a choice."""
 
 
 @dataclass(frozen=True)

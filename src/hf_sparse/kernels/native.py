@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ROWS = 16  # outputs of a tile
 BLOCK_COLUMNS = 256  # columns between two entries of block_off
 VALUE_PADDING = 64  # bytes that the decoders may read beyond the last value
 MAX_DIM = 1 << 27
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALVES)
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # its name: torch computes nothing in it
 INTEGERS = (torch.int8, INT4)  # with scales
 _DTYPES = {dtype: number for number, dtype in enumerate((*FLOATS, *INTEGERS))}
@@ -87,8 +88,16 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         _I32,
         [_PTR, _I32, _PTR, _I32, _I64, _I64, _PTR, _I32, _PTR, _I32, _I64, _PTR],
     ),
-    # weight, path, tile_begin, tile_end, out, dtype, stride, pool
-    "t16_decode_panel": (_I32, [_PTR, _I32, _I64, _I64, _PTR, _I32, _I64, _PTR]),
+    # n, k, w, dtype, stride, path, x, dtype, y, dtype, pool
+    "t16_gemv": (
+        _I32,
+        [_I64, _I64, _PTR, _I32, _I64, _I32, _PTR, _I32, _PTR, _I32, _PTR],
+    ),
+    # weight, path, tile_begin, tile_end, out, dtype, stride, transposed, pool
+    "t16_decode_panel": (
+        _I32,
+        [_PTR, _I32, _I64, _I64, _PTR, _I32, _I64, _I32, _PTR],
+    ),
 }
 
 
@@ -463,10 +472,14 @@ def decode(
     dtype: torch.dtype | None = None,
     tiles: tuple[int, int] | None = None,
     path: str | None = None,
+    transposed: bool = False,
+    memory: Tensor | None = None,
 ) -> Tensor:
     """The dense rows of tiles [begin, end), all of them by default, in fp32, bf16 or fp16.
 
-    Scales are applied. The dtype is the values' own, or fp32 for int8 and int4.
+    Scales are applied. The dtype is the values' own, or fp32 for int8 and int4. The result is
+    (rows, K), or (K, rows) if `transposed`, which takes less time; it lies at the beginning of
+    `memory`, a contiguous tensor of the dtype with at least as many elements, if that is given.
     """
     n, k = weight.shape
     begin, end = tiles if tiles is not None else (0, -(-n // ROWS))
@@ -476,13 +489,18 @@ def decode(
         dtype = torch.float32 if weight.dtype in INTEGERS else weight.dtype
     if dtype not in FLOATS:
         raise TypeError(f"a panel can be {FLOATS}, not {dtype}")
-    out = torch.empty(max(min(n, end * ROWS) - begin * ROWS, 0), k, dtype=dtype)
+    rows = max(min(n, end * ROWS) - begin * ROWS, 0)
+    if memory is None:
+        memory = torch.empty(rows * k, dtype=dtype)
+    _check(memory, "memory", (dtype,))
+    if memory.numel() < rows * k or not memory.is_contiguous():
+        raise ValueError(f"memory of {memory.numel()} elements, {rows * k} are needed in a piece")
     code = library().t16_decode_panel(
-        weight._address, _path_number(path), begin, end, out.data_ptr(), _DTYPES[dtype], k,
-        thread_pool(),
+        weight._address, _path_number(path), begin, end, memory.data_ptr(), _DTYPES[dtype],
+        rows if transposed else k, transposed, thread_pool(),
     )  # fmt: skip
     _raise_on(code, "decoding")
-    return out
+    return memory.view(-1)[: rows * k].view((k, rows) if transposed else (rows, k))
 
 
 def linear(
@@ -524,4 +542,28 @@ def linear(
         thread_pool(),
     )
     _raise_on(code, f"linear of x {tuple(x.shape)} and a weight of {n} x {k}")
+    return y
+
+
+def gemv(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:
+    """F.linear of one row: x[..., K] with one row times a dense weight[N, K] of bf16 or fp16.
+
+    Summed in fp32, in x's dtype, fp32, bf16 or fp16. The result doesn't depend on the number of
+    threads.
+    """
+    _check(x, "x", FLOATS)
+    _check(weight, "weight", HALVES)
+    if weight.dim() != 2 or weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
+        raise ValueError(f"weight {tuple(weight.shape)} must have contiguous rows")
+    n, k = weight.shape
+    _check_dims(n, k)
+    if x.numel() != k or x.shape[-1:] != (k,):
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected one row of {k}")
+    row = x.contiguous()
+    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
+    code = library().t16_gemv(
+        n, k, weight.data_ptr(), _DTYPES[weight.dtype], weight.stride(0), _path_number(path),
+        row.data_ptr(), _DTYPES[x.dtype], y.data_ptr(), _DTYPES[y.dtype], thread_pool(),
+    )  # fmt: skip
+    _raise_on(code, f"product of x {tuple(x.shape)} and a dense weight of {n} x {k}")
     return y

@@ -1,11 +1,14 @@
 """Is the sparse product faster than the dense one here? Measured once per shape and machine.
 
-One token's product is timed against `F.linear` of the dense weight, interleaved, each on copies
-that together exceed the last private cache, so that the weights come from memory as they do when
-a model decodes. Medians are compared; the result is kept in a file in the user's cache folder
-and holds for the processor, the number of threads, the library versions, the shape, the dtypes
-and the sparsity in steps of 5 %. HF_SPARSE_MEASURE=0 switches measuring off: sparse kernels are
-then used wherever they can run.
+For each class of products (`products.CLASSES`) each way is timed against `F.linear` of the dense
+weight, interleaved, and medians are compared. Few tokens are timed on copies that together exceed
+the last private cache, so that the weights come from memory as they do when a model decodes; many
+tokens, where arithmetic is what takes time, on the first rows of the weight. What is slower than
+dense at one token stays dense, so the other classes are then left out.
+
+The result is kept in a file in the user's cache folder and holds for the processor, the number of
+threads, the library versions, the shape, the dtypes and the sparsity in steps of 5 %.
+HF_SPARSE_MEASURE=0 switches measuring off: sparse kernels are then used wherever they can run.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +30,106 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
+from .products import CLASSES, WAYS, TokenClass
 
 SWITCH = "HF_SPARSE_MEASURE"
 COLD_BYTES = 16 << 20
-ROUNDS = 9
+COLD_TOKENS = 32  # up to so many the weight's way from memory counts
+WARM_WEIGHTS = 1 << 21  # of a thread, beyond
+COLD_ROUNDS, WARM_ROUNDS = 8, 3
+
+Speeds = dict[str, float]
 
 
-def over_dense(weight: native.T16Weight, dtype: torch.dtype) -> float | None:
-    """Speed of the sparse over the dense product at one token of `dtype`; None if switched off."""
-    if os.environ.get(SWITCH, "1") == "0":
+def enabled() -> bool:
+    """May anything be measured?"""
+    return os.environ.get(SWITCH, "1") != "0"
+
+
+def over_dense(weight: native.T16Weight, dtype: torch.dtype) -> dict[str, Speeds]:
+    """Speed over the dense product with x of `dtype`, by class and way; empty if switched off."""
+    sparsity = round(20 * (1 - weight.count / (weight.shape[0] * weight.shape[1]))) * 5
+    group = weight.group_size if weight.scales is not None else 0
+    values = f"{weight.dtype} values" + (f" in groups of {group}" if group else "")
+    found = {}
+    for each in CLASSES:
+        what = f"{values}, {sparsity} %, {each.name} tokens"
+        speeds = remembered(
+            weight.shape, dtype, what, functools.partial(_measure, weight, dtype, each)
+        )
+        if speeds is None:
+            return {}
+        found[each.name] = speeds
+        if max(speeds.values()) < 1 and each is CLASSES[0]:
+            break
+    return found
+
+
+def remembered(
+    shape: tuple[int, int], dtype: torch.dtype, what: str, measure: Callable[[], Speeds]
+) -> Speeds | None:
+    """What `measure` found on this machine, now or before; None if switched off."""
+    if not enabled():
         return None
+    parts = (
+        processor(),
+        f"{torch.get_num_threads()} threads",
+        f"torch {torch.__version__}",
+        f"{list(native.paths())[-1]} {native.ABI_VERSION}",
+        f"{shape[0]}x{shape[1]}",
+        f"{dtype}",
+        what,
+    )
+    key = ", ".join(parts).replace("torch.", "")
     known = _read_cache()
-    key = _key(weight, dtype)
     if key not in known:
-        known[key] = round(_measure(weight, dtype), 3)
+        known[key] = {name: round(value, 3) for name, value in measure().items()}
         _write_cache(known)
     return known[key]
 
 
-def _measure(weight: native.T16Weight, dtype: torch.dtype) -> float:
+def compare(
+    candidates: Mapping[str, tuple[Callable[[Any], Tensor], list[Any]]], rounds: int
+) -> Speeds:
+    """Median seconds of a round by candidate: each calls its function with all its operands."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    with torch.no_grad():
+        for _ in range(rounds + 1):  # the first warms up
+            for name, (call, operands) in candidates.items():
+                started = time.perf_counter()
+                for operand in operands:
+                    call(operand)
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def copies_of(nbytes: int) -> int:
+    """How many of that size exceed the private caches."""
+    return max(2, min(16, -(-COLD_BYTES // nbytes)))
+
+
+def _measure(weight: native.T16Weight, dtype: torch.dtype, tokens: TokenClass) -> Speeds:
+    """Speed over dense of each way that the class may take."""
+    cold = tokens.measured <= COLD_TOKENS
+    if not cold:
+        weight = _first_rows(weight, WARM_WEIGHTS * torch.get_num_threads())
     dense = native.decode(weight).to(dtype)
-    x = torch.randn(1, weight.shape[1]).to(dtype)
-    copies = max(2, min(16, -(-COLD_BYTES // (dense.numel() * dense.element_size()))))
+    x = torch.randn(tokens.measured, weight.shape[1]).to(dtype)
+    copies = copies_of(dense.nbytes) if cold else 1
     weights = [weight, *(_copy(weight) for _ in range(copies - 1))]
     matrices = [dense, *(dense.clone() for _ in range(copies - 1))]
-    sparse_seconds, dense_seconds = [], []
-    with torch.no_grad():
-        for _ in range(ROUNDS):
-            sparse_seconds.append(_seconds(lambda w: native.linear(x, w), weights))
-            dense_seconds.append(_seconds(lambda m: F.linear(x, m), matrices))
-    return statistics.median(dense_seconds[1:]) / statistics.median(sparse_seconds[1:])
+    seconds = compare(
+        {
+            **{way: (functools.partial(_call, WAYS[way], x), weights) for way in tokens.ways},
+            "dense": (lambda matrix: F.linear(x, matrix), matrices),
+        },
+        COLD_ROUNDS if cold else WARM_ROUNDS,
+    )
+    return {way: seconds["dense"] / seconds[way] for way in tokens.ways}
 
 
-def _seconds(call: Callable[[Any], Tensor], operands: list[Any]) -> float:
-    started = time.perf_counter()
-    for operand in operands:
-        call(operand)
-    return time.perf_counter() - started
+def _call(way: Callable[..., Tensor], x: Tensor, weight: native.T16Weight) -> Tensor:
+    return way(x, weight, None)
 
 
 def _copy(weight: native.T16Weight) -> native.T16Weight:
@@ -79,21 +145,22 @@ def _copy(weight: native.T16Weight) -> native.T16Weight:
     )
 
 
-def _key(weight: native.T16Weight, dtype: torch.dtype) -> str:
+def _first_rows(weight: native.T16Weight, weights: int) -> native.T16Weight:
+    """A view of the first tiles with about that many weights."""
     rows, columns = weight.shape
-    sparsity = round(20 * (1 - weight.count / (rows * columns))) * 5
-    group = weight.group_size if weight.scales is not None else 0
-    parts = (
-        processor(),
-        f"{torch.get_num_threads()} threads",
-        f"torch {torch.__version__}",
-        f"{list(native.paths())[-1]} {native.ABI_VERSION}",
-        f"{rows}x{columns}",
-        f"{weight.dtype} values" + (f" in groups of {group}" if group else ""),
-        f"{dtype}",
-        f"{sparsity} %",
+    tiles = max(1, weights // (columns * native.ROWS))
+    if tiles * native.ROWS >= rows:
+        return weight
+    return native.T16Weight(
+        (tiles * native.ROWS, columns),
+        weight.dtype,
+        weight.masks[:tiles],
+        weight.tile_base[: tiles + 1],
+        weight.block_off[:tiles],
+        weight.values,
+        None if weight.scales is None else weight.scales[:tiles],
+        weight.group_size,
     )
-    return ", ".join(parts).replace("torch.", "")
 
 
 @functools.cache
@@ -111,7 +178,7 @@ def _cache_file() -> Path:
     return Path(root).expanduser() / "hf_sparse" / "speed.json"
 
 
-def _read_cache() -> dict[str, float]:
+def _read_cache() -> dict[str, Speeds]:
     """What was measured before; a file that is missing or damaged counts as empty."""
     try:
         content = json.loads(_cache_file().read_text())
@@ -119,10 +186,18 @@ def _read_cache() -> dict[str, float]:
         return {}
     if not isinstance(content, dict):
         return {}
-    return {k: float(v) for k, v in content.items() if isinstance(v, (int, float)) and v > 0}
+    return {key: speeds for key, speeds in content.items() if _are_speeds(speeds)}
 
 
-def _write_cache(content: dict[str, float]) -> None:
+def _are_speeds(found: object) -> bool:
+    return (
+        isinstance(found, dict)
+        and bool(found)
+        and all(isinstance(speed, (int, float)) and speed > 0 for speed in found.values())
+    )
+
+
+def _write_cache(content: dict[str, Speeds]) -> None:
     """Replace the file as a whole; a folder that can't be written to means measuring again."""
     file = _cache_file()
     with contextlib.suppress(OSError):

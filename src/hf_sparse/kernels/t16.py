@@ -5,7 +5,7 @@ add more to a small layer than its product takes. Otherwise it goes through the 
 `hf_sparse::t16_linear`, which has a fake implementation (shapes only) and a backward pass for x;
 W is constant, and the bias is added outside of the operator so that it trains as usual.
 
-The operator sees tensors only. The checked `T16Weight` they belong to is found by address among
+The operator sees tensors only. The checked weight that they belong to is found by address among
 those alive; tensors that belong to none (a program that was exported and loaded again) are
 checked anew. So no tensor that a file or a caller brings reaches a kernel unchecked.
 """
@@ -28,6 +28,7 @@ from ..logging import get_logger
 from ..quantization import Grid, QuantizedWeight, Scales
 from . import native, speed
 from .base import Considered, Kernel, Stored, Verdict
+from .products import Product, fastest
 
 logger = get_logger(__name__)
 
@@ -35,7 +36,7 @@ logger = get_logger(__name__)
 _VALUES = dict(enumerate((*native.FLOATS, *native.INTEGERS)))
 _NUMBERS = {dtype: number for number, dtype in _VALUES.items()}
 
-_alive: weakref.WeakValueDictionary[int, native.T16Weight] = weakref.WeakValueDictionary()
+_alive: weakref.WeakValueDictionary[int, Product] = weakref.WeakValueDictionary()
 
 
 class T16Kernel(Kernel):
@@ -43,14 +44,18 @@ class T16Kernel(Kernel):
 
     name: ClassVar[str] = "t16"
 
-    def __init__(self, weight: native.T16Weight, zeros: Tensor | None = None) -> None:
-        self._weight = weight
+    def __init__(self, product: Product, zeros: Tensor | None = None) -> None:
+        self._product = product
         # Zero points, which the file needs and the product doesn't: codes are q - z.
         self._zeros = zeros
-        _alive[weight.masks.data_ptr()] = weight
+        _alive[self._weight.masks.data_ptr()] = product
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_weight"], state["_zeros"])  # type: ignore[misc]
+        self.__init__(state["_product"], state["_zeros"])  # type: ignore[misc]
+
+    @property
+    def _weight(self) -> native.T16Weight:
+        return self._product.weight
 
     @classmethod
     def consider(cls, stored: Stored) -> Considered:
@@ -72,14 +77,17 @@ class T16Kernel(Kernel):
             weight = native.pack(mask, values, stored.shape)
         else:
             weight = native.pack_dense(stored.dense(stored.values_dtype))
-        speedup = speed.over_dense(weight, stored.dtype)
+        ways = fastest(speed.over_dense(weight, stored.dtype))
+        speedup = ways[0].speedup
         if speedup is not None and speedup < 1:
             reason = f"measured {speedup:.2f} of the dense product's speed at one token"
             return Considered(Verdict(cls.name, False, reason, speedup))
-        measured = "not measured" if speedup is None else f"measured {speedup:.2f} x dense"
-        best = list(native.paths())[-1]
-        verdict = Verdict(cls.name, True, f"{best}, {measured} at one token", speedup)
-        return Considered(verdict, cls(weight, stored.tensors.get("weight_zeros")))
+        measured = "not measured"
+        if speedup is not None:
+            measured = "measured over dense: " + "; ".join(map(str, ways))
+        reason = f"{list(native.paths())[-1]}, {measured}"
+        verdict = Verdict(cls.name, True, reason, speedup, ways)
+        return Considered(verdict, cls(Product(weight, ways), stored.tensors.get("weight_zeros")))
 
     @staticmethod
     def _obstacle(stored: Stored) -> str | None:
@@ -121,7 +129,7 @@ class T16Kernel(Kernel):
             x.requires_grad or (bias is not None and bias.requires_grad)
         )
         if not compiling and not grad and x.dtype in native.FLOATS:
-            return native.linear(x, self._weight, bias)
+            return self._product(x, bias)
         y: Tensor = t16_linear(x, *self.operands())
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -178,15 +186,17 @@ def _find(
     in_features: int,
     values_dtype: int,
     group_size: int,
-) -> native.T16Weight:
+) -> Product:
     shape, dtype = (out_features, in_features), _VALUES[values_dtype]
-    known = _alive.get(masks.data_ptr())
     found = (masks, tile_base, block_off, values, scales)
-    if known is not None and known.group_size == group_size and known.dtype == dtype:
+    product = _alive.get(masks.data_ptr())
+    if product is not None:
+        known = product.weight
         own = (known.masks, known.tile_base, known.block_off, known.values, known.scales)
-        if known.shape == shape and _addresses(own) == _addresses(found):
-            return known
-    return native.T16Weight(shape, dtype, *found, group_size)
+        same = (known.shape, known.dtype, known.group_size) == (shape, dtype, group_size)
+        if same and _addresses(own) == _addresses(found):
+            return product
+    return Product(native.T16Weight(shape, dtype, *found, group_size))
 
 
 def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int | None]:
@@ -219,10 +229,10 @@ def t16_linear(
     weight, for gradcheck.
     """
     found = (masks, tile_base, block_off, values, scales)
-    weight = _find(*found, out_features, in_features, values_dtype, group_size)
+    product = _find(*found, out_features, in_features, values_dtype, group_size)
     if x.dtype in native.FLOATS:
-        return native.linear(x, weight)
-    return F.linear(x, _decode(weight, x.dtype))
+        return product(x)
+    return F.linear(x, _decode(product.weight, x.dtype))
 
 
 @t16_linear.register_fake
@@ -256,8 +266,8 @@ def t16_linear_grad(
 ) -> Tensor:
     """x W for x (..., out): takes the gradient of x W' back to its x. Decodes W for the call."""
     found = (masks, tile_base, block_off, values, scales)
-    weight = _find(*found, out_features, in_features, values_dtype, group_size)
-    return x @ _decode(weight, x.dtype)
+    product = _find(*found, out_features, in_features, values_dtype, group_size)
+    return x @ _decode(product.weight, x.dtype)
 
 
 @t16_linear_grad.register_fake

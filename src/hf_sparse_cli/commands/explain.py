@@ -35,7 +35,7 @@ def explain(
 ) -> Explained:
     """Say which kernel each layer of a sparse checkpoint uses on this machine, and why.
 
-    Bytes are shares of the dense weight's, speed is over the dense product at one token.
+    Bytes are shares of the dense weight's, speed is over the dense product, by number of tokens.
     """
     require_sparse(model, read_config(model, revision))
     import hf_sparse

@@ -419,14 +419,18 @@ void multiply(const Product& p, int64_t tile_begin, int64_t tile_end) {
 }
 
 void decode(const Weight& w, int64_t tile_begin, int64_t tile_end, void* out, int32_t dtype,
-            int64_t stride) {
-  kAvx512Vbmi2Path.decode(w, tile_begin, tile_end, out, dtype, stride);
+            int64_t stride, bool transposed) {
+  kAvx512Vbmi2Path.decode(w, tile_begin, tile_end, out, dtype, stride, transposed);
+}
+
+void gemv(const DenseProduct& p, int64_t begin, int64_t end) {
+  kAvx512Vbmi2Path.gemv(p, begin, end);
 }
 
 }  // namespace
 
-const Path kAmxPath = {"amx",  available, fits,     plan,  pack_units,
-                       pack_x, grain,     multiply, decode};
+const Path kAmxPath = {"amx",  available, fits,     plan,   pack_units,
+                       pack_x, grain,     multiply, decode, gemv};
 
 }  // namespace t16
 T16_TARGET_END

@@ -17,6 +17,9 @@ namespace {
 
 #include "vector_path.h"
 
+#include "gemv.h"
+#include "panels.h"
+
 struct Isa {
   using F = __m256;
   static constexpr int V = 2;
@@ -160,8 +163,8 @@ using Walk = VectorPath<Isa>;
 
 }  // namespace
 
-const Path kAvx2Path = {"avx2",       available,   Walk::fits,     Walk::plan,  Walk::pack_units,
-                        Walk::pack_x, Walk::grain, Walk::multiply, Walk::decode};
+const Path kAvx2Path = {"avx2", available, Walk::fits, Walk::plan, Walk::pack_units,
+    Walk::pack_x, Walk::grain, Walk::multiply, Panels<Isa>::decode, Gemv<Isa>::multiply};
 
 }  // namespace t16
 T16_TARGET_END

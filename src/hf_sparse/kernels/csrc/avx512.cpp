@@ -17,6 +17,9 @@ namespace {
 
 #include "vector_path.h"
 
+#include "gemv.h"
+#include "panels.h"
+
 #include "avx512_common.h"
 
 struct Isa : Avx512 {
@@ -91,8 +94,8 @@ using Walk = VectorPath<Isa>;
 
 }  // namespace
 
-const Path kAvx512Path = {"avx512",     available,   Walk::fits,     Walk::plan,  Walk::pack_units,
-                          Walk::pack_x, Walk::grain, Walk::multiply, Walk::decode};
+const Path kAvx512Path = {"avx512", available, Walk::fits, Walk::plan, Walk::pack_units,
+    Walk::pack_x, Walk::grain, Walk::multiply, Panels<Isa>::decode, Gemv<Isa>::multiply};
 
 }  // namespace t16
 T16_TARGET_END

@@ -15,6 +15,9 @@ namespace {
 
 #include "vector_path.h"
 
+#include "gemv.h"
+#include "panels.h"
+
 #include "avx512_common.h"
 
 #include "int4_vbmi.h"
@@ -70,8 +73,8 @@ using Walk = VectorPath<Isa>;
 
 }  // namespace
 
-const Path kAvx512Vbmi2Path = {"avx512-vbmi2", available,  Walk::fits,     Walk::plan,  Walk::pack_units,
-                               Walk::pack_x,    Walk::grain, Walk::multiply, Walk::decode};
+const Path kAvx512Vbmi2Path = {"avx512-vbmi2", available, Walk::fits, Walk::plan, Walk::pack_units,
+    Walk::pack_x, Walk::grain, Walk::multiply, Panels<Isa>::decode, Gemv<Isa>::multiply};
 
 }  // namespace t16
 T16_TARGET_END

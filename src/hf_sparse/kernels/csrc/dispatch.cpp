@@ -35,9 +35,15 @@ bool available(int32_t path) {
   return path >= 0 && path < kPathCount && availability.can[path];
 }
 
-int32_t choose(const Product& p) {
+int32_t best_path() {
   int32_t path = kPathCount - 1;
-  while (!available(path) || !kPaths[path]->fits(p)) --path;  // the scalar path always fits
+  while (!available(path)) --path;  // the scalar path always is
+  return path;
+}
+
+int32_t choose(const Product& p) {
+  int32_t path = best_path();
+  while (!available(path) || !kPaths[path]->fits(p)) --path;  // and fits
   return path;
 }
 
@@ -79,7 +85,7 @@ void report_no_memory() { memory_failures.fetch_add(1); }
 
 using namespace t16;
 
-T16_EXPORT int32_t t16_abi_version() { return 2; }
+T16_EXPORT int32_t t16_abi_version() { return 3; }
 
 T16_EXPORT int32_t t16_path_count() { return kPathCount; }
 
@@ -147,28 +153,45 @@ T16_EXPORT int32_t t16_linear(const Weight* weight, int32_t path, const void* x,
   return memory_failures.load() == failures ? kOk : kNoMemory;
 }
 
-// Dense rows of the tiles [begin, end) to out[rows][stride]. The weight must have passed t16_check.
+// Dense rows of the tiles [begin, end) to out[rows][stride], or transposed to out[K][stride]. The
+// weight must have passed t16_check.
 T16_EXPORT int32_t t16_decode_panel(const Weight* weight, int32_t path, int64_t tile_begin,
                                     int64_t tile_end, void* out, int32_t out_dtype, int64_t stride,
-                                    ParallelFor pool) {
+                                    int32_t transposed, ParallelFor pool) {
   const Weight& w = *weight;
   const int32_t code = check_shape(w);
   if (code != kOk) return code;
-  if (tile_begin < 0 || tile_end < tile_begin || tile_end > w.tiles() || stride < w.k) {
-    return kBadSize;
-  }
+  if (tile_begin < 0 || tile_end < tile_begin || tile_end > w.tiles()) return kBadSize;
+  const int64_t rows = min64(w.n, tile_end * kRows) - tile_begin * kRows;
+  if (stride < (transposed ? rows : w.k)) return kBadSize;
   if (!float_dtype(out_dtype)) return kBadDType;
-  if (path < 0) {
-    path = kPathCount - 1;
-    while (!available(path)) --path;
-  }
+  if (path < 0) path = best_path();
   if (!available(path)) return kBadPath;
   const uint64_t failures = memory_failures.load();
   auto body = [&](int64_t begin, int64_t end) {
-    auto* at = static_cast<uint8_t*>(out) + begin * kRows * stride * item_size(out_dtype);
-    kPaths[path]->decode(w, tile_begin + begin, tile_begin + end, at, out_dtype, stride);
+    const int64_t items = begin * kRows * (transposed ? 1 : stride);
+    auto* at = static_cast<uint8_t*>(out) + items * item_size(out_dtype);
+    kPaths[path]->decode(w, tile_begin + begin, tile_begin + end, at, out_dtype, stride,
+                         transposed != 0);
   };
   const int32_t decoded = run(pool, tile_end - tile_begin, 1, body);
   if (decoded != kOk) return decoded;
   return memory_failures.load() == failures ? kOk : kNoMemory;
+}
+
+// y[N] = W x for a dense W[N][K] of bf16 or fp16.
+T16_EXPORT int32_t t16_gemv(int64_t n, int64_t k, const void* w, int32_t w_dtype, int64_t w_stride,
+                            int32_t path, const void* x, int32_t x_dtype, void* y, int32_t y_dtype,
+                            ParallelFor pool) {
+  if (n < 1 || n > kMaxDim || k < 1 || k > kMaxDim || w_stride < k) return kBadSize;
+  if (w_dtype != kBF16 && w_dtype != kF16) return kBadDType;
+  if (!float_dtype(x_dtype) || !float_dtype(y_dtype)) return kBadDType;
+  if (path < 0) path = best_path();
+  if (!available(path)) return kBadPath;
+  float* floats = scratch_of<float>(kScratchX, k);
+  if (!floats) return kNoMemory;
+  for (int64_t i = 0; i < k; ++i) floats[i] = load_as_float(x, i, x_dtype);
+  const DenseProduct p = {k, w, w_stride, w_dtype, floats, y, y_dtype};
+  auto multiply = [&](int64_t begin, int64_t end) { kPaths[path]->gemv(p, begin, end); };
+  return run(n < kSerialWork / k ? nullptr : pool, n, 4, multiply);
 }

@@ -14,6 +14,9 @@ namespace {
 
 #include "vector_path.h"
 
+#include "gemv.h"
+#include "panels.h"
+
 struct Isa {
   using F = float32x4_t;
   static constexpr int V = 4;
@@ -124,8 +127,8 @@ using Walk = VectorPath<Isa>;
 
 }  // namespace
 
-const Path kNeonPath = {"neon",       available,   Walk::fits,     Walk::plan,  Walk::pack_units,
-                        Walk::pack_x, Walk::grain, Walk::multiply, Walk::decode};
+const Path kNeonPath = {"neon", available, Walk::fits, Walk::plan, Walk::pack_units,
+    Walk::pack_x, Walk::grain, Walk::multiply, Panels<Isa>::decode, Gemv<Isa>::multiply};
 
 }  // namespace t16
 #endif

@@ -57,7 +57,8 @@ void multiply(const Product& p, int64_t tile_begin, int64_t tile_end) {
 }
 
 void decode(const Weight& w, int64_t tile_begin, int64_t tile_end, void* out, int32_t dtype,
-            int64_t stride) {
+            int64_t stride, bool transposed) {
+  const int64_t row_stride = transposed ? 1 : stride, column_stride = transposed ? stride : 1;
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const uint32_t* masks = w.tile_masks(tile);
     const int64_t rows = min64(kRows, w.n - tile * kRows);
@@ -72,17 +73,27 @@ void decode(const Weight& w, int64_t tile_begin, int64_t tile_end, void* out, in
                    scale_of(w, tile, column, row);
         }
         if (row < rows && column < w.k) {
-          store_from_float(out, ((tile - tile_begin) * kRows + row) * stride + column, dtype,
-                           weight);
+          const int64_t out_row = (tile - tile_begin) * kRows + row;
+          store_from_float(out, out_row * row_stride + column * column_stride, dtype, weight);
         }
       }
     }
   }
 }
 
+void gemv(const DenseProduct& p, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    float sum = 0.0f;
+    for (int64_t c = 0; c < p.k; ++c) {
+      sum += load_as_float(p.w, row * p.w_stride + c, p.w_dtype) * p.x[c];
+    }
+    store_from_float(p.y, row, p.y_dtype, sum);
+  }
+}
+
 }  // namespace
 
-const Path kScalarPath = {"scalar", available, fits,     plan,  pack_units,
-                          pack_x,   grain,     multiply, decode};
+const Path kScalarPath = {"scalar", available, fits,     plan,   pack_units,
+                          pack_x,   grain,     multiply, decode, gemv};
 
 }  // namespace t16

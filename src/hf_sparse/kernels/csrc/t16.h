@@ -128,6 +128,18 @@ struct Product {
   int64_t chunk;
 };
 
+// y[N] = W x for a dense weight W[N][K] of bf16 or fp16. Rows of W are contiguous, their stride in
+// items.
+struct DenseProduct {
+  int64_t k;
+  const void* w;
+  int64_t w_stride;
+  int32_t w_dtype;
+  const float* x;
+  void* y;
+  int32_t y_dtype;
+};
+
 // A path is one instruction set's way through the product. Work is split over token chunks while x
 // is packed and over tiles of outputs afterwards, never along K, so that the sum that makes an
 // output doesn't depend on the number of threads.
@@ -142,9 +154,12 @@ struct Path {
   // Tiles a thread should take at least, so that it decodes whole groups.
   int64_t (*grain)(const Product&);
   void (*multiply)(const Product&, int64_t tile_begin, int64_t tile_end);
-  // Dense rows of tiles [begin, end) into out[(end-begin)*16][stride], rows beyond n left out.
+  // Dense rows of tiles [begin, end) into out[(end-begin)*16][stride], or transposed into
+  // out[K][stride]; rows beyond n are left out.
   void (*decode)(const Weight&, int64_t tile_begin, int64_t tile_end, void* out, int32_t dtype,
-                 int64_t stride);
+                 int64_t stride, bool transposed);
+  // Rows [begin, end) of a dense product.
+  void (*gemv)(const DenseProduct&, int64_t begin, int64_t end);
 };
 
 extern const Path kScalarPath, kAvx2Path, kAvx512Path, kAvx512Vbmi2Path, kAmxPath, kNeonPath;

@@ -357,45 +357,4 @@ struct VectorPath {
       default: return multiply_values<kI4>(p, tile_begin, tile_end);
     }
   }
-
-  // ---- dense panels
-
-  template <int32_t D>
-  static void decode_values(const Weight& w, int64_t tile_begin, int64_t tile_end, void* out,
-                            int32_t dtype, int64_t stride) {
-    float* decoded = scratch_of<float>(kScratchTile, kTileFloats);
-    if (!decoded) return report_no_memory();
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-      const int64_t rows = min64(kRows, w.n - tile * kRows);
-      Cursor<D> cursor = {w.tile_values<D>(tile), w.tile_masks(tile)};
-      for (int64_t at = 0; at < w.pairs(); at += kBlockPairs) {
-        const int64_t block = min64(kBlockPairs, w.pairs() - at);
-        decode_block<D>(w, tile, at, block, cursor, decoded);
-        const int64_t columns = min64(2 * block, w.k - 2 * at);
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t to = ((tile - tile_begin) * kRows + r) * stride + 2 * at;
-          int64_t c = 0;
-          for (; c + 16 <= columns; c += 16) {
-            float row[16];
-            for (int i = 0; i < 16; ++i) row[i] = decoded[(c + i) * kRows + r];
-            Isa::store16(out, to + c, dtype, row);
-          }
-          for (; c < columns; ++c) {
-            store_from_float(out, to + c, dtype, decoded[c * kRows + r]);
-          }
-        }
-      }
-    }
-  }
-
-  static void decode(const Weight& w, int64_t tile_begin, int64_t tile_end, void* out,
-                     int32_t dtype, int64_t stride) {
-    switch (w.value_dtype) {
-      case kF32: return decode_values<kF32>(w, tile_begin, tile_end, out, dtype, stride);
-      case kBF16: return decode_values<kBF16>(w, tile_begin, tile_end, out, dtype, stride);
-      case kF16: return decode_values<kF16>(w, tile_begin, tile_end, out, dtype, stride);
-      case kI8: return decode_values<kI8>(w, tile_begin, tile_end, out, dtype, stride);
-      default: return decode_values<kI4>(w, tile_begin, tile_end, out, dtype, stride);
-    }
-  }
 };
