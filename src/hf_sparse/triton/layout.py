@@ -8,7 +8,7 @@ with gaps of `width` bits.
 
     values   V[groups, 32, 8]           8 entries a lane: 16 bytes of bf16, 512 a warp, in one load
              int4: int32[groups, 32]    entry j of a group is nibble j, two's complement
-    gaps     int32[units, width, 32]    a unit is 4 groups: 32 gaps of `width` bits are `width` words,
+    gaps     int32[units, width, 32]    a unit is 4 groups: 32 gaps of `width` bits in `width` words,
                                         one string with the lowest bit first
     anchors  int16 or int32[segments, 32]
                                         c_(e-1) + 1 at the first entry of a segment of
@@ -35,7 +35,7 @@ kept weight, so the work falls with the sparsity as the bytes do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,6 +95,11 @@ class SlicedWeight:
         names = ("values", "gaps", "anchors", "slices", "order", "scales")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    def copy(self) -> SlicedWeight:
+        """The same in memory of its own."""
+        copies: Any = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        return replace(self, **copies)
+
     def numbers(self) -> tuple[int, ...]:
         """All but the tensors, as integers."""
         own = (
@@ -124,7 +129,7 @@ class SlicedWeight:
             ValueError: names the tensor and what is wrong with it.
         """
         self._check_shapes()
-        rows, columns = self.shape
+        rows = self.shape[0]
         slices = self.slices.to("cpu", torch.int64)
         per_unit = torch.tensor([1, UNIT, UNIT * self.segment_units])
         groups = slices[1:, :1] - slices[:-1, :1]
@@ -140,7 +145,7 @@ class SlicedWeight:
         if sizes != tuple(slices[-1].tolist()):
             raise ValueError(f"slices end at {slices[-1].tolist()}, the tensors at {sizes}")
         order = self.order.long()
-        windows = order.view(-1, LANES).split(self.window // LANES)
+        windows = order.view(-1, LANES).split(self.window // LANES)  # type: ignore[no-untyped-call]
         for index, part in enumerate(windows):
             first, last = index * self.window, min((index + 1) * self.window, rows)
             expected = torch.arange(first, last, device=order.device)

@@ -1,6 +1,6 @@
 """The Triton kernels of the sliced layout: products of few tokens, and rows decoded to dense.
 
-`product` takes up to `TOKENS` tokens at a time. A program is 8 or 16 warps on one slice of 32 rows; a
+`product` takes up to `TOKENS` tokens at a time. A program is 8 or 16 warps on a slice of 32 rows; a
 warp walks through one segment of the rows, a lane through one row of it: gaps and values come in
 wide loads that the whole warp makes side by side, and the columns of the 32 lanes lie close
 together, so that their elements of x share cache lines. Sums are in fp32. The warps' sums are added

@@ -1,1 +1,0 @@
-"""Sparse weights on NVIDIA GPUs: the layout, and the Triton kernels that multiply with it."""
