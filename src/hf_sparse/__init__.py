@@ -10,6 +10,7 @@ from .calibration.data import DataRecord
 from .comparison import Comparison, ComparisonPoint, compare
 from .config import SparseConfig
 from .convert import Conversion, convert_checkpoint
+from .environment import Environment
 from .errors import (
     CalibrationError,
     CheckpointError,
@@ -17,16 +18,21 @@ from .errors import (
     EvaluationError,
     FormatError,
     HfSparseError,
+    PackageError,
     SaveError,
     SolveError,
     TargetError,
+    TrainingError,
 )
 from .evaluation import (
     Agreement,
+    Evaluation,
     GenerationSpeed,
     Perplexity,
     TaskResults,
+    Texts,
     agreement,
+    evaluate,
     evaluate_tasks,
     generation_speed,
     perplexity,
@@ -35,6 +41,7 @@ from .explain import Explanation, explain
 from .layers import SparseExperts, SparseLinear
 from .quantizer import SparseQuantizer, prune
 from .report import LayerReport, PruningReport
+from .reporting import write_report
 from .saving import export_dense
 
 __version__ = _version("hf_sparse")
@@ -48,12 +55,15 @@ __all__ = [
     "ConfigError",
     "Conversion",
     "DataRecord",
+    "Environment",
+    "Evaluation",
     "EvaluationError",
     "Explanation",
     "FormatError",
     "GenerationSpeed",
     "HfSparseError",
     "LayerReport",
+    "PackageError",
     "Perplexity",
     "PruningReport",
     "SaveError",
@@ -64,9 +74,12 @@ __all__ = [
     "SparseQuantizer",
     "TargetError",
     "TaskResults",
+    "Texts",
+    "TrainingError",
     "agreement",
     "compare",
     "convert_checkpoint",
+    "evaluate",
     "evaluate_tasks",
     "explain",
     "export_dense",
@@ -75,4 +88,5 @@ __all__ = [
     "perplexity",
     "prune",
     "split_low_rank",
+    "write_report",
 ]

@@ -41,9 +41,11 @@ class SparseConfig(QuantizationConfigMixin):
             settings of the arguments below; "keep" prunes nothing and packs the zeros that the
             checkpoint already has.
         dataset: calibration data: a Hub dataset id, the path of a text, jsonl or parquet file, a
-            `datasets.Dataset`, or an iterable of strings, of token id tensors or of dicts of
-            model inputs. None only for methods that need no data.
-        tokenizer: id, path or object; None for the model's own. Only used for text.
+            `datasets.Dataset`, or an iterable of strings, of token id tensors, of dicts of model
+            inputs or of rows with images, sound or conversations. None only for methods that need
+            no data.
+        tokenizer: id, path or object of a tokenizer, or for rows of a processor; None for the
+            model's own. Only used for text and rows.
         num_samples: number of calibration samples. Default 128.
         seq_len: tokens a sample. Default min(2048, what the model allows).
         batch_size: samples per forward pass while calibrating. Default 1.

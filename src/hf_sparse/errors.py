@@ -5,9 +5,11 @@ HfSparseError
 ├── TargetError       a regex matches nothing, or something that can't be pruned     (ValueError)
 ├── CalibrationError  the calibration data, or what came of them, are unusable       (ValueError)
 ├── EvaluationError   a model can't be measured the way that was asked for           (ValueError)
+├── TrainingError     a model can't be trained as asked for, or its pattern broke    (ValueError)
 ├── SolveError        the maths failed for a layer: NaN weights, a bad Hessian  (ArithmeticError)
 ├── FormatError       tensors do not fit a storage format                            (ValueError)
 │   └── CheckpointError   ... and were read from a file; names the file and the tensor
+├── PackageError      an optional package is needed, and isn't installed            (ImportError)
 └── SaveError         a checkpoint could not be written                                 (OSError)
 
 Each message names what was passed, what was expected and what to do about it.
@@ -34,6 +36,10 @@ class EvaluationError(HfSparseError, ValueError):
     """A measurement can't be made: of this model, with these arguments or packages."""
 
 
+class TrainingError(HfSparseError, ValueError):
+    """A model can't be trained the way that was asked for, or training broke its pattern."""
+
+
 class SolveError(HfSparseError, ArithmeticError):
     """A layer can't be solved: its weights, inputs or Hessian are not usable."""
 
@@ -44,6 +50,10 @@ class FormatError(HfSparseError, ValueError):
 
 class CheckpointError(FormatError):
     """A checkpoint on disk is damaged, incomplete, or of an unknown version."""
+
+
+class PackageError(HfSparseError, ImportError):
+    """Something needs an optional package that isn't installed; the message names the extra."""
 
 
 class SaveError(HfSparseError, OSError):

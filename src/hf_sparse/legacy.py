@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -99,9 +99,19 @@ class PlainParameter:
         return self.tensor.shape
 
     @property
+    def bytes(self) -> int:
+        """What it takes in its file."""
+        return self.tensor.bytes
+
+    @property
     def dense_bytes(self) -> int:
         """What it takes as an ordinary tensor."""
         return self.tensor.bytes
+
+    @property
+    def sparse(self) -> bool:
+        """Is it, or a part of it, stored in parts?"""
+        return False
 
     def dense(self) -> Tensor:
         """Its value."""
@@ -144,6 +154,11 @@ class PackedParameter:
         """What it takes as an ordinary tensor."""
         return _bytes(self.shape, self.origin.dtype)
 
+    @property
+    def sparse(self) -> bool:
+        """Is it, or a part of it, stored in parts?"""
+        return True
+
     def dense(self) -> Tensor:
         """Its value, of the dtype that it is stored in.
 
@@ -177,7 +192,65 @@ class PackedParameter:
             )
 
 
-Parameter = PlainParameter | PackedParameter
+@dataclass(frozen=True)
+class MergedParameter:
+    """A parameter of which the checkpoint has the rows, or the experts, each on its own.
+
+    Attributes:
+        parts: in their order.
+        stacked: are the parts the elements of a first dimension, or runs of the rows?
+    """
+
+    parts: Sequence[Parameter]
+    stacked: bool
+
+    def __post_init__(self) -> None:
+        first = self.parts[0]
+        for part in self.parts[1:]:
+            same = part.shape[1:] == first.shape[1:] and part.origin.dtype == first.origin.dtype
+            if not same or (self.stacked and part.shape != first.shape):
+                raise part.origin.error(
+                    f"is {part.origin.dtype} of a weight of shape {part.shape}, which doesn't fit "
+                    f"{first.origin.key}, {first.origin.dtype} of {first.shape}: both are parts of "
+                    "one weight"
+                )
+
+    @property
+    def origin(self) -> StoredTensor:
+        """The tensor that an error about it names."""
+        return self.parts[0].origin
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dense shape."""
+        first = self.parts[0].shape
+        if self.stacked:
+            return (len(self.parts), *first)
+        return (sum(part.shape[0] for part in self.parts), *first[1:])
+
+    @property
+    def bytes(self) -> int:
+        """What its parts take."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def dense_bytes(self) -> int:
+        """What it takes as an ordinary tensor."""
+        return sum(part.dense_bytes for part in self.parts)
+
+    @property
+    def sparse(self) -> bool:
+        """Is it, or a part of it, stored in parts?"""
+        return any(part.sparse for part in self.parts)
+
+    def dense(self) -> Tensor:
+        """Its value."""
+        values = [part.dense() for part in self.parts]
+        return torch.stack(values) if self.stacked else torch.cat(values)
+
+
+Parameter: TypeAlias = "PlainParameter | PackedParameter | MergedParameter"
+StoredParameter: TypeAlias = "PlainParameter | PackedParameter"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -202,7 +275,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def read_parameters(files: Iterable[Path], structure: str) -> list[Parameter]:
+def read_parameters(files: Iterable[Path], structure: str) -> list[StoredParameter]:
     """All parameters of a checkpoint, from its files' headers, in the files' order.
 
     Args:
@@ -220,7 +293,7 @@ def read_parameters(files: Iterable[Path], structure: str) -> list[Parameter]:
                 raise tensor.error(f"is in {tensors[tensor.key].file}, too")
             tensors[tensor.key] = tensor
     stems = {key.rpartition(".")[0] for key in tensors if key.rpartition(".")[2] in _TELLING}
-    parameters: list[Parameter] = []
+    parameters: list[StoredParameter] = []
     for key, tensor in tensors.items():
         stem, _, part = key.rpartition(".")
         if stem not in stems or part not in (*_TELLING, "shape"):

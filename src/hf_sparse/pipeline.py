@@ -9,16 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .calibration.blocks import BlockWalk, Visit, find_units
+from .calibration.blocks import BlockWalk, Unit, Visit, find_units, input_device
 from .calibration.experts import observe
 from .calibration.inputs import DensePath, Observed
 from .calibration.stages import find_stages, residual_writers
 from .config import SparseConfig
+from .environment import Environment
 from .errors import CalibrationError, ConfigError, SolveError
 from .facts import DenseFacts
 from .formats import Dense, choose_format
@@ -36,6 +39,7 @@ from .solving import LayerSolver
 from .spread import allocate, exactly
 from .statistics import OutputMetric
 from .targets import Target, layer_sparsity, require_match, select_targets
+from .tracking import log_to_current_run
 
 logger = get_logger(__name__)
 
@@ -107,8 +111,19 @@ def run(
         model.train(training)
     _tell_never_called(left_dense, bool(layers))
     record = facts.data.record if facts.data else None
-    report = PruningReport(tuple(layers), left_dense, record, time.perf_counter() - started)
+    report = PruningReport(
+        layers=tuple(layers),
+        left_dense=left_dense,
+        data=record,
+        seconds=time.perf_counter() - started,
+        block_seconds=this.block_seconds,
+        model=_name(model),
+        config=(config.replaced(dataset=record) if record else config).to_dict(),
+        environment=Environment.here(input_device(model)),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
     logger.info("%s", report.summary())
+    log_to_current_run(report)
     return report
 
 
@@ -129,26 +144,29 @@ class _Run:
         self._metrics: Mapping[str, OutputMetric] = {}
         self._layers: list[LayerReport] = []
         self.never_called: list[str] = []
+        self.block_seconds: dict[str, float] = {}
         self._solved: dict[str, _Solved] = {}
 
     @torch.no_grad()
     def prune(self, jobs: Sequence[Job]) -> list[LayerReport]:
         """Solve all layers and replace them; returns their reports in the order of solving."""
-        jobs = self._prepared(jobs)
+        units = find_units(self._model, [job.target.name for job in jobs])
+        self._blocks = {name: unit.name for unit in units for name in unit.targets}
+        jobs = self._prepared(jobs, units)
+        self._clock = time.perf_counter()
         with progress_bar(len(jobs), "Pruning") as bar:
-            for label, layer in self._solve_all(jobs):
+            for label, layer in self._solve_all(jobs, units):
                 bar.set_description(f"Pruning: {label}", refresh=False)
                 bar.set_postfix_str(layer.brief(), refresh=False)
                 bar.update()
         self._pack()
         return self._layers
 
-    def _prepared(self, jobs: Sequence[Job]) -> Sequence[Job]:
+    def _prepared(self, jobs: Sequence[Job], units: Sequence[Unit]) -> Sequence[Job]:
         """What has to be known of the whole model before the first layer is touched."""
         config = self._config
         if not jobs:
             return jobs
-        units = find_units(self._model, [job.target.name for job in jobs])
         metrics: Mapping[str, OutputMetric] = {}
         if config.needs_gradients:
             metrics = self._facts.metrics(self._model, units, config)
@@ -160,15 +178,17 @@ class _Run:
         zeros = allocate(self._model, config, targets, units, self._facts, metrics)
         return [Job(job.target, exactly(zeros[job.target.name], job.target.shape)) for job in jobs]
 
-    def _solve_all(self, jobs: Sequence[Job]) -> Iterator[tuple[str, LayerReport]]:
+    def _solve_all(
+        self, jobs: Sequence[Job], units: Sequence[Unit]
+    ) -> Iterator[tuple[str, LayerReport]]:
         """Solve unit by unit; yields where it is, and the report of each layer that is done."""
         if self._facts.data is None:
             for i, job in enumerate(jobs, 1):
                 yield f"layer {i} of {len(jobs)}", self._solve(job, None)
                 self._pack()
+                self._count_seconds(self._blocks[job.target.name])
             return
         by_name = {job.target.name: job for job in jobs}
-        units = find_units(self._model, list(by_name))
         keep_dense = self._config.target == "dense"
         walk = BlockWalk(self._model, units, self._facts.batches, keep_dense)
         done = 0
@@ -178,9 +198,16 @@ class _Run:
             self._pack()
             for layer in self._solve_unit(visit, by_name):
                 yield f"block {done} of {len(units)}", layer
+            self._count_seconds(visit.unit.name)
             del visit  # the walk goes on: this unit's inputs must not wait for the next one's
         solved = {layer.name for layer in self._layers} | set(self._solved)
         self.never_called = [name for name in by_name if name not in solved]
+
+    def _count_seconds(self, block: str) -> None:
+        """All time since the last call was a block's."""
+        now = time.perf_counter()
+        self.block_seconds[block] = self.block_seconds.get(block, 0.0) + now - self._clock
+        self._clock = now
 
     def _solve_unit(self, visit: Visit, jobs: Mapping[str, Job]) -> Iterator[LayerReport]:
         config = self._config
@@ -223,15 +250,15 @@ class _Run:
         """Solve one layer and write the pruned weight into it, still dense."""
         metric = self._metrics.get(job.target.name)
         report, solution, dense = _solve(self._solver, job, observed, metric)
+        report = replace(report, block=self._blocks[report.name])
         if self._config.metric == "fisher" and metric is None:
             report = replace(report, notes=(*report.notes, NO_GRADIENT))
         weight, sparse, low_rank = solution.weight, None, solution.low_rank
         if low_rank is not None:
             weight, sparse = low_rank.added_to(weight), weight
-        if job.target.transposed:
-            weight, dense = weight.T, dense.T
-        write_weight(job.target.module, weight)
-        kept = dense if self._config.target == "dense" else None
+        axes = job.target.axes
+        write_weight(job.target.module, axes.own(weight))
+        kept = axes.own(dense) if self._config.target == "dense" else None
         self._solved[job.target.name] = _Solved(
             job, report, kept, solution.quantized, sparse, low_rank
         )
@@ -242,6 +269,12 @@ class _Run:
         for solved in self._solved.values():
             self._layers.append(_pack(self._model, solved, self._config.format))
         self._solved.clear()
+
+
+def _name(model: nn.Module) -> str:
+    """The id that a model was loaded from, or the name of its folder; "" if it has none."""
+    name = str(getattr(model, "name_or_path", "") or "")
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _plan(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
@@ -17,6 +17,8 @@ from .config import QUANT_METHOD, SparseConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
 from .facts import DenseFacts
 from .layers import SparseLinear
+from .layers.axes import Axes
+from .layers.conv import dense_twin, sparse_class
 from .layers.experts import SparseExperts, expert_around, fuse, is_fused, unfuse, unfused_experts
 from .layers.head import restore_head, speed_up_head
 from .layers.replace import replace_module, unpack_linear
@@ -29,10 +31,11 @@ from .saving import (
     ValuesRenaming,
     install_saving,
     remove_saving,
+    saved_report,
     sparse_layers,
     sparse_state_dict,
 )
-from .targets import find_routers
+from .targets import find_routers, is_prunable
 
 logger = get_logger(__name__)
 
@@ -104,7 +107,9 @@ class SparseQuantizer(HfQuantizer):
     """Prunes dense checkpoints after they are loaded; builds sparse layers for sparse ones.
 
     Attributes:
-        report: what pruning did; None for a model that was loaded sparse.
+        report: what pruning did; of a model that was loaded sparse, the report that was saved
+            with it; None if there is none.
+        trains_values: `training.prepare_for_training` has made parameters of the kept values.
     """
 
     requires_calibration = False
@@ -113,6 +118,7 @@ class SparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: SparseConfig = quantization_config
         self.report: PruningReport | None = None
+        self.trains_values = False
         self._layers: dict[str, PackedLayer] = {}
         self._renamed: frozenset[str] = frozenset()
 
@@ -136,6 +142,7 @@ class SparseQuantizer(HfQuantizer):
                 "formats of its layers"
             )
         described = read_layers(checkpoint_files)
+        self.report = saved_report(Path(checkpoint_files[0]).parent)
         self._renamed = frozenset(described)
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         _unfuse_described(model, described, prefix)
@@ -223,6 +230,11 @@ class SparseQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """Does Trainer take the model without an adapter?"""
+        return self.trains_values
+
+    @property
     def is_compileable(self) -> bool:
         return True
 
@@ -232,10 +244,10 @@ def _build_meta(
 ) -> None:
     """Put an empty sparse layer in a dense one's place, with the checkpoint's shapes."""
     weight = getattr(module, "weight", None)
-    transposed = not isinstance(module, nn.Linear)
     expected = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
-    found = layer.shape[::-1] if transposed else layer.shape
-    if expected != found or layer.transposed != transposed:
+    axes = Axes.of(module)
+    same = expected == axes.own_shape(layer.shape) and layer.axes == axes
+    if not same or not is_prunable(module):
         raise CheckpointError(
             f"{layer.file}: {layer.name}.weight is packed from shape {layer.shape}, the model has "
             f"{type(module).__name__} with weight {expected} there"
@@ -248,7 +260,8 @@ def _build_meta(
     }
     low_rank = LowRank(tensors.pop(KEY_B), tensors.pop(KEY_A)) if layer.low_rank else None
     bias: Any = module.bias
-    sparse = SparseLinear(layer.format, tensors, layer.shape, dtype, bias, transposed, low_rank)
+    cls = sparse_class(axes)
+    sparse = cls(layer.format, tensors, layer.shape, dtype, bias, axes, low_rank)
     # transformers would otherwise unpack each layer to initialise what isn't missing.
     sparse._is_hf_initialized = True  # type: ignore[assignment]
     replace_module(around, module, sparse)
@@ -291,11 +304,11 @@ def _values_dtype(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
 
 def _dense_twin(sparse: SparseLinear) -> nn.Module:
     """An empty module of the kind that a sparse layer replaced."""
+    if not sparse.axes.transposed:
+        return dense_twin(sparse)
     with torch.device("meta"):
-        if sparse.transposed:
-            conv: nn.Module = Conv1D(sparse.out_features, sparse.in_features)
-            return conv
-        return nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None)
+        conv: nn.Module = Conv1D(sparse.out_features, sparse.in_features)
+        return conv
 
 
 def default_dense(model: PreTrainedModel) -> dict[str, str]:
@@ -322,7 +335,8 @@ def default_dense(model: PreTrainedModel) -> dict[str, str]:
 
 
 def load_tokenizer(config: SparseConfig, model: nn.Module) -> Any:
-    """The tokenizer to use for text: the config's, else the model's; None if it names none."""
+    """What turns data into inputs: the config's tokenizer or processor, else the model's; None if
+    it names none."""
     given = config.tokenizer
     if given is not None and not isinstance(given, (str, Path)):
         return given
@@ -330,9 +344,13 @@ def load_tokenizer(config: SparseConfig, model: nn.Module) -> Any:
     if not source:
         return None
     try:
+        return AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        logger.info("no processor could be loaded from %r: %s", str(source), error)
+    try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
-            f"no tokenizer could be loaded from {str(source)!r}: pass tokenizer= an id, a path or "
-            f"an object ({error})"
+            f"no tokenizer or processor could be loaded from {str(source)!r}: pass tokenizer= an "
+            f"id, a path or an object ({error})"
         ) from error

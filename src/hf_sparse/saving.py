@@ -22,11 +22,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
+from transformers.utils import cached_file
 
 from .checkpoint import PackedLayer, metadata, sort_metadata
-from .errors import SaveError
+from .errors import CheckpointError, SaveError
 from .layers import SparseExperts, SparseLinear
 from .layers.linear import VALUES
+from .logging import get_logger
+from .report import REPORT_FILE, PruningReport
+
+logger = get_logger(__name__)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
@@ -53,7 +58,7 @@ def sparse_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
                         state[f"{name}.{key}"] = tensor.clone()
             if layer.bias is not None and state[f"{name}.bias"].is_meta:
                 state[f"{name}.bias"] = layer.bias.detach().clone()
-        described.append(PackedLayer(name, layer.format, layer.shape, layer.transposed, layer.rank))
+        described.append(PackedLayer(name, layer.format, layer.shape, layer.axes, layer.rank))
     return state, metadata(described)
 
 
@@ -107,6 +112,8 @@ def save_pretrained(
 ) -> None:
     """transformers' `save_pretrained`, so that files appear complete or not at all.
 
+    What pruning reported goes beside the weights, as pruning_report.json.
+
     Args:
         model: the model to save.
         save_directory: folder; created if it isn't there.
@@ -122,10 +129,35 @@ def save_pretrained(
     if "max_shard_size" in hub:
         kwargs["max_shard_size"] = hub["max_shard_size"]
     kwargs["save_original_format"] = False
-    save = type(model).save_pretrained
-    write_folder(save_directory, lambda folder: save(model, folder, *args, **kwargs))
+    report = getattr(getattr(model, "hf_quantizer", None), "report", None)
+
+    def write(folder: str) -> None:
+        type(model).save_pretrained(model, folder, *args, **kwargs)
+        if report is not None:
+            (Path(folder) / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+
+    write_folder(save_directory, write)
     if push_to_hub:
         model.push_to_hub(hub.pop("repo_id", Path(save_directory).resolve().name), **hub)
+
+
+def saved_report(folder: Path) -> PruningReport | None:
+    """The report that was saved with a checkpoint; None if there is none that can be used.
+
+    Args:
+        folder: where its files lie. If that is in the cache of the Hub, the report is fetched.
+    """
+    try:
+        if folder.parent.name == "snapshots":  # .../models--OWNER--NAME/snapshots/COMMIT
+            cache, repository = folder.parents[2], folder.parents[1].name
+            name = repository.removeprefix("models--").replace("--", "/")
+            cached_file(name, REPORT_FILE, cache_dir=str(cache), revision=folder.name)
+        return PruningReport.from_folder(folder)
+    except CheckpointError as error:
+        logger.warning("the model is loaded without its report: %s", str(error))
+    except OSError as error:
+        logger.debug("the model is loaded without its report: %s", str(error))
+    return None
 
 
 def export_dense(
@@ -173,8 +205,7 @@ def _dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         with torch.no_grad(), align_module_device(module):
             own = dict(module.named_parameters(recurse=False))
             if isinstance(module, SparseLinear):
-                weight = module.weight
-                own["weight"] = (weight.T if module.transposed else weight).contiguous()  # type: ignore[assignment]
+                own["weight"] = module.axes.own(module.matrix).contiguous()  # type: ignore[assignment]
             else:
                 skipped = module._non_persistent_buffers_set
                 own |= {k: b for k, b in module.named_buffers(recurse=False) if k not in skipped}  # type: ignore[misc]
@@ -229,9 +260,27 @@ def write_folder(save_directory: str | os.PathLike[str], save: Callable[[str], A
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def write_file(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file that appears complete or not at all.
+
+    Raises:
+        SaveError: it could not be written; what was there before is as it was.
+    """
+    target = Path(path)
+    staging = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.write_text(text, encoding="utf-8")
+        os.replace(staging, target)
+    except OSError as error:
+        raise SaveError(f"{str(target)!r} could not be written: {error}") from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def _move(staging: Path, target: Path) -> None:
     new = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
-    patterns = ("model*.safetensors", "model*.safetensors.index.json")
+    patterns = ("model*.safetensors", "model*.safetensors.index.json", REPORT_FILE)
     replaced = any(p.match(pattern) for p in new for pattern in patterns)
     stale = [
         p.name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,19 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from .errors import CheckpointError
-from .legacy import Parameter
+from .layers.experts import is_fused
+from .legacy import StoredParameter
 
 # Buffers that files of older versions of transformers hold, and no longer needs.
 _FORMER_BUFFERS = r"(rotary_emb\.inv_freq|(^|\.)position_ids)$"
@@ -61,35 +69,71 @@ def _model_classes(config: PretrainedConfig) -> Iterator[type[PreTrainedModel]]:
             yield from found if isinstance(found, (tuple, list)) else (found,)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a stored parameter belongs in memory: it is one of `parts` runs of a weight's rows.
+
+    An expert's weight is called as in experts that are layers of their own (`SparseExperts`);
+    `experts` is the name of the module that has them fused.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    experts: str | None = None
+
+
 def renaming(
     model: PreTrainedModel, expected: dict[str, Tensor]
-) -> Callable[[Parameter], str | None]:
-    """A function from a stored parameter to its name in memory, as transformers would load it.
+) -> Callable[[StoredParameter], Place | None]:
+    """A function from a stored parameter to its place in memory, as transformers would load it.
 
     It gives None for what the model has not, and raises a CheckpointError for what takes more than
-    a new name. `expected` is the model's state dict.
+    a new name, or a place among the experts. `expected` is the model's state dict.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    fused = {name for name, module in model.named_modules() if is_fused(module)}
 
-    def rename(parameter: Parameter) -> str | None:
+    def rename(parameter: StoredParameter) -> Place | None:
         merged = False
         for name in parameter.names:
-            renamed, operation = rename_source_key(
+            renamed, pattern = rename_source_key(
                 name, renamings, converters, model.base_model_prefix, expected
             )
-            if operation is None and renamed in expected:
-                return str(renamed)
-            merged = merged or operation is not None
+            if pattern is None and renamed in expected:
+                return Place(str(renamed))
+            if pattern is not None:
+                place = _expert_place(name, renamed, pattern, by_pattern[pattern])
+                if place and place.experts in fused and renamed in expected:
+                    return place
+                merged = True
         if merged:
             raise parameter.origin.error(
                 "is one of several weights that this transformers merges into one, or one that it "
-                "splits: such models can't be converted"
+                "splits, and no expert's: such models can't be converted"
             )
         return None
 
     return rename
+
+
+def _expert_place(name: str, fused: str, pattern: str, converter: WeightConverter) -> Place | None:
+    """The place of one expert's weight, if all that the converter does is to fuse such weights."""
+    merge, *join = converter.operations
+    parts = len(converter.source_patterns)
+    fuses = isinstance(merge, MergeModulelist) and merge.dim == 0
+    # Rows: the first dimension of an expert's weight, the second one of the fused weight.
+    joins = len(join) == 1 and isinstance(join[0], Concatenate) and join[0].dim == 1
+    before, star, after = pattern.partition("*")
+    number = re.search(re.escape(before) + r"(\d+)" + re.escape(after), name)
+    if not (fuses and star and number and (joins if parts > 1 else not join)):
+        return None
+    experts, _, local = fused.rpartition(".")
+    place = converter.source_patterns.index(pattern)
+    return Place(f"{experts}.{number[1]}.{local}.weight", place, parts, experts)
 
 
 def is_needed(model: PreTrainedModel, key: str) -> bool:

@@ -71,10 +71,10 @@ def load(model: str, revision: str | None, dtype: str, device_map: str | None, *
     config = transformers.AutoConfig.from_pretrained(model, revision=revision)
     settings = {"revision": revision, "dtype": dtype, "device_map": device_map, **more}
     loaded = _auto_class(config).from_pretrained(model, **settings)
-    return loaded, _load_tokenizer(model, revision)
+    return loaded, load_tokenizer(model, revision)
 
 
-def _load_tokenizer(model: str, revision: str | None) -> Any:
+def load_tokenizer(model: str, revision: str | None) -> Any:
     """A model's tokenizer; None if it has none."""
     import transformers
 

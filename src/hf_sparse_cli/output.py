@@ -17,7 +17,19 @@ def check_output(folder: Path) -> None:
     """Raise a Failure if a folder can't be written: better before the work than after it."""
     if folder.exists() and not folder.is_dir():
         raise Failure(f"--output {folder} is a file: pass a folder")
-    parent = next(path for path in folder.absolute().parents if path.exists())
-    for place in (parent, folder):
-        if place.exists() and not (place.is_dir() and os.access(place, os.W_OK)):
-            raise Failure(f"--output {folder}: nothing can be written in {place}")
+    _check_writable(folder)
+
+
+def check_output_file(file: Path) -> None:
+    """Raise a Failure if a file can't be written."""
+    if file.is_dir():
+        raise Failure(f"--output {file} is a folder: pass a file")
+    _check_writable(file)
+
+
+def _check_writable(path: Path) -> None:
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise Failure(f"--output {path}: nothing can be written in {parent}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise Failure(f"--output {path}: nothing can be written in {path}")

@@ -17,7 +17,14 @@ import torch
 from compressed_tensors import ModelCompressor
 from compressed_tensors.config import BitmaskConfig
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 HERE = Path(__file__).parent
@@ -52,11 +59,31 @@ def make_gpt2():
     return GPT2LMHeadModel(config).to(torch.float16)
 
 
+def make_mixtral(dtype):
+    """A random one-block Mixtral, whose experts that version of transformers has as modules."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=23,
+        hidden_size=12,
+        intermediate_size=14,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        max_position_embeddings=32,
+    )
+    return MixtralForCausalLM(config).to(dtype)
+
+
 @torch.no_grad()
 def prune(model, pattern):
-    """Zeros in every linear layer of the block: random ones, or 2 of 4 in memory order."""
+    """Zeros in every linear layer of the block: random ones, or 2 of 4 in memory order.
+
+    Not in routers, nor in the last of a mixture's experts.
+    """
     for name, layer in model.named_modules():
-        if isinstance(layer, (torch.nn.Linear, Conv1D)) and name != "lm_head":
+        dense = name == "lm_head" or name.endswith(".gate") or ".experts.2." in name
+        if isinstance(layer, (torch.nn.Linear, Conv1D)) and not dense:
             scores = torch.rand(layer.weight.shape)
             if pattern == "2:4":
                 kept = scores.view(-1, 4).topk(2, dim=1).indices
@@ -110,6 +137,9 @@ def main():
             model = make_gpt2()
             prune(model, "unstructured")
             save("gpt2-bitmask", model, bitmask)
+            model = make_mixtral(torch.float16)
+            prune(model, "unstructured")
+            save("mixtral-bitmask", model, bitmask)
         return
     from compressed_tensors.config import Sparse24BitMaskConfig
 
@@ -127,6 +157,11 @@ def main():
         other = make_llama(dtype, **odd)
         prune(other, "unstructured")
         save("bitmask", other, bitmask, max_shard_size="1KB")
+        mixture = make_mixtral(dtype)
+        prune(mixture, "2:4")
+        sparse24.ignore += ["re:.*gate$", "re:.*experts.2.*"]
+        save("mixtral-24", mixture, sparse24)
+        sparse24.ignore = linear["ignore"]
         quantise(model)
         save("quantised-24", model, sparse24, "int-quantized")
 

@@ -30,10 +30,11 @@ def bench(folder, *arguments):
 def test_layers_are_measured_against_every_dense_rival(tmp_path):
     results = bench(
         tmp_path, "layers", "--shapes", "64x96,48x40", "--sparsity", "0.5,0.8", "--rows", "1,5",
-        "--values", "bf16,int8", "--cold-mb", "1", "--rounds", "5", "--seconds", "0",
+        "--values", "bf16,int8,int4", "--group-size", "16", "--cold-mb", "1", "--rounds", "5",
+        "--seconds", "0",
     )  # fmt: skip
     points = results["layers"]
-    assert len(points) == 2 * 2 * 2 * 2
+    assert len(points) == 2 * 2 * 2 * 3
     for point in points:
         assert {"torch fp32", "torch bf16"} <= set(point["ratios"])
         assert all(ratio > 0 for ratio in point["ratios"].values())
@@ -44,7 +45,8 @@ def test_layers_are_measured_against_every_dense_rival(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("layers", "--values", "int4"), "'int4' is not one of fp32, bf16, fp16, int8"),
+        (("layers", "--values", "int3"), "'int3' is not one of fp32, bf16, fp16, int8, int4"),
+        (("layers", "--group-size", "5"), "5 is no group size: pass an even number"),
         (("layers", "--sparsity", "50"), "50 is no fraction of zeros"),
         (("layers", "--path", "sse"), "invalid choice: 'sse'"),
         (("model", "--presets", "big"), "'big' is not one of 135m, 1b, 1.1b, tiny"),

@@ -81,7 +81,8 @@ def test_every_weight_is_what_was_put_in_to_the_bit(folder, tmp_path):
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is not None:
-            found[f"{name}.weight"] = weight.T if getattr(module, "transposed", False) else weight
+            transposed = isinstance(module, SparseLinear) and module.axes.transposed
+            found[f"{name}.weight"] = weight.T if transposed else weight
         if getattr(module, "bias", None) is not None:
             found[f"{name}.bias"] = module.bias
     assert found.keys() == expected.keys()
@@ -266,15 +267,16 @@ def test_a_weight_that_is_stored_twice_is_refused(copy, tmp_path):
     )
 
 
-def test_models_whose_weights_transformers_merges_are_refused(copy, tmp_path):
+def test_models_whose_weights_transformers_splits_are_refused(copy, tmp_path):
     source = copy("24-0.9.4")
-    edit_config(source, model_type="mixtral", architectures=["MixtralForCausalLM"])
+    edit_config(source, model_type="nomic_bert", architectures=["NomicBertModel"])
 
     def change(tensors):
-        tensors["model.layers.0.block_sparse_moe.experts.0.w1.weight"] = torch.zeros(14, 12)
+        tensors.clear()
+        tensors["encoder.layers.0.attn.Wqkv.weight"] = torch.zeros(36, 12)
 
     edit_tensors(source, change)
-    assert_fails(source, tmp_path, r"experts\.0\.w1\.weight is one of several weights that")
+    assert_fails(source, tmp_path, r"attn\.Wqkv\.weight is one of several weights that")
 
 
 def test_a_target_in_the_source_or_a_size_that_is_none_is_refused(copy, tmp_path):

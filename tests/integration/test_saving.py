@@ -85,9 +85,34 @@ def test_saving_over_a_checkpoint_removes_its_stale_shards(sparse, tmp_path, tok
     (tmp_path / "notes.txt").write_text("mine")
     sparse.save_pretrained(tmp_path)
     names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["config.json", "generation_config.json", "model.safetensors", "notes.txt"]
+    assert names == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "notes.txt",
+        "pruning_report.json",
+    ]
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again, token_ids), logits(sparse, token_ids))
+
+
+def test_a_checkpoint_has_its_report_and_gives_it_back(sparse, tmp_path):
+    sparse.save_pretrained(tmp_path / "once")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "once")
+    assert again.hf_quantizer.report == sparse.hf_quantizer.report
+    again.save_pretrained(tmp_path / "twice")
+    assert files(tmp_path / "twice") == files(tmp_path / "once")
+    hf_sparse.export_dense(again, tmp_path / "twice")  # no longer what the report tells of
+    assert not (tmp_path / "twice" / "pruning_report.json").exists()
+
+
+def test_a_damaged_report_does_not_keep_a_model_from_loading(sparse, tmp_path, monkeypatch):
+    sparse.save_pretrained(tmp_path)
+    (tmp_path / "pruning_report.json").write_text('{"layers": 1}')
+    said = []
+    monkeypatch.setattr(hf_sparse.saving.logger, "warning", lambda *args: said.append(args))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).hf_quantizer.report is None
+    assert "pruning_report.json, layers: 1 is no list" in said[0][1]
 
 
 def test_the_saved_config_never_has_a_sparsity_config(sparse, tmp_path):

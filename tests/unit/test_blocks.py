@@ -151,12 +151,46 @@ class Parted(nn.Module):
         return self.layers[0](x, y)
 
 
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.head = nn.Linear(4, 100)
+
+    def forward(self, x):
+        return self.head(self.layers[1](self.layers[0](x)))
+
+
 def test_a_layer_of_a_block_that_is_never_called_has_no_statistics():
     names = ["layers.0.always", "layers.0.sometimes"]
     x = torch.randn(3, 4)
     assert list(walk(Parted(), names, [{"x": x}])["layers.0"]) == names[:1]
     # One batch of two is enough.
     assert list(walk(Parted(), names, [{"x": x}, {"x": x, "y": x}])["layers.0"]) == names
+
+
+class Direct(nn.Module):
+    """Calls its blocks' `forward`, so that no hook of theirs runs (SqueezeBERT does)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer.forward(x)
+        return x
+
+
+def test_layers_of_a_block_that_is_not_called_as_a_module_are_units_of_their_own():
+    torch.manual_seed(0)
+    model, x = Direct(), torch.randn(3, 4)
+    found = walk(model, ["layers.0.0", "layers.1.0"], [{"x": x}])
+    assert list(found) == ["layers.0.0", "layers.1.0"]
+    y = model.layers[0][0](x).detach()
+    torch.testing.assert_close(
+        found["layers.1.0"]["layers.1.0"].statistics.hessian, y.T @ y / len(y)
+    )
 
 
 def test_a_unit_that_is_never_called_has_no_visit():
@@ -170,3 +204,22 @@ def test_a_model_that_cannot_run_on_the_data_names_both():
         CalibrationError, match=r"Parted can't run.*data have z; it also takes x, y"
     ):
         walk(Parted(), ["layers.0.always"], [{"z": torch.randn(3, 4)}])
+
+
+def test_what_follows_the_last_unit_is_not_run_for_the_dense_model():
+    # With a large vocabulary the head takes longer than the blocks.
+    model = Chain().eval()
+    batches = [{"x": torch.randn(3, 4)} for _ in range(3)]
+    heads = []
+    model.head.register_forward_hook(lambda *_: heads.append(1))
+    inner = []
+    with torch.no_grad():
+        for visit in BlockWalk(model, find_units(model, ["layers.0", "layers.1"]), batches, True):
+            hook = visit.unit.module.register_forward_hook(lambda m, a, y: inner.append(y))
+            for index in range(len(visit.dense_calls)):
+                visit.leave_dense(index)
+            hook.remove()
+    assert len(inner) == 6
+    x = batches[2]["x"]
+    torch.testing.assert_close(inner[5], model.layers[1](model.layers[0](x)))
+    assert len(heads) == 1  # the pass that finds out what is called how often

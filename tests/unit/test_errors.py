@@ -8,7 +8,7 @@ import pytest
 import hf_sparse
 from hf_sparse import errors
 
-BUILTIN = {"ValueError": ValueError, "ArithmeticError": ArithmeticError, "OSError": OSError}
+BUILTIN = {base.__name__: base for base in (ValueError, ArithmeticError, OSError, ImportError)}
 
 
 def drawn_tree() -> dict[str, tuple[str | None, str | None]]:

@@ -20,18 +20,18 @@ ROOT = Path(__file__).parents[2]
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
     {"errors", "logging"},
-    {"patterns", "quantization", "statistics", "lowrank", "triton"},
+    {"patterns", "quantization", "statistics", "lowrank", "records", "triton"},
     {"solvers", "formats", "allocation"},
     {"kernels"},
     {"layers"},
-    {"calibration", "recipes", "solving"},
+    {"calibration", "environment", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report"},
-    {"facts", "loading"},
+    {"facts", "loading", "tracking"},
     {"spread", "legacy"},
     {"pipeline", "saving", "explain", "skeleton"},
     {"evaluation", "adapters"},
     {"quantizer"},
-    {"bench", "comparison", "convert"},
+    {"bench", "comparison", "convert", "reporting", "training"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -51,6 +51,8 @@ MAY_IMPORT_TRANSFORMERS = {
     "skeleton",
     "logging",
     "bench.endtoend",
+    "training.callback",
+    "training.trainer",
 }
 
 

@@ -21,7 +21,7 @@ PROGRAM = "python -m hf_sparse.bench"
 EXAMPLES = """examples:
   hf-sparse bench layers --shapes 4096x4096 --sparsity 0.5,0.7 --rows 1,16
   hf-sparse bench layers --path avx2 --threads 1
-  hf-sparse bench layers --values int8 --rows 1
+  hf-sparse bench layers --values int8,int4 --group-size 128 --rows 1
   hf-sparse bench model --presets 135m,1b --sparsity 0.5
 """
 
@@ -54,6 +54,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def group_size(text: str) -> int:
+    """A positive even number."""
+    value = int(text)
+    if value < 2 or value % 2:
+        raise argparse.ArgumentTypeError(f"{text} is no group size: pass an even number")
+    return value
+
+
 def shape(text: str) -> tuple[int, int]:
     """ "OUTxIN" to (out, in)."""
     rows, columns = text.split("x")
@@ -80,6 +88,11 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         type=listed(one_of(layers.VALUES)),
         default=("bf16",),
         help=f"dtypes of the kept values: {','.join(layers.VALUES)}",
+    )
+    single.add_argument(
+        "--group-size",
+        type=group_size,
+        help="columns that share a scale of int8 and int4 values; default: all of a row",
     )
     paths = list(native.paths()) if native.available() else []
     single.add_argument(
@@ -125,6 +138,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> None
                 given.rows,
                 given.threads,
                 given.values,
+                given.group_size,
                 given.path,
                 given.cold_mb << 20,
                 given.rounds,

@@ -26,8 +26,8 @@ from ..patterns import Unstructured
 
 logger = get_logger(__name__)
 
-_NAMES = ("fp32", "bf16", "fp16", "int8")
-_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_NAMES = ("fp32", "bf16", "fp16", "int8", "int4")
+_TYPES = (*native.FLOATS, *native.INTEGERS)
 VALUES = dict(zip(_NAMES, _TYPES, strict=True))
 INT8 = "torch.ao dynamic int8"
 # Dense candidate -> the sparse one it is compared with: the one that takes the same x.
@@ -39,9 +39,10 @@ Call = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """Points to measure (shapes are (out, in), rows are M; int8 has a scale per output), and how.
+    """Points to measure (shapes are (out, in), rows are M), and how.
 
     Attributes:
+        group_size: columns that share a scale of int8 and int4 values; None for a scale per output.
         path: instruction set of the sparse kernels; None for what they choose themselves.
         cold_bytes: the copies of each candidate take at least as much together.
         rounds: calls of each candidate at a point, at least.
@@ -53,6 +54,7 @@ class LayerSettings:
     rows: tuple[int, ...]
     threads: tuple[int, ...]
     values: tuple[str, ...]
+    group_size: int | None
     path: str | None
     cold_bytes: int
     rounds: int
@@ -110,7 +112,7 @@ def measure(settings: LayerSettings) -> list[LayerPoint]:
     bar = progress_bar(len(each) * len(settings.threads) * len(settings.rows), "layers")
     try:
         for shape, sparsity, values in each:
-            weights = _make(shape, sparsity, VALUES[values], settings.cold_bytes)
+            weights = _make(settings, shape, sparsity, VALUES[values])
             size = weights.sparse[0].nbytes, 2 * shape[0] * shape[1]
             for threads, rows in product(settings.threads, settings.rows):
                 torch.set_num_threads(threads)
@@ -138,19 +140,20 @@ def _measure(
     return seconds, ratios, rounds, difference
 
 
-def _make(shape: tuple[int, int], sparsity: float, dtype: torch.dtype, cold: int) -> _Weights:
+def _make(
+    settings: LayerSettings, shape: tuple[int, int], sparsity: float, dtype: torch.dtype
+) -> _Weights:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight *= Unstructured(sparsity).mask(weight.abs())
-    if dtype == torch.int8:
-        scales = weight.abs().amax(1).clamp_min(1e-9) / 127
-        packed = native.pack_dense((weight / scales[:, None]).round().to(dtype), scales)
+    if dtype in native.INTEGERS:
+        packed = _quantised(weight, dtype, settings.group_size or shape[1])
     else:
         packed = native.pack_dense(weight.to(dtype))
     dense = native.decode(packed, torch.float32)
     engine = torch.backends.quantized.engine  # of dynamic int8; not every build of torch has one
 
     def copies(nbytes: int) -> range:
-        return range(max(2, -(-cold // nbytes)))
+        return range(max(2, -(-settings.cold_bytes // nbytes)))
 
     return _Weights(
         [copy.deepcopy(packed) for _ in copies(packed.nbytes)],
@@ -158,6 +161,16 @@ def _make(shape: tuple[int, int], sparsity: float, dtype: torch.dtype, cold: int
         [dense.to(torch.bfloat16, copy=True) for _ in copies(2 * dense.numel())],
         [_dynamic_int8(dense) for _ in copies(dense.numel()) if engine != "none"],
     )
+
+
+def _quantised(weight: Tensor, dtype: torch.dtype, group_size: int) -> native.T16Weight:
+    """The weight with symmetric codes of 8 or 4 bits, rounded to the nearest."""
+    top = 127 if dtype == torch.int8 else 7
+    groups = torch.split(weight, group_size, dim=1)
+    scales = torch.stack([group.abs().amax(1).clamp_min(1e-9) / top for group in groups], dim=1)
+    codes = [(g / s[:, None]).round() for g, s in zip(groups, scales.unbind(1), strict=True)]
+    packed = native.pack_dense(torch.cat(codes, dim=1).to(torch.int8), scales, group_size)
+    return packed if dtype == torch.int8 else native.narrow(packed)
 
 
 def _dynamic_int8(dense: Tensor) -> nn.Module:

@@ -3,6 +3,8 @@
 What an item of the data may be decides what becomes of it:
 
 - a dict of model inputs is one batch, as it is (1-D inputs get a batch dimension);
+- a row with images, sound or a conversation is what the processor makes of it (`rows`): a sample,
+  put into one batch with the next if their shapes agree, or text;
 - token ids are one sample, cut to `seq_len`; samples of a batch are padded on the right to the
   longest, and an attention mask marks the padding;
 - text, if the tokenizer ends each text with a token of its own ([SEP], </s>: encoders), is one
@@ -19,26 +21,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from .rows import RowReader
+from .sources import is_row, open_source, text_of
 
 Batch = dict[str, Tensor]
-
-FILE_TYPES = (".txt", ".md", ".jsonl", ".json", ".parquet")
-# The names that the field's papers use, and where these data live on the Hub.
-HUB_NAMES = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-    "c4": ("allenai/c4", "en"),
-}
 
 
 @dataclass(frozen=True)
@@ -75,31 +70,38 @@ def make_batches(
     batch_size: int,
     seed: int,
     vocab_size: int | None,
+    keep_labels: bool = False,
 ) -> CalibrationData:
     """Turn a `SparseConfig.dataset` into batches; see the module's text for the rules.
 
     Args:
         dataset: Hub id, path, `datasets.Dataset`, or an iterable of str, token ids or dicts.
-        load_tokenizer: returns a tokenizer, or None; only called for text.
+        load_tokenizer: returns a tokenizer, a processor, or None; only called for text and for
+            rows that take a processor.
         num_samples: samples wanted; if there are fewer, all of them are used.
         seq_len: tokens a sample has (text) or may have (ids).
-        batch_size: samples per batch; dicts of model inputs are batches already.
+        batch_size: samples per batch, rows of unlike shapes apart; dicts of model inputs are
+            batches already.
         seed: order in which items are drawn.
         vocab_size: ids must be below it; None skips the check.
+        keep_labels: the model makes its decoder's inputs of `labels`: leave them in dicts without
+            `decoder_input_ids`. All others lose them.
 
     Raises:
         CalibrationError: nothing usable in the data, too little for one sequence, ids outside
             the vocabulary, a file that isn't there, text without a tokenizer.
     """
-    items, source = _open(dataset, seed, num_samples)
-    first = next(items, None)
-    if first is None:
-        raise CalibrationError(f"dataset {source} is empty: pass at least one text or sequence")
-    items = itertools.chain([first], items)
-    if isinstance(first, Mapping) and not isinstance(_text_of(first), str):
-        batches = [_as_inputs(item, i) for i, item in enumerate(_take(items, num_samples))]
+    load_tokenizer = cache(load_tokenizer)
+    items, source = open_source(dataset, seed, num_samples)
+    first, items = _peek(items, source)
+    if is_row(first):
+        rows = _read_rows(items, RowReader.of(first, load_tokenizer()), num_samples, batch_size)
+        first, items = _peek(rows, source)
+    if isinstance(first, Mapping) and not isinstance(text_of(first), str):
+        taken = enumerate(_take(items, num_samples))
+        batches = [_as_inputs(item, i, keep_labels) for i, item in taken]
         samples = [row for batch in batches for row in batch.get("input_ids", ())]
-        count = sum(len(next(iter(batch.values()))) for batch in batches)
+        count = sum(len(batch.get("input_ids", next(iter(batch.values())))) for batch in batches)
     else:
         if isinstance(first, str | Mapping):
             samples = _from_texts(items, load_tokenizer(), num_samples, seq_len, source)
@@ -117,99 +119,50 @@ def make_batches(
     return CalibrationData(tuple(batches), record)
 
 
-def _open(dataset: Any, seed: int, num_samples: int) -> tuple[Iterator[Any], str]:
-    """The items in the order in which they are drawn, and a name for the source."""
-    if isinstance(dataset, str | Path):
-        path = Path(dataset)
-        if path.is_dir():
-            raise CalibrationError(f"dataset {str(path)!r} is a folder: pass one file of it")
-        if path.exists() or path.suffix in FILE_TYPES:
-            return iter(_drawn(_read_file(path), seed, None)), path.name
-        return _read_hub(str(dataset)), str(dataset)
-    if not isinstance(dataset, Iterable):
-        raise CalibrationError(
-            f"dataset of type {type(dataset).__name__} can't be iterated: pass a Hub id, a path, "
-            "or an iterable of strings, token ids or dicts of model inputs"
-        )
-    source = type(dataset).__name__
-    if isinstance(dataset, Mapping):
-        dataset = [dataset]  # a single batch of model inputs
-    if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
-        whole = len(dataset) and isinstance(_text_of(dataset[0]), str)
-        return iter(_drawn(dataset, seed, None if whole else num_samples)), source
-    return iter(dataset), source
+def _peek(items: Iterator[Any], source: str) -> tuple[Any, Iterator[Any]]:
+    """The first item, and all of them."""
+    first = next(items, None)
+    if first is None:
+        raise CalibrationError(f"dataset {source} is empty: pass at least one text or sequence")
+    return first, itertools.chain([first], items)
 
 
-def _drawn(items: Any, seed: int, limit: int | None) -> Iterable[Any]:
-    """Items in seeded order; if no more than `limit` are there, all of them as they stand."""
-    if limit is not None and len(items) <= limit:
-        return (items[i] for i in range(len(items)))
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(items), generator=generator).tolist()
-    return (items[i] for i in (order if limit is None else sorted(order[:limit])))
+def _read_rows(
+    rows: Iterator[Any], reader: RowReader, num_samples: int, batch_size: int
+) -> Iterator[Any]:
+    """The texts of rows, or the model inputs of at most `num_samples`, in batches of like shapes.
+
+    Nothing is padded: how is each processor's own business, and statistics would have to know.
+    """
+    if reader.text_alone:
+        yield from (reader.text(row, index) for index, row in enumerate(rows))
+        return
+    alike: list[Mapping[str, Tensor]] = []
+    for inputs in reader.inputs(_take(rows, num_samples)):
+        same = alike and _shapes(inputs) == _shapes(alike[0])
+        if alike and (not same or len(alike) == batch_size):
+            yield _joined(alike)
+            alike = []
+        alike.append(inputs)
+    yield _joined(alike)
 
 
-def _read_file(path: Path) -> list[Any]:
-    """A table's rows, or a text file's documents: separated by lines that hold only a NUL byte."""
-    if not path.is_file():
-        raise CalibrationError(f"dataset {str(path)!r}: there is no such file")
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise CalibrationError(
-                "reading parquet needs pyarrow: pip install 'hf_sparse[datasets]'"
-            ) from None
-        return list(pyarrow.parquet.read_table(path).to_pylist())
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"dataset {path.name} is not UTF-8 text: {error}") from None
-    if path.suffix in (".jsonl", ".json"):
-        try:
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{path.name} is not JSON lines: {error}") from None
-    return [page for page in re.split(r"\n?\n\0\n", text) if page.strip()]
+def _shapes(inputs: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in inputs.items()}
 
 
-def _read_hub(name: str) -> Iterator[Any]:
-    """The training split of a Hub data set, streamed; "id:config" picks a configuration."""
-    try:
-        import datasets
-    except ImportError:
-        raise CalibrationError(
-            f"dataset={name!r} is no file, so it is looked up on the Hub, which needs the package "
-            "datasets: pip install 'hf_sparse[datasets]'"
-        ) from None
-    repository, _, configuration = name.partition(":")
-    repository, configuration = HUB_NAMES.get(name, (repository, configuration))
-    try:
-        stream = datasets.load_dataset(
-            repository, configuration or None, split="train", streaming=True
-        )
-        return iter(stream)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"dataset={name!r} is neither a file here nor a data set that the Hub gave: {error}"
-        ) from error
-
-
-def _text_of(item: Any) -> Any:
-    """An item's text if it has one: the string itself, or a row's "text" or only column."""
-    if not isinstance(item, Mapping) or "input_ids" in item:
-        return item
-    if "text" in item:
-        return item["text"]
-    return next(iter(item.values())) if len(item) == 1 else None
+def _joined(samples: list[Mapping[str, Tensor]]) -> Batch:
+    return {key: torch.cat([sample[key] for sample in samples]) for key in samples[0]}
 
 
 def _from_texts(
     items: Iterable[Any], tokenizer: Any, num_samples: int, seq_len: int, source: str
 ) -> list[Tensor]:
-    if tokenizer is None:
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+    if not hasattr(tokenizer, "all_special_ids"):
+        found = "no tokenizer" if tokenizer is None else f"only a {type(tokenizer).__name__}"
         raise CalibrationError(
-            "the dataset is text, and no tokenizer came with the model: pass tokenizer="
+            f"the dataset is text, and {found} came with the model: pass tokenizer="
         )
     texts = (_require_text(item) for item in items)
     if _frames_each_text(tokenizer):
@@ -240,7 +193,7 @@ def _from_texts(
 
 
 def _require_text(item: Any) -> str:
-    text = _text_of(item)
+    text = text_of(item)
     if not isinstance(text, str):
         columns = f" with columns {', '.join(item)}" if isinstance(item, Mapping) else ""
         raise CalibrationError(
@@ -269,14 +222,15 @@ def _as_ids(item: Any, index: int) -> Tensor:
     return ids.to(torch.int64)
 
 
-def _as_inputs(item: Any, index: int) -> Batch:
-    """One dict of model inputs as a batch, without labels."""
+def _as_inputs(item: Any, index: int, keep_labels: bool) -> Batch:
+    """One dict of model inputs as a batch, without labels unless the decoder's inputs are those."""
     if not isinstance(item, Mapping):
         raise CalibrationError(
             f"item {index} of the dataset is a {type(item).__name__}, the first one is a dict: "
             "pass items of one kind"
         )
-    batch = {key: _as_tensor(value) for key, value in item.items() if key != "labels"}
+    needed = keep_labels and "decoder_input_ids" not in item
+    batch = {key: _as_tensor(value) for key, value in item.items() if needed or key != "labels"}
     wrong = [key for key, value in batch.items() if value is None or value.ndim == 0]
     if wrong or not batch:
         raise CalibrationError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +26,9 @@ class Agreement:
         tokens: number of positions.
         seq_len: longest sequence, in tokens.
         data: where the data came from, with their digest.
+        depth: relative error of the hidden states, ||h - h'|| / ||h|| over all positions with h the
+            dense model's: of the embeddings, then after each block, the last one after the final
+            norm where transformers gives it so. Empty unless asked for.
     """
 
     kl_divergence: float
@@ -31,6 +36,7 @@ class Agreement:
     tokens: int
     seq_len: int
     data: DataRecord
+    depth: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -54,6 +60,7 @@ def agreement(
     batch_size: int = 1,
     seed: int = 0,
     split: str = "test",
+    depth: bool = False,
 ) -> Agreement:
     """Compare the next-token distributions of a model with those of the one it was made from.
 
@@ -64,6 +71,8 @@ def agreement(
         model: the sparse model.
         dense: the model to compare with; same vocabulary.
         tokenizer, data, seq_len, num_samples, batch_size, seed, split: as for `perplexity`.
+        depth: also compare the hidden states after every block; those of one batch are then in
+            memory twice.
 
     Raises:
         EvaluationError: an argument is out of range, or the vocabularies differ.
@@ -80,10 +89,16 @@ def agreement(
         split=split,
     )
     divergence, same, tokens = 0.0, 0, 0
+    states: dict[str, Any] = {"output_hidden_states": True} if depth else {}
+    deviation = _Deviation()
     with evaluating(model, dense), progress_bar(len(loaded.batches), "Agreement") as bar:
         for batch in loaded.batches:
-            expected: Tensor = dense(**to_device(batch, dense), use_cache=False).logits
-            found: Tensor = model(**to_device(batch, model), use_cache=False).logits
+            of_dense = dense(**to_device(batch, dense), use_cache=False, **states)
+            of_model = model(**to_device(batch, model), use_cache=False, **states)
+            if depth:
+                deviation.add(of_dense.hidden_states, of_model.hidden_states, token_mask(batch))
+            expected: Tensor = of_dense.logits
+            found: Tensor = of_model.logits
             if expected.shape != found.shape:
                 raise EvaluationError(
                     f"the models' vocabularies have {expected.shape[-1]} and {found.shape[-1]} "
@@ -97,7 +112,37 @@ def agreement(
                 same += int((p[keep].argmax(-1) == q.to(p.device)[keep].argmax(-1)).sum())
                 tokens += len(kl)
             bar.update()
-    return Agreement(divergence / tokens, same / tokens, tokens, seq_len, loaded.record)
+    return Agreement(
+        divergence / tokens,
+        same / tokens,
+        tokens,
+        seq_len,
+        loaded.record,
+        deviation.relative(),
+    )
+
+
+class _Deviation:
+    """Sums of squares of the hidden states of two models, and of their differences."""
+
+    def __init__(self) -> None:
+        self._differences: list[float] = []
+        self._references: list[float] = []
+
+    def add(self, expected: Sequence[Tensor], found: Sequence[Tensor], token_mask: Tensor) -> None:
+        """Add a batch: (batch, tokens, hidden) after the embeddings and each block."""
+        if not self._references:
+            self._differences = [0.0] * len(expected)
+            self._references = [0.0] * len(expected)
+        for i, (h, other) in enumerate(zip(expected, found, strict=True)):
+            keep = token_mask.to(h.device)
+            difference = h[keep].float() - other.to(h.device)[keep].float()
+            self._differences[i] += difference.square().sum(dtype=torch.float64).item()
+            self._references[i] += h[keep].float().square().sum(dtype=torch.float64).item()
+
+    def relative(self) -> tuple[float, ...]:
+        pairs = zip(self._differences, self._references, strict=True)
+        return tuple(math.sqrt(d / r) if r else 0.0 for d, r in pairs)
 
 
 def _kl_divergence(p: Tensor, q: Tensor) -> Tensor:

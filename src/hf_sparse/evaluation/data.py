@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.data import FILE_TYPES, HUB_NAMES, Batch, CalibrationData, make_batches
+from ..calibration.data import Batch, CalibrationData, make_batches
+from ..calibration.sources import FILE_TYPES, HUB_NAMES
 from ..errors import EvaluationError
 from ..loading import LONGEST_SEQUENCE, limits
 

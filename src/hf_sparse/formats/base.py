@@ -126,6 +126,16 @@ class Layout(Format):
         """Dense weight to packed tensors; lossless but for the sign of zeros."""
 
     @abstractmethod
+    def sample(
+        self, tensors: Mapping[str, Tensor], dense: Shaped[Tensor, "rows in"], first: int
+    ) -> Shaped[Tensor, "..."]:
+        """What a dense matrix has where the weight is kept, in the order of the values.
+
+        `dense` stands for the rows of the weight from `first` on. The samples of consecutive rows,
+        concatenated along their first dimension, have the shape of the values.
+        """
+
+    @abstractmethod
     def unpack(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> Shaped[Tensor, "out in"]:

@@ -61,6 +61,12 @@ class Bitmask(Layout):
         mask = weight != 0
         return {"weight": weight[mask], "weight_bitmask": pack_bits(mask)}
 
+    def sample(
+        self, tensors: Mapping[str, Tensor], dense: Shaped[Tensor, "rows in"], first: int
+    ) -> Shaped[Tensor, "..."]:
+        rows, columns = dense.shape
+        return dense[unpack_bits(tensors["weight_bitmask"][first : first + rows], columns)]
+
     def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         bitmask, values = tensors["weight_bitmask"], tensors["weight"]
         if not padding_is_zero(bitmask, shape[1]):

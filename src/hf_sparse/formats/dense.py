@@ -48,6 +48,11 @@ class Dense(Layout):
     def pack(self, weight: Shaped[Tensor, "out in"]) -> Packed:
         return {"weight": weight.clone(memory_format=torch.contiguous_format)}
 
+    def sample(
+        self, tensors: Mapping[str, Tensor], dense: Shaped[Tensor, "rows in"], first: int
+    ) -> Shaped[Tensor, "..."]:
+        return dense
+
     def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         """Nothing beyond the shape can be wrong."""
 

@@ -98,6 +98,15 @@ class NMPacked(Layout):
         bits = ((codes.unsqueeze(-1) >> shifts) & 1).to(torch.bool).view(rows, -1)
         return {"weight": torch.cat(values, dim=1), "weight_indices": pack_bits(bits)}
 
+    def sample(
+        self, tensors: Mapping[str, Tensor], dense: Shaped[Tensor, "rows in"], first: int
+    ) -> Shaped[Tensor, "..."]:
+        indices = tensors["weight_indices"][first : first + len(dense)]
+        columns = dense.shape[1]
+        blocks = _row_blocks((len(dense), columns), dense.device)
+        parts = [dense[rows].gather(1, self._columns(indices[rows], columns)) for rows in blocks]
+        return torch.cat(parts)
+
     def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         groups = -(-shape[1] // self.m)
         indices = tensors["weight_indices"]
@@ -122,7 +131,8 @@ class NMPacked(Layout):
         values, indices = tensors["weight"], tensors["weight_indices"]
         dense = torch.zeros(shape, dtype=dtype, device=values.device)
         for rows in _row_blocks(shape, values.device):
-            self._scatter(values[rows].to(dtype), indices[rows], dense[rows])
+            columns = self._columns(indices[rows], shape[1])
+            dense[rows].scatter_(1, columns, values[rows].to(dtype))
         return dense
 
     @property
@@ -157,20 +167,17 @@ class NMPacked(Layout):
             views.append((part.reshape(weight.shape[0], -1, width), kept))
         return views
 
-    def _scatter(self, values: Tensor, indices: Tensor, dense: Tensor) -> None:
-        """Write rows of values to their places in rows of zeros."""
-        columns = dense.shape[1]
+    def _columns(self, indices: Tensor, columns: int) -> Int64[Tensor, "rows kept"]:
+        """The column of each value of some rows."""
         codes = self._codes(indices, -(-columns // self.m))
-        binomials = self._binomials(values.device)
-        group, value, column = 0, 0, 0
+        binomials = self._binomials(indices.device)
+        found, group = [], 0
         for groups, width, kept in self._sections(columns):
             positions = _unrank(codes[:, group : group + groups], kept, binomials)
-            section = values[:, value : value + groups * kept].view(-1, groups, kept)
-            places = dense[:, column : column + groups * width].view(-1, groups, width)
-            places.scatter_(2, positions.clamp(max=width - 1), section)
+            starts = self.m * torch.arange(group, group + groups, device=codes.device)
+            found.append((positions.clamp(max=width - 1) + starts[:, None]).flatten(1))
             group += groups
-            value += groups * kept
-            column += groups * width
+        return torch.cat(found, dim=1)
 
     def _codes(self, indices: Tensor, groups: int) -> Int64[Tensor, "out groups"]:
         bits = unpack_bits(indices, groups * self._index_bits)

@@ -42,7 +42,7 @@ def speed_up_head(model: nn.Module) -> None:
     speedup = gemv.over_dense(weight)
     if speedup is not None and speedup >= LEAST:
         head.__class__ = HeadLinear
-        head.speedup = speedup
+        head.__dict__["speedup"] = speedup
 
 
 def restore_head(model: nn.Module) -> None:

@@ -15,9 +15,12 @@ from ..formats.base import Packed, check_packed, packed_bytes
 from ..kernels import Choice, Kernel, Stored, Verdict, choose
 from ..kernels.reference import sparse_linear
 from ..lowrank import KEY_A, KEY_B, LowRank
+from .axes import Axes
 
 # `weight` itself is a property, so the buffer with the values needs a name of its own.
 VALUES = "weight_values"
+# Buffers that `train_values` makes parameters of.
+_TRAINED = (VALUES, KEY_A, KEY_B)
 
 
 class SparseLinear(nn.Linear):
@@ -29,6 +32,7 @@ class SparseLinear(nn.Linear):
     The weight is either in its stored form, as persistent buffers, or `resolve` has handed it to
     a kernel, whose tensors are then the only ones resident. `state_dict` gives the stored form in
     both cases. A low-rank part is two more buffers that no kernel sees: its product is added.
+    `train_values` makes parameters of the stored values and of the low-rank part.
 
     Args:
         fmt: storage format of the packed tensors.
@@ -38,7 +42,7 @@ class SparseLinear(nn.Linear):
             a bf16 checkpoint loaded in fp32 keeps bf16 values, which is exact. Codes and scales of
             a quantised weight are as stored whatever the dtype.
         bias: bias parameter to adopt, shape (out_features,), or None.
-        transposed: the layer replaces a `Conv1D`, whose dense weight is (in, out).
+        axes: those of the layer that it replaces; a `Conv1D` keeps its weight as (in, out).
         low_rank: B and A beside the packed weight S, for y = x (S + B A)' + b, or None.
 
     Attributes:
@@ -53,13 +57,13 @@ class SparseLinear(nn.Linear):
         shape: tuple[int, int],
         dtype: torch.dtype,
         bias: nn.Parameter | None = None,
-        transposed: bool = False,
+        axes: Axes = Axes(),  # noqa: B008 - it is frozen
         low_rank: LowRank | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.format = fmt
-        self.transposed = transposed
+        self.axes = axes
         self.weight_dtype = dtype
         self.bias = bias  # type: ignore[assignment]
         self.kernel: Kernel | None = None
@@ -81,12 +85,18 @@ class SparseLinear(nn.Linear):
         """The stored form by local keys; made anew if a kernel holds the weight."""
         if self.kernel is not None:
             return self.kernel.packed(self.format, self._values_dtype)
-        return {key: self._buffers[self.buffer_name(key)] for key in self._keys}  # type: ignore[misc]
+        return {key: tensor.detach() for key, tensor in self._stored().items()}
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dense weight, shape (out, in), unpacked anew at each access; the low-rank part is in
-        it."""
+        """The dense weight, unpacked anew at each access; the low-rank part is in it. Of shape
+        (out, in), also in place of a `Conv1D`; a convolution's has its axes of size 1 behind."""
+        weight = self.matrix
+        return weight if self.axes.transposed else self.axes.own(weight)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The dense weight as (out, in), the low-rank part in it."""
         low_rank = self.low_rank
         return self.sparse_weight if low_rank is None else low_rank.added_to(self.sparse_weight)
 
@@ -95,7 +105,7 @@ class SparseLinear(nn.Linear):
         """The packed part of the weight alone, shape (out, in), unpacked anew at each access."""
         if self.kernel is not None:
             return self.kernel.weight(self.weight_dtype)
-        return self.format.unpack(self.packed, self.shape, self.weight_dtype)
+        return self.format.unpack(self._stored(), self.shape, self.weight_dtype)
 
     @property
     def low_rank(self) -> LowRank | None:
@@ -116,13 +126,45 @@ class SparseLinear(nn.Linear):
 
     def resident_bytes(self) -> int:
         """Bytes that the weight takes in memory now."""
-        return packed_bytes(dict(self.named_buffers(recurse=False)))
+        held = {n: t for n, t in self.named_parameters(recurse=False) if n != "bias"}
+        return packed_bytes(dict(self.named_buffers(recurse=False)) | held)
+
+    @property
+    def trains_values(self) -> bool:
+        """Are the values a parameter?"""
+        return VALUES in self._parameters
+
+    def train_values(self, dtype: torch.dtype) -> None:
+        """Make the values a parameter, NAME.weight_values, and a low-rank part's factors too.
+
+        The values keep their stored order and shape, so the pattern can't change and the state of
+        an optimiser is as small as they are. The reference path multiplies: a kernel's form of
+        the weight would be out of date after every step.
+
+        Args:
+            dtype: of the parameters, floating-point; what is multiplied has the input's dtype.
+        """
+        if self.trains_values:
+            return
+        self._store(self.packed)
+        for name in [name for name in _TRAINED if name in self._buffers]:
+            values = getattr(self, name).to(dtype, copy=True)
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(values))
+
+    def fix_values(self) -> None:
+        """Undo `train_values`: values in the weight's dtype, multiplied by a kernel again."""
+        for name in [name for name in _TRAINED if name in self._parameters]:
+            values = getattr(self, name).detach().to(self.weight_dtype)
+            delattr(self, name)
+            self.register_buffer(name, values)
+        self.resolve()
 
     def forward(self, input: Tensor) -> Tensor:
         if self.kernel is not None:
             output = self.kernel.linear(input, self.bias)
         else:
-            output = sparse_linear(input, self.bias, self.format, self.shape, self.packed)
+            output = sparse_linear(input, self.bias, self.format, self.shape, self._stored())
         if not self.rank:
             return output
         a, b = getattr(self, KEY_A).to(input.dtype), getattr(self, KEY_B).to(input.dtype)
@@ -133,7 +175,7 @@ class SparseLinear(nn.Linear):
 
         Tensors on meta, or behind an offloading hook, stay as they are.
         """
-        if self.kernel is not None:
+        if self.kernel is not None or self.trains_values:
             return
         hook = getattr(self, "_hf_hook", None)
         packed = self.packed
@@ -169,6 +211,11 @@ class SparseLinear(nn.Linear):
         for key, tensor in packed.items():
             self.register_buffer(self.buffer_name(key), tensor)
 
+    def _stored(self) -> Packed:
+        """The stored form as it is held: values that are trained have a gradient."""
+        names = {key: self.buffer_name(key) for key in self._keys}
+        return {key: getattr(self, name) for key, name in names.items()}
+
     def _drop_buffers(self) -> None:
         for name in set(self._buffers) - {KEY_A, KEY_B}:
             delattr(self, name)
@@ -176,7 +223,8 @@ class SparseLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.to()`, `.half()`, ...: the dtype of `.weight` follows as a parameter's would."""
         resolved = self.kernel is not None
-        self._store(self.packed)
+        if resolved:
+            self._store(self.packed)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         super()._apply(self._keep_fixed(fn), recurse)  # type: ignore[no-untyped-call]
         if resolved:
@@ -186,7 +234,7 @@ class SparseLinear(nn.Linear):
     def _keep_fixed(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """`fn` that moves floats whose dtype the format prescribes, such as scales, as integers."""
         specs = self.format.specs(self.shape)
-        packed = self.packed.items()
+        packed = self._stored().items()
         fixed = {id(t) for key, t in packed if specs[key].dtype == t.dtype == torch.bfloat16}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -204,11 +252,18 @@ class SparseLinear(nn.Linear):
             for key, tensor in self.packed.items():
                 destination[prefix + self.buffer_name(key)] = tensor
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load the stored form and check it before a kernel sees it."""
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load the stored form and check it before a kernel sees it.
+
+        The values may have their name in files, too: Trainer loads a checkpoint's tensors as they
+        are.
+        """
         resolved = self.kernel is not None
-        self._store(self.packed)
-        super()._load_from_state_dict(*args, **kwargs)
+        if resolved:
+            self._store(self.packed)
+        if prefix + "weight" in state_dict:
+            state_dict.setdefault(prefix + VALUES, state_dict.pop(prefix + "weight"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if not any(tensor.is_meta for tensor in self.packed.values()):
             check_packed(self.format, self.packed, self.shape)
             if (low_rank := self.low_rank) is not None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ..formats import Format, pack_weight
 from ..lowrank import LowRank
 from ..quantization import QuantizedWeight
+from .axes import Axes
+from .conv import sparse_class
 from .linear import SparseLinear
 
 
@@ -57,9 +59,10 @@ def pack_linear(
     """
     shape = (weight.shape[0], weight.shape[1])
     packed = pack_weight(fmt, weight, quantized)
-    transposed = not isinstance(module, nn.Linear)
+    axes = Axes.of(module)
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-    sparse = SparseLinear(fmt, packed, shape, weight.dtype, bias, transposed, low_rank)
+    cls = sparse_class(axes)
+    sparse = cls(fmt, packed, shape, weight.dtype, bias, axes, low_rank)
     replace_module(model, module, sparse)
     return sparse
 
@@ -67,8 +70,8 @@ def pack_linear(
 def unpack_linear(sparse: SparseLinear, original: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Fill `original`, a dense layer on meta, with a sparse layer's weight and bias."""
     with torch.no_grad(), align_module_device(sparse):
-        weight = sparse.weight.to(dtype)
-        original.weight = nn.Parameter((weight.T if sparse.transposed else weight).contiguous())
+        weight = sparse.axes.own(sparse.matrix.to(dtype))
+        original.weight = nn.Parameter(weight.contiguous())
         original.bias = sparse.bias
     return original
 

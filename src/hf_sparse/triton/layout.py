@@ -8,7 +8,7 @@ with gaps of `width` bits.
 
     values   V[groups, 32, 8]           8 entries a lane: 16 bytes of bf16, 512 a warp, in one load
              int4: int32[groups, 32]    entry j of a group is nibble j, two's complement
-    gaps     int32[units, width, 32]    a unit is 4 groups: 32 gaps of `width` bits in `width` words,
+    gaps     int32[units, width, 32]    a unit is 4 groups: 32 gaps of `width` bits, `width` words,
                                         one string with the lowest bit first
     anchors  int16 or int32[segments, 32]
                                         c_(e-1) + 1 at the first entry of a segment of

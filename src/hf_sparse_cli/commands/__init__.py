@@ -1,6 +1,6 @@
 """The commands, one file each; a new one is a file and a line here."""
 
-from . import compare, convert, evaluate, explain, export, inspect, prune
+from . import compare, convert, evaluate, explain, export, inspect, prune, report
 
 COMMANDS = (
     prune.COMMAND,
@@ -8,6 +8,7 @@ COMMANDS = (
     compare.COMMAND,
     inspect.COMMAND,
     explain.COMMAND,
+    report.COMMAND,
     export.COMMAND,
     convert.COMMAND,
 )

@@ -1,0 +1,10 @@
+"""Training of sparse models in full: kept values as parameters, patterns watched, distillation.
+
+Not imported by `hf_sparse` itself: transformers' Trainer takes seconds to import.
+"""
+
+from .callback import SparsityCallback
+from .trainer import SparseTrainer
+from .values import finish_training, prepare_for_training
+
+__all__ = ["SparseTrainer", "SparsityCallback", "finish_training", "prepare_for_training"]

@@ -1,0 +1,204 @@
+"""`SparsityCallback`: watches a model's sparsity pattern while it trains, and prunes on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..config import SparseConfig
+from ..errors import TrainingError
+from ..logging import get_logger
+from ..patterns import Pattern
+from ..quantizer import default_dense
+from ..saving import sparse_layers
+from ..targets import Target, find_routers, layer_sparsity, select_targets
+from .masks import Masks, stored_mask
+from .norms import InputNorms
+from .schedule import Cubic, partial_mask
+
+logger = get_logger(__name__)
+
+SCHEDULES = ("cubic",)
+METHODS = ("magnitude", "wanda")
+
+
+class SparsityCallback(TrainerCallback):
+    """Keeps a model exactly as sparse as it is, or prunes its dense layers step by step.
+
+    At every save the pattern of each sparse layer, in memory and in the checkpoint on disk, is
+    compared with the one at the start of training, and once more at the end; training stops with
+    an error that names layer and numbers if it broke.
+
+    With a schedule, dense layers are pruned while they train: masks are chosen every `frequency`
+    steps, from nothing to the whole sparsity along a cubic curve (Zhu & Gupta 2017), and applied
+    after each step of the optimiser. What is gone stays gone. In the end the zeros are exactly
+    those of the pattern, and `hf_sparse.prune(model, SparseConfig(method="keep"))` packs them. A
+    run that is resumed goes on where it was.
+
+    Without one, the zeros of the dense layers that `targets` names are kept.
+
+    Args:
+        schedule: "cubic" to prune while training, None to watch only.
+        start: step up to which nothing is pruned; a float up to 1 is a fraction of all steps.
+        end: step, or fraction, at which the whole sparsity is reached. Default 0.8: the rest is
+            there to recover.
+        sparsity, pattern, modules_to_not_convert: as in `SparseConfig`.
+        method: "magnitude", or "wanda": |w| times the norm of its input (Sun et al. 2023), over
+            what the layer has seen in training since masks were last chosen, padding included.
+        frequency: steps between two choices.
+        targets: regexes of the layers, as in `SparseConfig`.
+
+    Raises:
+        TrainingError: an argument is not one of these, or goes with a schedule only.
+        ConfigError: what `SparseConfig` says to the others.
+    """
+
+    def __init__(
+        self,
+        schedule: str | None = None,
+        start: float = 0.0,
+        end: float = 0.8,
+        sparsity: Any = None,
+        pattern: str = "unstructured",
+        method: str = "magnitude",
+        frequency: int = 10,
+        targets: Sequence[str] | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+    ) -> None:
+        if schedule not in (None, *SCHEDULES):
+            raise TrainingError(f"schedule={schedule!r} is not known: pass 'cubic', or None")
+        if method not in METHODS:
+            raise TrainingError(
+                f"method={method!r} can't prune while training: pass one of {', '.join(METHODS)}"
+            )
+        if type(frequency) is not int or frequency < 1:
+            raise TrainingError(f"frequency={frequency!r} must be a number of steps, 1 or more")
+        if schedule is None and (sparsity is not None or pattern != "unstructured"):
+            raise TrainingError("sparsity and pattern need a schedule: pass schedule='cubic'")
+        self._schedule, self._span, self._frequency = schedule, (start, end), frequency
+        self._config = SparseConfig(
+            sparsity=sparsity,
+            pattern=pattern,
+            method=method,
+            targets=targets,
+            modules_to_not_convert=modules_to_not_convert,
+        )
+        self._masks = Masks()
+        self._patterns: dict[str, tuple[Target, Pattern]] = {}
+        self._held: dict[str, Target] = {}
+        self._cubic: Cubic | None = None
+        self._norms: InputNorms | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remember the masks, or find out how far a resumed run has pruned."""
+        model = kwargs["model"]
+        self._masks, self._held, self._patterns = Masks(), {}, {}
+        for name, layer in sparse_layers(model).items():
+            self._masks[name] = stored_mask(layer.format, layer.packed, layer.shape)
+        if self._schedule is not None:
+            self._begin_pruning(model, state)
+        elif self._config.targets is not None:
+            self._hold(model)
+        elif not list(self._masks):
+            raise TrainingError(
+                f"{type(model).__name__} has no sparse layer to watch: pass schedule='cubic' to "
+                "prune it while it trains, or targets= to keep the zeros of dense layers"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the optimiser's step: zeros again, and more of them if it is time."""
+        for name, target in self._held.items():
+            self._apply(name, target)
+        if self._cubic is not None and self._cubic.due(state.global_step):
+            self._choose(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare the model, and the checkpoint that was just written, with the masks."""
+        self._masks.check_model(kwargs["model"])
+        if args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self._masks.check_checkpoint(os.path.join(args.output_dir, name), kwargs["model"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare the model once more."""
+        if self._norms is not None:
+            self._norms.remove()
+        if self._cubic is not None and state.global_step < self._cubic.end:
+            logger.warning(
+                "training ended after step %d, pruning would have at step %d: the final sparsity "
+                "is not reached",
+                state.global_step,
+                self._cubic.end,
+            )
+        self._masks.check_model(kwargs["model"])
+
+    def _begin_pruning(self, model: nn.Module, state: Any) -> None:
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise TrainingError(
+                f"{type(model).__name__} has adapters, what they are attached to is not trained: "
+                "merge or unload them to prune while training"
+            )
+        self._cubic = Cubic.over(state.max_steps, *self._span, self._frequency)
+        for target in self._targets(model):
+            sparsity = self._config.sparsity
+            if isinstance(sparsity, dict):
+                sparsity = layer_sparsity(sparsity, target.name)
+            if sparsity:
+                pattern = self._config.layer_pattern(sparsity)
+                self._patterns[target.name] = target, pattern
+        reached = self._cubic.last_due(state.global_step)
+        if state.global_step and reached is not None:
+            self._choose(reached, resumed=True)
+        if self._config.method == "wanda" and state.global_step < self._cubic.end:
+            self._norms = InputNorms(target for target, _ in self._patterns.values())
+
+    def _hold(self, model: nn.Module) -> None:
+        for target in self._targets(model):
+            with target.weight() as weight:
+                self._masks[target.name] = weight != 0
+            self._held[target.name] = target
+
+    def _targets(self, model: nn.Module) -> tuple[Target, ...]:
+        left_dense = find_routers(model)
+        if isinstance(model, PreTrainedModel):
+            left_dense |= default_dense(model)
+        config = self._config
+        chosen = select_targets(model, config.targets, config.modules_to_not_convert, left_dense)
+        return chosen.targets
+
+    def _choose(self, step: int, resumed: bool = False) -> None:
+        """Choose all masks for a step and apply them.
+
+        A resumed run has its zeros where the masks were: they are the lowest magnitudes.
+        """
+        assert self._cubic is not None
+        fraction = self._cubic.fraction(step)
+        if not fraction:
+            return
+        norms = None
+        if self._config.method == "wanda" and not resumed:
+            assert self._norms is not None
+            norms = self._norms.take()
+        for name, (target, pattern) in self._patterns.items():
+            with target.weight() as weight:
+                scores = weight.float().abs()
+                if norms is not None:
+                    scores = scores * norms[name]
+                per_row = self._config.method == "wanda"
+                self._masks[name] = partial_mask(scores, pattern, per_row, fraction)
+            self._held[name] = target
+            self._apply(name, target)
+        if fraction == 1 and self._norms is not None:
+            self._norms.remove()
+
+    @torch.no_grad()
+    def _apply(self, name: str, target: Target) -> None:
+        weight = target.axes.matrix(target.module.weight)  # type: ignore[arg-type]
+        weight.masked_fill_(~self._masks[name].to(weight.device), 0)

@@ -1,0 +1,119 @@
+"""`hf-sparse report` from end to end, and what it says when something is wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import hf_sparse
+from conftest import ROOT
+from hf_sparse_cli import main
+from hf_sparse_cli.commands import report as command
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A random two-block Llama with the example's tokenizer, in a folder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=192,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = ROOT / "examples" / "models" / "tiny-llama-docs"
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sparse(dense, tmp_path_factory):
+    """The same, pruned."""
+    config = hf_sparse.SparseConfig(method="magnitude", sparsity=0.75)
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    folder = tmp_path_factory.mktemp("models") / "sparse"
+    model.save_pretrained(folder, max_shard_size="200KB")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
+    return folder
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of `hf-sparse report`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["report", *map(str, arguments)])
+    said = capsys.readouterr()
+    return ended.value.code, said.out, said.err
+
+
+def test_a_page_is_made_without_loading_the_model(capsys, sparse, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load", lambda *args: pytest.fail("it was loaded"))
+    out = tmp_path / "pages" / "report.html"
+    code, said, _ = run(capsys, sparse, "--output", out)
+    assert code == 0
+    assert said.splitlines()[-1] == f"written to {out}"
+    model = AutoModelForCausalLM.from_pretrained(sparse)
+    hf_sparse.write_report(model.hf_quantizer.report, tmp_path / "python.html", masks=model)
+    assert out.read_text(encoding="utf-8") == (tmp_path / "python.html").read_text("utf-8")
+    assert run(capsys, sparse, "--output", out, "--no-masks")[0] == 0
+    assert "there are no masks in it" in out.read_text(encoding="utf-8")
+
+
+def test_json_holds_the_report_and_what_was_measured(capsys, sparse, dense, tmp_path):
+    text = ROOT / "examples" / "data" / "evaluation.txt"
+    arguments = ["--data", text, "--seq-len", 32, "--num-samples", 2, "--prompt", "A table is"]
+    out = tmp_path / "report.html"
+    code, said, _ = run(capsys, sparse, "--output", out, "--dense", dense, *arguments, "--json")
+    assert code == 0
+    values = json.loads(said)
+    assert values["sparsity"] == 0.75
+    assert values["output"] == str(out)
+    measured = values["evaluation"]
+    tokenizer = AutoTokenizer.from_pretrained(sparse)
+    for folder, name in ((sparse, "perplexity"), (dense, "dense_perplexity")):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        expected = hf_sparse.perplexity(model, tokenizer, str(text), 32, num_samples=2)
+        assert measured[name]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert [pair["prompt"] for pair in measured["texts"]] == ["A table is"]
+    assert len(measured["agreement"]["depth"]) == 3
+    page = out.read_text(encoding="utf-8")
+    assert f"{measured['dense_perplexity']['perplexity']:.3f}" in page
+    assert "depth-chart" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dense", "somewhere"], "--dense measures: pass --data, too"),
+        (["--prompt", "a"], "--prompt measures: pass --data, too"),
+        (["--dense", "./none", "--data", "x.txt"], "there is no folder ./none"),
+        (["--dtype", "int8"], "--dtype int8 is not known"),
+        (["--data", "none.txt"], "none.txt"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_write_nothing(capsys, sparse, tmp_path, arguments, words):
+    code, said, errors = run(capsys, sparse, "--output", tmp_path / "r.html", *arguments)
+    assert (code, said) == (1, "")
+    assert words in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_says_what_is_no_checkpoint_with_a_report(capsys, sparse, dense, tmp_path):
+    out = tmp_path / "r.html"
+    assert "is dense, no sparse checkpoint" in run(capsys, dense, "--output", out)[2]
+    copy = tmp_path / "copy"
+    shutil.copytree(sparse, copy)
+    (copy / "pruning_report.json").write_text('{"layers": [{}]}')
+    said = run(capsys, copy, "--output", out)[2]
+    assert "pruning_report.json, layers, 0: name is missing" in said
+    (copy / "pruning_report.json").unlink()
+    assert "has no pruning_report.json" in run(capsys, copy, "--output", out)[2]
+    assert "is a folder: pass a file" in run(capsys, sparse, "--output", tmp_path)[2]
+    assert not out.exists()

