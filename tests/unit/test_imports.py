@@ -51,6 +51,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "skeleton",
     "logging",
     "bench.endtoend",
+    "bench.gpu",
     "training.callback",
     "training.trainer",
 }

@@ -57,7 +57,7 @@ def over_dense(
     for each in classes:
         measure = functools.partial(_measure, dense, weight, ways, each)
         name = f"{what}, {kept} % kept, {each.name} tokens"
-        with torch.cuda.device(dense.device):
+        with torch.cuda.device_of(dense):  # type: ignore[no-untyped-call]
             speeds = speed.remembered(shape, dense.dtype, name, measure, gpu())
         if speeds is None:
             return {}

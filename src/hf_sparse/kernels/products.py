@@ -78,7 +78,7 @@ class Way:
 def fastest(
     speedups: Mapping[str, Mapping[str, float]], classes: tuple[TokenClass, ...] = CLASSES
 ) -> tuple[Way, ...]:
-    """The way of each class, from the speed-ups by class and way; the first where there are none."""
+    """The way of each class, from the speed-ups by class and way; or the first."""
     found = []
     for each in classes:
         measured = speedups.get(each.name, {})
