@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
     {"errors", "logging", "names"},
-    {"patterns", "quantization", "statistics", "lowrank", "records"},
+    {"patterns", "quantization", "statistics", "lowrank", "records", "triton"},
     {"solvers", "formats", "allocation"},
     {"kernels"},
     {"layers"},
@@ -41,6 +41,7 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PLUGIN_FOLDERS = {"solvers", "formats", "kernels"}
 SHARED = {"base", "refit", "descent", "lowrank", "bits", "native", "reference", "speed"}
 SHARED |= {"products", "panels", "gemv"}  # of kernels
+SHARED |= {"devices"}  # of kernels on GPUs
 
 MAY_IMPORT_TRANSFORMERS = {
     "adapters",
@@ -53,6 +54,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "tokenizer",
     "hub.card",
     "bench.endtoend",
+    "bench.gpu",
     "training.callback",
     "training.trainer",
 }
