@@ -26,6 +26,7 @@ from torch import Tensor
 from .errors import CheckpointError, FormatError
 from .formats import Format, format_from_spec
 from .formats.base import check_layout, check_packed
+from .layers.axes import Axes
 from .lowrank import KEY_A, KEY_B, LowRank, check_low_rank_layout
 
 METADATA_KEY = "hf_sparse"
@@ -57,7 +58,7 @@ class PackedLayer:
         name: the module's name.
         format: how it is packed.
         shape: (out, in).
-        transposed: its dense weight is kept as (in, out), as transformers' Conv1D does.
+        axes: those of the dense layer.
         low_rank: rank of the part beside the packed weight; 0 if there is none.
         layout: shape and dtype of each of its tensors, by local key.
         files: the file that holds each tensor, by local key.
@@ -67,7 +68,7 @@ class PackedLayer:
     name: str
     format: Format
     shape: tuple[int, int]
-    transposed: bool
+    axes: Axes
     low_rank: int = 0
     layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
@@ -80,12 +81,14 @@ class PackedLayer:
 
     def description(self) -> dict[str, Any]:
         """The JSON object that the metadata keep."""
-        transposed = {"transposed": True} if self.transposed else {}
+        transposed = {"transposed": True} if self.axes.transposed else {}
+        spatial = {"spatial": self.axes.spatial} if self.axes.spatial else {}
         low_rank = {"low_rank": self.low_rank} if self.low_rank else {}
         return {
             "format": self.format.name,
             "shape": list(self.shape),
             **transposed,
+            **spatial,
             **low_rank,
             **self.format.parameters(),
         }
@@ -188,10 +191,13 @@ def _describe(name: str, entry: Mapping[str, Any], found: Found) -> PackedLayer:
     file = found["weight"][0] if "weight" in found else next((v[0] for v in found.values()), "")
     parameters = dict(entry)
     shape, transposed = parameters.pop("shape", None), parameters.pop("transposed", False)
+    spatial = parameters.pop("spatial", 0)
     rank = parameters.pop("low_rank", 0)
     valid = isinstance(shape, list) and len(shape) == 2 and isinstance(transposed, bool)
     if not valid or not all(type(n) is int and 0 < n <= LARGEST_SIDE for n in shape):
         raise _damaged(file, f"{name}: shape {shape!r} is not [out, in] in its hf_sparse metadata")
+    if type(spatial) is not int or not 0 <= spatial <= 2 or (spatial and transposed):
+        raise _damaged(file, f"{name}: spatial {spatial!r} is not 1 or 2 in its hf_sparse metadata")
     try:
         fmt = format_from_spec(parameters)
         unknown = [key for key, value in found.items() if value[2] is None]
@@ -208,7 +214,8 @@ def _describe(name: str, entry: Mapping[str, Any], found: Found) -> PackedLayer:
     except FormatError as error:
         raise _damaged(file, f"{name}.{error}") from None
     files = {key: value[0] for key, value in found.items()}
-    return PackedLayer(name, fmt, (shape[0], shape[1]), transposed, rank, layout, files, has_bias)
+    axes = Axes(transposed, spatial)
+    return PackedLayer(name, fmt, (shape[0], shape[1]), axes, rank, layout, files, has_bias)
 
 
 def _damaged(path: str, what: str) -> CheckpointError:

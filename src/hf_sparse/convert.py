@@ -95,7 +95,7 @@ class _Item:
         dense = self.parameter.dense()
         if self.layer is None:
             return {self.name: dense}
-        packed = pack_weight(self.layer.format, dense.T if self.layer.transposed else dense)
+        packed = pack_weight(self.layer.format, self.layer.axes.matrix(dense))
         return {f"{self.layer.name}.{key}": value for key, value in packed.items()}
 
 
@@ -304,10 +304,10 @@ def _item(name: str, parameter: Parameter, target: Target | None) -> _Item:
         return _Item(name, parameter, parameter.dense_bytes)
     dense = parameter.dense()  # checks it
     if target is not None:
-        weight = dense.T if target.transposed else dense
+        weight = target.axes.matrix(dense)
         fmt = choose_format(weight, Unstructured(0.0), "auto")
         if not isinstance(fmt, Dense):
-            layer = PackedLayer(target.name, fmt, target.shape, target.transposed)
+            layer = PackedLayer(target.name, fmt, target.shape, target.axes)
             return _Item(name, parameter, parameter.bytes, layer)
     return _Item(name, parameter, parameter.dense_bytes)
 

@@ -15,16 +15,20 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from .checkpoint import PackedLayer, read_layers
 from .config import QUANT_METHOD, SparseConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
+from .evaluation import Evaluation
 from .facts import DenseFacts
 from .layers import SparseLinear
-from .layers.experts import SparseExperts, expert_around, fuse, is_fused, unfuse, unfused_experts
+from .layers.axes import Axes
+from .layers.conv import dense_twin, sparse_class
+from .layers.experts import SparseExperts, fuse, is_fused, unfuse, unfused_experts
 from .layers.head import restore_head, speed_up_head
-from .layers.replace import replace_module, unpack_linear
+from .layers.replace import replace_module, surroundings, unpack_linear
 from .loading import load_calibration
 from .logging import get_logger
 from .lowrank import KEY_A, KEY_B, LowRank
 from .pipeline import run
-from .report import PruningReport
+from .report import PAGE_FILE, PruningReport
+from .reporting import write_report
 from .saving import (
     ValuesRenaming,
     install_saving,
@@ -33,7 +37,7 @@ from .saving import (
     sparse_layers,
     sparse_state_dict,
 )
-from .targets import find_routers
+from .targets import find_routers, is_prunable
 
 logger = get_logger(__name__)
 
@@ -116,6 +120,7 @@ class SparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: SparseConfig = quantization_config
         self.report: PruningReport | None = None
+        self.evaluation: Evaluation | None = None
         self.trains_values = False
         self._layers: dict[str, PackedLayer] = {}
         self._renamed: frozenset[str] = frozenset()
@@ -144,12 +149,12 @@ class SparseQuantizer(HfQuantizer):
         self._renamed = frozenset(described)
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         _unfuse_described(model, described, prefix)
-        modules = dict(model.named_modules())
+        modules, around = dict(model.named_modules()), surroundings(model)
         for name, layer in described.items():
             own = next((n for n in _spellings(name, prefix) if n in modules), None)
             if own is not None:
-                around = expert_around(model, own)
-                _build_meta(around, modules[own], layer, dtype or torch.get_default_dtype())
+                module = modules[own]
+                _build_meta(around[module], module, layer, dtype or torch.get_default_dtype())
                 self._layers[own] = layer
 
     def get_weight_conversions(self) -> list[Any]:
@@ -202,11 +207,10 @@ class SparseQuantizer(HfQuantizer):
             dtype = None  # the config's, which is a mere string once the model has been saved
         for experts in [m for m in model.modules() if isinstance(m, SparseExperts)]:
             fuse(model, experts, dtype)
+        around = surroundings(model)
         for name, sparse in sparse_layers(model).items():
-            dense = _dense_twin(sparse)
-            replace_module(
-                model, sparse, unpack_linear(sparse, dense, dtype or sparse.weight_dtype)
-            )
+            dense = unpack_linear(sparse, _dense_twin(sparse), dtype or sparse.weight_dtype)
+            replace_module(around[sparse], sparse, dense)
             logger.debug("%s is dense again", name)
         restore_head(model)
         for module in model.modules():
@@ -214,6 +218,11 @@ class SparseQuantizer(HfQuantizer):
                 module.config._is_quantized = False
         remove_saving(model)
         return model
+
+    def write_page(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the report as HTML into a folder, if there is a report."""
+        if self.report is not None:
+            write_report(self.report, folder / PAGE_FILE, masks=model, evaluation=self.evaluation)
 
     def get_state_dict_and_metadata(
         self, model: nn.Module
@@ -242,10 +251,10 @@ def _build_meta(
 ) -> None:
     """Put an empty sparse layer in a dense one's place, with the checkpoint's shapes."""
     weight = getattr(module, "weight", None)
-    transposed = not isinstance(module, nn.Linear)
     expected = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
-    found = layer.shape[::-1] if transposed else layer.shape
-    if expected != found or layer.transposed != transposed:
+    axes = Axes.of(module)
+    same = expected == axes.own_shape(layer.shape) and layer.axes == axes
+    if not same or not is_prunable(module):
         raise CheckpointError(
             f"{layer.file}: {layer.name}.weight is packed from shape {layer.shape}, the model has "
             f"{type(module).__name__} with weight {expected} there"
@@ -258,7 +267,8 @@ def _build_meta(
     }
     low_rank = LowRank(tensors.pop(KEY_B), tensors.pop(KEY_A)) if layer.low_rank else None
     bias: Any = module.bias
-    sparse = SparseLinear(layer.format, tensors, layer.shape, dtype, bias, transposed, low_rank)
+    cls = sparse_class(axes)
+    sparse = cls(layer.format, tensors, layer.shape, dtype, bias, axes, low_rank)
     # transformers would otherwise unpack each layer to initialise what isn't missing.
     sparse._is_hf_initialized = True  # type: ignore[assignment]
     replace_module(around, module, sparse)
@@ -301,11 +311,11 @@ def _values_dtype(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
 
 def _dense_twin(sparse: SparseLinear) -> nn.Module:
     """An empty module of the kind that a sparse layer replaced."""
+    if not sparse.axes.transposed:
+        return dense_twin(sparse)
     with torch.device("meta"):
-        if sparse.transposed:
-            conv: nn.Module = Conv1D(sparse.out_features, sparse.in_features)
-            return conv
-        return nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None)
+        conv: nn.Module = Conv1D(sparse.out_features, sparse.in_features)
+        return conv
 
 
 def default_dense(model: PreTrainedModel) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Which weights are pruned: every `nn.Linear` and `Conv1D` but those kept dense, with the reason.
+"""Which weights are pruned: every linear layer but those kept dense, with the reason.
+
+Linear are `nn.Linear`, transformers' `Conv1D`, and convolutions that are pointwise: linear over the
+channels of each position. Other convolutions stay dense.
 
 A name or regex selects a module if it matches whole components of the module's name: "q_proj"
 matches `layers.0.attn.q_proj` but not `xq_proj`, "layers.1" all below `layers.1` but nothing
@@ -7,21 +10,24 @@ below `layers.11`.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .errors import TargetError
 from .layers import SparseLinear
+from .layers.axes import Axes
+from .names import matches, near_names
 
 ROUTER_CLASS = re.compile(r"Router|TopK(Gate|Gating)|MoE\w*Gate|Moe\w*Gate")
 
@@ -34,22 +40,22 @@ class Target:
     module: nn.Module
 
     @property
-    def transposed(self) -> bool:
-        """Does the module keep its weight as (in, out)?"""
-        return not isinstance(self.module, nn.Linear)
+    def axes(self) -> Axes:
+        """The order in which the module keeps the weight's axes."""
+        return Axes.of(self.module)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        rows, columns = self.module.weight.shape  # type: ignore[misc]
-        return (columns, rows) if self.transposed else (rows, columns)  # type: ignore[return-value]
+        rows, columns = self.axes.matrix(self.module.weight).shape  # type: ignore[arg-type]
+        return rows, columns
 
     @contextmanager
     def weight(self) -> Iterator[Float[Tensor, "out in"]]:
         """The weight on its device, also if accelerate has offloaded it; a view, don't write."""
         with torch.no_grad(), align_module_device(self.module):
             weight: Tensor = self.module.weight  # type: ignore[assignment]
-            yield weight.T if self.transposed else weight
+            yield self.axes.matrix(weight)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ def is_prunable(module: nn.Module) -> bool:
     """A dense linear layer? transformers' Conv1D is told by its two sizes, nx -> nf."""
     if isinstance(module, SparseLinear):
         return False
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return _why_not_pointwise(module) is None
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention reads its weight and never calls it
     if isinstance(module, nn.Linear):
@@ -71,6 +79,24 @@ def is_prunable(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     sizes = getattr(module, "nx", None), getattr(module, "nf", None)
     return isinstance(weight, Tensor) and tuple(weight.shape) == sizes
+
+
+def _why_not_pointwise(module: nn.Module) -> str | None:
+    """What keeps a convolution from being linear over its channels; None if nothing does."""
+    known = next((c for c in (nn.Conv1d, nn.Conv2d) if isinstance(module, c)), None)
+    if known is None:
+        return f"a {type(module).__name__}"
+    if any(size != 1 for size in module.kernel_size):  # type: ignore[union-attr]
+        return f"a convolution of kernel size {'x'.join(map(str, module.kernel_size))}"  # type: ignore[arg-type]
+    if any(step != 1 for step in module.stride):  # type: ignore[union-attr]
+        return f"a convolution of stride {'x'.join(map(str, module.stride))}"  # type: ignore[arg-type]
+    if module.groups != 1:
+        return f"a convolution of {module.groups} groups"
+    if not isinstance(module.padding, str) and any(module.padding):  # type: ignore[arg-type]
+        return "a convolution that pads its inputs"
+    cls: Any = type(module)
+    own = cls.forward is not known.forward or cls._conv_forward is not known._conv_forward
+    return f"a {cls.__name__} computes in a way of its own" if own else None
 
 
 @functools.cache
@@ -91,11 +117,6 @@ def _computes_linear(cls: type[nn.Linear]) -> bool:
             return False  # it wants other inputs
         expected = nn.functional.linear(x, layer.weight, layer.bias)
     return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected)
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Does the regex match whole components of a dotted name?"""
-    return re.search(rf"(?:^|\.)(?:{pattern})(?:\.|$)", name) is not None
 
 
 def select_targets(
@@ -121,7 +142,7 @@ def select_targets(
         require_match(pattern, names)
     shared = _shared_weights(model)
     chosen: list[Target] = []
-    left_dense = _fused_experts(model)
+    left_dense = _fused_experts(model) | _convolutions(model)
     for name, module in layers.items():
         wanted = targets is not None and any(matches(p, name) for p in targets)
         reason = None
@@ -183,14 +204,23 @@ def _fused_experts(model: nn.Module) -> dict[str, str]:
     }
 
 
+def _convolutions(model: nn.Module) -> dict[str, str]:
+    """Convolutions that are no linear layers, with the reason."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd) and not isinstance(module, SparseLinear):
+            reason = _why_not_pointwise(module)
+            if reason is not None:
+                found[name] = f"{reason}, no linear layer"
+    return found
+
+
 def require_match(pattern: str, names: Iterable[str]) -> None:
     """Raise a TargetError with near names if a pattern matches no layer."""
     names = list(names)
     if any(matches(pattern, name) for name in names):
         return
-    words = dict.fromkeys(part for name in names for part in (name, *name.split(".")))
-    near = difflib.get_close_matches(pattern, [w for w in words if not w.isdigit()], 4, 0.5)
-    hint = f"near names: {', '.join(near)}" if near else f"layers are e.g. {', '.join(names[:4])}"
+    hint = near_names(pattern, names, "layers")
     raise TargetError(
         f"{pattern!r} matches no linear layer; {hint}. A regex must match whole components of a "
         "name"

@@ -81,7 +81,8 @@ def test_every_weight_is_what_was_put_in_to_the_bit(folder, tmp_path):
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is not None:
-            found[f"{name}.weight"] = weight.T if getattr(module, "transposed", False) else weight
+            transposed = isinstance(module, SparseLinear) and module.axes.transposed
+            found[f"{name}.weight"] = weight.T if transposed else weight
         if getattr(module, "bias", None) is not None:
             found[f"{name}.bias"] = module.bias
     assert found.keys() == expected.keys()

@@ -37,7 +37,7 @@ def quantise(model, grid, layout="auto"):
         pattern = Unstructured(0.5)
         fmt = choose_format(dense, pattern, layout, weight)
         other = SparseLinear(
-            fmt, fmt.pack(weight), layer.shape, layer.weight_dtype, layer.bias, layer.transposed
+            fmt, fmt.pack(weight), layer.shape, layer.weight_dtype, layer.bias, layer.axes
         )
         replace_module(model, layer, other)
         other.resolve()

@@ -16,9 +16,9 @@ import torch
 import transformers
 from inputs import find_inputs
 from overrides import LEFT_DENSE
-from tiny import tiny_config
+from tiny import default_config, tiny_config
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import hf_sparse
@@ -51,6 +51,8 @@ class Outcome:
     model_type: str
     status: str
     reason: str = ""
+    outside: bool = False
+    """Does the reason lie outside this project: in transformers, or in a package that it needs?"""
     layers: int = 0
     never_called: int = 0
     generates: bool = False
@@ -58,9 +60,9 @@ class Outcome:
 
 
 class _Failure(Exception):  # noqa: N818 - carries an outcome
-    def __init__(self, status: str, reason: str) -> None:
+    def __init__(self, status: str, reason: str, outside: bool = False) -> None:
         super().__init__(reason)
-        self.status = status
+        self.status, self.outside = status, outside
 
 
 def types_of(kind: str) -> list[str]:
@@ -82,19 +84,20 @@ def check(
         reload: loads a folder with a class and runs it on inputs; default: in this process.
     """
     started = time.perf_counter()
-    layers, never_called, generates = 0, 0, False
+    layers, never_called, generates, outside = 0, 0, False, False
     try:
-        with _stage(NOT_BUILT, ""):
+        with _stage(NOT_BUILT, "", lambda: not builds_by_default(kind, model_type)):
             model = build(kind, model_type)
+        with _stage(NOT_BUILT, ""):
             make = find_inputs(model)
             batches = [make(seed) for seed in range(BATCHES)]
             outputs(model, batches[0])
-        if not any(isinstance(m, nn.Linear | Conv1D) for m in model.base_model.modules()):
-            raise _Failure(NOTHING, "no linear layer but its head's")
+        if not any(map(_is_linear, model.base_model.modules())):
+            raise _Failure(NOTHING, "no linear layer but its head's", True)
         with _stage(NOT_BUILT, "generate: "):
             generated = _generate(model, batches[0])
         with tempfile.TemporaryDirectory() as folder:
-            with _stage(NOT_BUILT, "plain transformers can't save and reload it: "):
+            with _stage(NOT_BUILT, "plain transformers can't save and reload it: ", lambda: True):
                 model.save_pretrained(f"{folder}/dense")
                 model = type(model).from_pretrained(f"{folder}/dense")
                 again = load_and_run(Path(folder) / "dense", type(model), batches[0])
@@ -129,28 +132,55 @@ def check(
                         generates = True
         status, reason = PASS, ""
     except _Failure as failure:
-        status, reason = failure.status, str(failure)
-    seconds = time.perf_counter() - started
+        status, reason, outside = failure.status, str(failure), failure.outside
+    seconds = round(time.perf_counter() - started, 1)
     return Outcome(
-        kind, model_type, status, reason, layers, never_called, generates, round(seconds, 1)
+        kind, model_type, status, reason, outside, layers, never_called, generates, seconds
     )
+
+
+def builds_by_default(kind: str, model_type: str) -> bool:
+    """Can transformers build the type from its own default config?"""
+    try:
+        with torch.device("meta"):
+            _model(kind, default_config(model_type))
+    except Exception:
+        return False
+    return True
 
 
 def build(kind: str, model_type: str) -> PreTrainedModel:
     """A tiny random model of a type; no weight is zero, so that zeros can be counted."""
-    config = tiny_config(model_type)
-    cls = getattr(transformers.models.auto.modeling_auto, KINDS[kind][0])[type(config)]
-    cls = cls[0] if isinstance(cls, tuple) else cls
-    if not isinstance(config, cls.config_class):
-        parts = [getattr(config, name) for name in config.sub_configs]
-        config = next((part for part in parts if isinstance(part, cls.config_class)), config)
     torch.manual_seed(0)
-    model = cls(config).eval()
+    model = _model(kind, tiny_config(model_type)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return model
+
+
+def _model(kind: str, config: PreTrainedConfig) -> PreTrainedModel:
+    cls = getattr(transformers.models.auto.modeling_auto, KINDS[kind][0])[type(config)]
+    cls = cls[0] if isinstance(cls, tuple) else cls
+    if not isinstance(config, cls.config_class):
+        parts = [getattr(config, name) for name in config.sub_configs]
+        config = next((part for part in parts if isinstance(part, cls.config_class)), config)
+    if kind == "masked LM" and getattr(config, "is_decoder", False):
+        config.is_decoder = False
+    model: PreTrainedModel = cls(config)
+    return model
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        ones = {*module.kernel_size, *module.stride, module.groups}
+        return (
+            ones == {1}
+            and type(module) in (nn.Conv1d, nn.Conv2d)
+            and module.padding[0] in (0, "s", "v")
+        )
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -212,14 +242,18 @@ def _generate(
 
 
 @contextmanager
-def _stage(status: str, prefix: str) -> Iterator[None]:
+def _stage(
+    status: str, prefix: str, is_outside: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Turn what is raised into an outcome; a package that transformers lacks is outside anyway."""
     try:
         yield
     except _Failure:
         raise
     except Exception as error:
+        outside = isinstance(error, ImportError) or is_outside()
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
         message = " ".join(str(error).split())[:400]
         text = f"{prefix}{type(error).__name__}: {message} ({place})"
-        raise _Failure(status, text) from error
+        raise _Failure(status, text, outside) from error

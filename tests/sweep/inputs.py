@@ -20,10 +20,17 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 Inputs = dict[str, Tensor]
-BATCH, TOKENS, FRAMES, SAMPLES = 2, 16, 200, 6400
+BATCH, TOKENS, FRAMES, SAMPLES = 2, 16, 200, 9600
 IMAGE_LAYOUTS = ("image", "sized image", "images", "sized images", "sized tiles", "patches")
 AUDIO_LAYOUTS = ("bins first", "frames first", "frames first, no mask")
-MEL_BINS = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "input_dim")
+WAVE_LAYOUTS = ("wave", "wave of one channel")
+MEL_BINS = (
+    "num_mel_bins",
+    "feature_projection_input_dim",
+    "input_feat_per_channel",
+    "input_dim",
+    "feature_size",
+)
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id", "img_context_token_id")
 AUDIO_TOKENS = ("audio_token_id", "audio_token_index")
 
@@ -46,7 +53,7 @@ def find_inputs(model: PreTrainedModel) -> Callable[[int], Inputs]:
     raise errors[0]
 
 
-def _layouts(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
+def _layouts(model: PreTrainedModel) -> Iterator[tuple[str, str, bool]]:
     names = _names(model)
     images = IMAGE_LAYOUTS if "pixel_values" in names else IMAGE_LAYOUTS[:1]
     if "image_grid_thw" in names:
@@ -56,15 +63,22 @@ def _layouts(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
     audio = (
         AUDIO_LAYOUTS if names & {"input_features", "audio_input_features"} else AUDIO_LAYOUTS[:1]
     )
-    yield from itertools.product(images, audio)
+    if "input_values" in names:
+        audio = WAVE_LAYOUTS
+    plain = list(itertools.product(images, audio, [False]))
+    yield from plain
+    if "attention_mask" in names:
+        yield from [(images, audio, True) for images, audio, _ in plain]
 
 
 def _names(model: PreTrainedModel) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def random_inputs(model: PreTrainedModel, images: str, audio: str, seed: int) -> Inputs:
-    """One batch; `images` and `audio` are layouts."""
+def random_inputs(
+    model: PreTrainedModel, images: str, audio: str, masked: bool, seed: int
+) -> Inputs:
+    """One batch; `images` and `audio` are layouts; with a mask of all tokens if it is to be."""
     generator = torch.Generator().manual_seed(seed)
     names = _names(model)
     config = model.config
@@ -77,7 +91,10 @@ def random_inputs(model: PreTrainedModel, images: str, audio: str, seed: int) ->
     if "input_features" in names:
         inputs |= _mel(config, names, audio, generator)
     if "input_values" in names:
-        inputs["input_values"] = torch.randn(BATCH, SAMPLES, generator=generator)
+        channels = (1,) if audio.endswith("channel") else ()
+        inputs["input_values"] = torch.randn(BATCH, *channels, SAMPLES, generator=generator)
+        if "padding_mask" in names:
+            inputs["padding_mask"] = torch.ones(BATCH, SAMPLES, dtype=torch.bool)
     if "bbox" in names:
         inputs["bbox"] = torch.zeros(BATCH, TOKENS, 4, dtype=torch.int64)
     if "decoder_input_ids" in names:
@@ -88,6 +105,8 @@ def random_inputs(model: PreTrainedModel, images: str, audio: str, seed: int) ->
     inputs = {key: value for key, value in inputs.items() if value is not None}
     if "input_ids" in inputs:
         inputs["input_ids"] = _with_placeholders(model, inputs)
+        if masked:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     image = _id(config, IMAGE_TOKENS)
     if "mm_token_type_ids" in names and "pixel_values" in inputs and image is not None:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == image).long()
@@ -132,8 +151,11 @@ def _mel(
 ) -> Inputs:
     found = [(c, getattr(c, n)) for c in _configs(config) for n in MEL_BINS if hasattr(c, n)]
     audio, bins = found[0] if found else (config, 80)
+    bins *= getattr(audio, "num_stacked_frames", 1)
     positions = getattr(audio, "max_source_positions", None)
     frames = 2 * positions if positions and layout == "bins first" else FRAMES
+    frames = min(frames, (getattr(audio, "max_position_embeddings", None) or 2 * frames) - 8)
+    frames -= frames % 8
     shape = (BATCH, bins, frames) if layout == "bins first" else (BATCH, frames, bins)
     masks = names & {"input_features_mask", "feature_attention_mask", "padding_mask"}
     masks = set() if layout.endswith("no mask") else masks
@@ -149,6 +171,7 @@ def _with_placeholders(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     for main, tokens, get in (
         ("pixel_values", IMAGE_TOKENS, "get_image_features"),
         ("input_features", AUDIO_TOKENS, "get_audio_features"),
+        ("input_values", AUDIO_TOKENS, "get_audio_features"),
     ):
         token = _id(model.config, tokens)
         if main not in inputs or token is None:
@@ -167,11 +190,19 @@ def _feature_count(model: PreTrainedModel, get: str, inputs: Inputs) -> int:
     names = {name for m in owners for name in inspect.signature(getattr(m, get)).parameters}
     names |= _names(model) - {"input_ids"} if "args" in names else set()
     wanted = {key: value for key, value in inputs.items() if key in names}
-    with torch.no_grad():
-        features: Any = method(**wanted)
+    try:
+        with torch.no_grad():
+            features: Any = method(**wanted)
+    except ValueError as error:  # it wants the ids with as many tokens as it says
+        said = re.search(r"features:? (\d+)", str(error))
+        if said is None:
+            raise
+        return int(said[1])
     if not isinstance(features, Tensor | list | tuple) or hasattr(features, "pooler_output"):
-        pooled = getattr(features, "pooler_output", None)
-        features = features.last_hidden_state if pooled is None else pooled
+        pooled, last = (features.get(k) for k in ("pooler_output", "last_hidden_state"))
+        layers = features.get("deepstack_features")  # (layer, of each image)
+        found = (f for f in (pooled, last, layers and layers[0][1]) if f is not None)
+        features = next(found)
     parts = features if isinstance(features, list | tuple) else [features]
     return sum(part.shape[:-1].numel() for part in parts)
 

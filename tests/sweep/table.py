@@ -20,18 +20,22 @@ with SparseGPT to 50 % while it loads and to 2:4 in place, on random token ids, 
 features. It passes if every pruned layer has exactly the zeros that were asked for, the model saves
 and reloads to the same bits of its outputs, and still generates where the dense one does.
 
-| task | registered | built and run | pass | fail | nothing to prune | not built |
-|---|---|---|---|---|---|---|
+| task | registered | pass | of those that could | fail | nothing to prune | reason outside | ours |
+|---|---|---|---|---|---|---|---|
 """
 
 NOTES = """
-Rates are of what was pruned. "Not built" are types for which the sweep's rules give no tiny model
-and inputs that plain transformers runs, because a package is missing (timm, natten) or because the
-rules don't know the type's sizes or inputs: nothing is known about pruning those.
-"Nothing to prune" are networks without linear layers besides the head: convolutions, or integer
-layers of their own. Experts that transformers keeps fused count as layers of their own where its
-functions for experts compute with them, else they stay dense. "Never called" are layers that the
-random inputs did not reach: cross-attention of decoders without an encoder, a video tower.
+"Not built" are types without a tiny model and inputs that plain transformers runs: nothing is
+known about pruning those. The reason is outside this project if a package is missing (timm,
+natten), if transformers can't build the type from its own default config, or if it doesn't save and
+reload it to the same outputs; it is ours if the sweep's rules don't know the type's sizes or
+inputs. Those that could pass are all registered types but those with a reason outside, and those
+with nothing to prune: networks without linear layers besides the head, such as convolutions that
+aren't pointwise.
+
+Experts that transformers keeps fused count as layers of their own where its functions for experts
+compute with them, else they stay dense. "Never called" are layers that the random inputs did not
+reach: cross-attention of decoders without an encoder, a video tower.
 """
 
 
@@ -43,12 +47,13 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     for kind in kinds:
         statuses = [o.status for o in outcomes if o.kind == kind]
         passed, failed, nothing = map(statuses.count, (PASS, FAIL, NOTHING))
-        built = len(statuses) - statuses.count(NOT_BUILT)
-        tried = passed + failed
-        rate = f"{passed} of {tried} ({100 * passed / tried:.1f} %)" if tried else "-"
+        outside = sum(o.outside for o in outcomes if o.kind == kind and o.status == NOT_BUILT)
+        ours = statuses.count(NOT_BUILT) - outside
+        could = passed + failed + ours
+        rate = f"{passed} of {could} ({100 * passed / could:.1f} %)" if could else "-"
         parts.append(
-            f"| {kind} | {len(statuses)} | {built} | {rate} | {failed} | {nothing} "
-            f"| {len(statuses) - built} |\n"
+            f"| {kind} | {len(statuses)} | {passed} | {rate} | {failed} | {nothing} | {outside} "
+            f"| {ours} |\n"
         )
     parts.append(NOTES)
     for kind in kinds:
@@ -66,8 +71,9 @@ def _section(kind: str, outcomes: Sequence[Outcome]) -> str:
         lines.append(f"| {o.model_type} | {o.layers} | {o.never_called or ''} | {generates} |\n")
     others = [o for o in outcomes if o.status != PASS]
     if others:
-        lines.append("\n| | type | reason |\n|---|---|---|\n")
+        lines.append("\n| | type | whose reason | reason |\n|---|---|---|---|\n")
     for o in sorted(others, key=lambda o: o.status):
         reason = o.reason.replace("|", "\\|").replace("<", "&lt;")
-        lines.append(f"| {o.status} | {o.model_type} | {reason[:200]} |\n")
+        whose = "outside" if o.outside else "ours"
+        lines.append(f"| {o.status} | {o.model_type} | {whose} | {reason[:200]} |\n")
     return "".join(lines)

@@ -22,6 +22,7 @@ FIRST_FREE_ID = 100  # special tokens with larger ids move to this one and those
 RULES: tuple[tuple[str, int | None], ...] = (
     (r"type_vocab_size|max_2d_position_embeddings|.*kernel.*|.*stride.*", None),
     (r".*vocab_size.*", VOCABULARY),
+    (r"adapter_.*_(size|dim)", 64),
     (r"num_(kv_shared|nextn_predict|mtp)_layers|mtp_num_hidden_layers", 0),
     (r"(first_k|num)_dense.*|moe_layer_start_index", 1),
     (r"max_window_layers", 1),
@@ -35,6 +36,7 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"mamba_(d_head|head_dim|headdim)", 32),
     (r".*(head_dim|head_size|d_kv|kv_channels|dim_head|d_head|headdim|rotary_dim)", 16),
     (r".*heads?(_count)?", 4),
+    (r"num_filters", 4),
     (r".*lora_rank|.*rank", 16),
     (r"moe_intermediate_size|.*expert.*(intermediate|hidden|ffn).*size", 32),
     (r".*(intermediate|ffn|d_ff|dim_ff|inner|mlp_dim|feed_forward|dff).*", 96),
@@ -53,10 +55,15 @@ HEAD_DIM, NUM_HEADS = 16, 4
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """A configuration of a registered type that builds a model of some ten thousand weights."""
     changes = OVERRIDES.get(model_type, {})
-    default = CONFIG_MAPPING[model_type](**changes.get("default", {}))
+    default = default_config(model_type)
     if changes.get("as it is"):
         return default
     return _shrunk(default, {k: v for k, v in changes.items() if k != "default"}, {})
+
+
+def default_config(model_type: str) -> PreTrainedConfig:
+    """A type's own default, with the arguments that it can't do without."""
+    return CONFIG_MAPPING[model_type](**OVERRIDES.get(model_type, {}).get("default", {}))
 
 
 def _shrunk(
@@ -66,11 +73,15 @@ def _shrunk(
     values: dict[str, Any] = {}
     names = _parameters(type(default))
     kept_layers = _one_layer_of_each_kind(default)
+    given = _given(default)
 
     def heads_of(name: str) -> int | None:
         return vars(default).get(name.replace("key_value", "attention"))
 
     by_stage = any(hasattr(default, name) for name in ("depths", "depth"))
+    stages = (
+        len(default.depths) if isinstance(getattr(default, "depths", None), list | tuple) else 0
+    )
     layers = next((n for n in map(vars(default).get, LAYER_COUNTS) if n), None)
     for name, value in vars(default).items():
         if name not in names:
@@ -81,14 +92,17 @@ def _shrunk(
             small = _rope(value)
         elif name.endswith("num_key_value_heads") and value in (None, heads_of(name)):
             small = NUM_HEADS  # multi-head, or latent attention, stays so
+        elif name in LAYER_COUNTS and value == stages:
+            small = value
         elif name == "vocab_size" and value is None:
             small = VOCABULARY
         elif name == "head_dim" and value is None:
             small = HEAD_DIM
         else:
             small = _small(name, value, ids, kept_layers, None if by_stage else layers)
-        if not isinstance(value, PreTrainedConfig) and small != value:
-            values[name] = small  # what is unchanged may be derived anew from what isn't
+        # What is unchanged may be derived anew, unless it is there in place of a default.
+        if not isinstance(value, PreTrainedConfig) and (small != value or name in given):
+            values[name] = small
     for name, value in changes.items():
         if not isinstance(value, dict) or not isinstance(values.get(name), PreTrainedConfig):
             values[name] = value
@@ -128,11 +142,13 @@ def _small_list(
         return [_small(name, value[i], ids, None, None) for i in kept]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         return value
+    if re.fullmatch(".*(feature_layers?|attn_indexes|target_layers)", name) and min(value) >= 0:
+        return [sorted(value[:2]).index(v) for v in value[:2]]  # of the two layers that are left
     if re.fullmatch("depths?|.*layers|.*num_blocks", name):
         return [1] * len(value)
     if "heads" in name:
         return [min(2**i, 4) for i in range(len(value))]
-    if re.search(r"hidden_sizes|embed_dim|dims|conv_dim", name):
+    if re.search(r"hidden_sizes|embed_dim|dims|conv_dim|downsample_channels", name):
         return [max(8, min(64, v * 64 // max(value) // 8 * 8)) for v in value]
     return value
 
@@ -156,6 +172,13 @@ def _rope(value: Any) -> Any:
     if isinstance(small.get("mrope_section"), list | tuple):
         small["mrope_section"] = [4, 2, 2]
     return small
+
+
+def _given(config: PreTrainedConfig) -> set[str]:
+    """Fields that differ from a default that is there: not derived from others, but chosen."""
+    chosen = {f.name for f in fields(config) if f.default not in (None, MISSING)}
+    defaults = {f.name: f.default for f in fields(config)}
+    return {name for name in chosen if vars(config).get(name) != defaults[name]}
 
 
 def _parameters(cls: type) -> set[str]:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse.calibration.blocks import BlockWalk, find_units
+from hf_sparse.calibration.blocks import BlockWalk
 from hf_sparse.calibration.inputs import collect_statistics
+from hf_sparse.calibration.units import find_units
 from hf_sparse.errors import CalibrationError
 from hf_sparse.statistics import Needs
 
@@ -167,6 +168,30 @@ def test_a_layer_of_a_block_that_is_never_called_has_no_statistics():
     assert list(walk(Parted(), names, [{"x": x}])["layers.0"]) == names[:1]
     # One batch of two is enough.
     assert list(walk(Parted(), names, [{"x": x}, {"x": x, "y": x}])["layers.0"]) == names
+
+
+class Direct(nn.Module):
+    """Calls its blocks' `forward`, so that no hook of theirs runs (SqueezeBERT does)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer.forward(x)
+        return x
+
+
+def test_layers_of_a_block_that_is_not_called_as_a_module_are_units_of_their_own():
+    torch.manual_seed(0)
+    model, x = Direct(), torch.randn(3, 4)
+    found = walk(model, ["layers.0.0", "layers.1.0"], [{"x": x}])
+    assert list(found) == ["layers.0.0", "layers.1.0"]
+    y = model.layers[0][0](x).detach()
+    torch.testing.assert_close(
+        found["layers.1.0"]["layers.1.0"].statistics.hessian, y.T @ y / len(y)
+    )
 
 
 def test_a_unit_that_is_never_called_has_no_visit():

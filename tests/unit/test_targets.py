@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_sparse.errors import TargetError
 from hf_sparse.formats.bitmask import Bitmask
 from hf_sparse.layers import SparseLinear
+from hf_sparse.layers.axes import Axes
 from hf_sparse.targets import (
     Target,
     find_routers,
@@ -128,6 +129,11 @@ class OtherWordsAndState(OtherWords):
         self.scale = 2.0
 
 
+class OwnConvolution(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x - x.mean())
+
+
 class TwoResults(nn.Linear):
     def forward(self, x):
         return super().forward(x), x
@@ -146,7 +152,16 @@ class TwoResults(nn.Linear):
         (nn.MultiheadAttention(4, 2).out_proj, False),
         (nn.Embedding(3, 2), False),
         (nn.LayerNorm(3), False),
-        (nn.Conv1d(3, 2, 1), False),
+        (nn.Conv1d(3, 2, 1), True),
+        (nn.Conv2d(3, 2, (1, 1)), True),
+        (nn.Conv2d(3, 2, 1, padding="same"), True),
+        (nn.Conv1d(3, 2, 2), False),
+        (nn.Conv2d(3, 2, (1, 3)), False),
+        (nn.Conv2d(3, 2, 1, stride=2), False),
+        (nn.Conv2d(4, 2, 1, groups=2), False),
+        (nn.Conv2d(3, 2, 1, padding=1), False),
+        (nn.ConvTranspose2d(3, 2, 1), False),
+        (OwnConvolution(3, 2, 1), False),
         (nn.Bilinear(3, 2, 2), False),
         (SparseLinear(Bitmask(), Bitmask().pack(torch.eye(2)), (2, 2), torch.float32), False),
     ],
@@ -160,7 +175,7 @@ def test_a_linear_target_shows_its_weight_as_it_is():
     module = nn.Linear(4, 6)
     target = Target("fc", module)
     assert target.shape == (6, 4)
-    assert not target.transposed
+    assert target.axes == Axes()
     with target.weight() as weight:
         assert torch.equal(weight, module.weight)
         assert not (2 * weight).requires_grad
@@ -170,7 +185,7 @@ def test_a_conv1d_target_shows_its_weight_as_out_by_in():
     module = Conv1D(5, 4)
     target = Target("fc", module)
     assert target.shape == (5, 4)
-    assert target.transposed
+    assert target.axes.transposed
     with target.weight() as weight:
         assert weight.shape == (5, 4)
         # As a linear layer reads it: y_i = sum_j W_ij x_j + b_i.
@@ -224,6 +239,29 @@ def test_every_linear_layer_is_either_chosen_or_left_dense(net):
     selection = select_targets(net, ["q_proj", "fc"], ["layers.0"], {"layers.1.fc": "default"})
     linear = [n for n, m in net.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
     assert sorted([*names(selection), *selection.left_dense]) == sorted(linear)
+
+
+def test_convolutions_that_are_not_pointwise_are_left_dense_with_the_reason():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 4, 4),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 4, 1),
+        nn.Conv1d(4, 4, 1, 2),
+    )
+    net.append(OwnConvolution(4, 4, 1)).append(nn.Conv2d(4, 4, 1, groups=2))
+    net.append(nn.Conv3d(4, 4, 1)).append(nn.Conv2d(4, 4, 1, padding=1))
+    selection = select_targets(net, None, None, {})
+    assert names(selection) == ["2"]
+    assert selection.targets[0].shape == (4, 8)
+    assert selection.left_dense == {
+        "0": "a convolution of kernel size 4x4, no linear layer",
+        "1": "a convolution of kernel size 3x3, no linear layer",
+        "3": "a convolution of stride 2, no linear layer",
+        "4": "a OwnConvolution computes in a way of its own, no linear layer",
+        "5": "a convolution of 2 groups, no linear layer",
+        "6": "a Conv3d, no linear layer",
+        "7": "a convolution that pads its inputs, no linear layer",
+    }
 
 
 def test_two_layers_that_share_a_weight_stay_dense(net):

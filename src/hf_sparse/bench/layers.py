@@ -166,8 +166,7 @@ def _make(
 def _quantised(weight: Tensor, dtype: torch.dtype, group_size: int) -> native.T16Weight:
     """The weight with symmetric codes of 8 or 4 bits, rounded to the nearest."""
     top = 127 if dtype == torch.int8 else 7
-    columns = range(0, weight.shape[1], group_size)
-    groups = [weight[:, first : first + group_size] for first in columns]
+    groups = torch.split(weight, group_size, dim=1)
     scales = torch.stack([group.abs().amax(1).clamp_min(1e-9) / top for group in groups], dim=1)
     codes = [(g / s[:, None]).round() for g, s in zip(groups, scales.unbind(1), strict=True)]
     packed = native.pack_dense(torch.cat(codes, dim=1).to(torch.int8), scales, group_size)

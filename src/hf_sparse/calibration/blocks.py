@@ -21,6 +21,7 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,21 +30,15 @@ import greenlet
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import CalibrationError, HfSparseError
 from ..layers import SparseExperts
 from .data import Batch
 from .offload import Parked
+from .padding import Padding, mask_owners
 from .towers import lacking_inputs, missing_input
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A module that is pruned at once, with the names of the targets inside it."""
-
-    name: str
-    module: nn.Module
-    targets: tuple[str, ...]
+from .units import Unit
 
 
 @dataclass(frozen=True)
@@ -52,8 +47,7 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    token_mask: Tensor | None
-    """The batch's attention mask (batch, tokens) as bool; None if nothing is padding."""
+    padding: Padding
     parked: Parked
 
 
@@ -71,36 +65,6 @@ class Visit:
     """Lets the dense model's pass of one batch go on through the unit as it is now, to the next if
     there is one: call it once for each of `dense_calls`, which is gone then, while the unit is
     dense."""
-
-
-def find_units(model: nn.Module, targets: Sequence[str]) -> list[Unit]:
-    """Split the targets into units, found from the model's structure alone.
-
-    A block is the outermost module around a target whose class the model names in
-    `_no_split_modules`, else the outermost element of an `nn.ModuleList` that is no mere container
-    (those are never called), else the experts that it belongs to. A target in none of them is a
-    unit of its own.
-    """
-    whole: set[str] = set()
-    for module in model.modules():
-        whole.update(getattr(module, "_no_split_modules", None) or ())
-    by_class = [n for n, m in model.named_modules() if n and type(m).__name__ in whole]
-    by_list = [
-        f"{name}.{child}".lstrip(".")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        for child, element in module.named_children()
-        if type(element).forward is not nn.Module.forward
-    ]
-    experts = {name for name, m in model.named_modules() if isinstance(m, SparseExperts)}
-    grouped: dict[str, list[str]] = {}
-    for target in targets:
-        ancestors = [target[:i] for i, letter in enumerate(target) if letter == "."] + [target]
-        block = next((a for a in ancestors if a in by_class), None)
-        block = block or next((a for a in ancestors if a in by_list), None)
-        block = block or next((a for a in ancestors if a in experts), target)
-        grouped.setdefault(block, []).append(target)
-    return [Unit(n, model.get_submodule(n), tuple(t)) for n, t in grouped.items()]
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
@@ -155,23 +119,26 @@ class BlockWalk:
         self._carry_dense = carry_dense
         self._batches = batches
         self._waiting = {unit.module: unit for unit in units}
-        self._order = {unit.name: i for i, unit in enumerate(units)}
+        self._order: dict[str, int] = {}
         self._running_unit = False
         self._scouted: tuple[nn.Module, list[Call]] | None = None
-        self._token_masks: dict[greenlet.greenlet, Tensor | None] = {}
+        self._padding: dict[greenlet.greenlet, Padding] = {}
+        self._owners: Mapping[str, AbstractSet[nn.Module]] = {}
         own = itertools.chain(model.parameters(), model.buffers())
         self._own = frozenset(t.untyped_storage().data_ptr() for t in own)
 
     def __iter__(self) -> Iterator[Visit]:
-        hooks = [
-            module.register_forward_pre_hook(self._stop, prepend=True, with_kwargs=True)
-            for module in self._waiting
-        ]
+        hooks: list[RemovableHandle] = []
         passes = _Passes(self._forward, self._batches)
         dense = _Passes(self._forward, self._batches if self._carry_dense else ())
         try:
             with torch.no_grad(), without_cache(self._model):
-                repeated = self._repeated_units()
+                repeated = self._survey()
+                for module in self._waiting:
+                    hook = module.register_forward_pre_hook(
+                        self._stop, prepend=True, with_kwargs=True
+                    )
+                    hooks.append(hook)
                 passes.start()
                 dense.start()
                 while self._waiting and (unit := self._next_unit(passes.stops)):
@@ -207,21 +174,29 @@ class BlockWalk:
 
     def _forward(self, batch: Batch) -> None:
         """One forward pass of the whole model; the body of a batch's coroutine."""
-        mask = batch.get("attention_mask")
-        padded = mask is not None and mask.ndim == 2 and not bool(mask.all())
-        self._token_masks[greenlet.getcurrent()] = mask.bool() if padded else None  # type: ignore[union-attr]
+        self._padding[greenlet.getcurrent()] = Padding.of(batch, self._owners)
         call_model(self._model, batch)
 
-    def _repeated_units(self) -> set[nn.Module]:
-        """Modules called more than once by a pass; one pass tells for batches with equal keys.
+    def _survey(self) -> set[nn.Module]:
+        """Look at passes before any stops; one tells for all batches with equal keys.
+
+        Finds out whose rows the masks are of, and puts the layers of a block that the model doesn't
+        call as a module, but by its `forward`, in the block's place. Returns the units' modules
+        that a pass calls more than once.
 
         Raises a CalibrationError if a tower is never called for lack of its input.
         """
+        layers = {
+            target: self._model.get_submodule(target)
+            for unit in self._waiting.values()
+            for target in unit.targets
+        }
+        experts = [m for m in self._model.modules() if isinstance(m, SparseExperts)]
         most: Counter[nn.Module] = Counter()
         counts: Counter[nn.Module] = Counter()
         hooks = [
             module.register_forward_pre_hook(lambda m, _: counts.update([m]))
-            for module in self._waiting
+            for module in {*self._waiting, *layers.values()}
         ]
         self._running_unit = True
         try:
@@ -229,10 +204,17 @@ class BlockWalk:
                 self._forward(batch)
                 most |= counts
                 counts.clear()
+            for hook in hooks:
+                hook.remove()
+            watched = [*layers.values(), *experts]
+            self._owners = mask_owners(self._forward, self._batches, watched)
         finally:
             self._running_unit = False
             for hook in hooks:
                 hook.remove()
+        units = [part for unit in self._waiting.values() for part in _callable(unit, layers, most)]
+        self._waiting = {unit.module: unit for unit in units}
+        self._order = {unit.name: i for i, unit in enumerate(units)}
         given = {key for batch in self._batches for key in batch}
         for module, unit in self._waiting.items():
             missing = None if most[module] else missing_input(self._model, unit.name, given)
@@ -242,7 +224,7 @@ class BlockWalk:
                     f"{', '.join(sorted(given))}. Pass dicts of all inputs, or leave the tower "
                     "dense with modules_to_not_convert"
                 )
-        return {module for module, count in most.items() if count > 1}
+        return {module for module in self._waiting if most[module] > 1}
 
     def _scout(self, unit: Unit, batch: Batch) -> list[Call]:
         """All calls of a unit in one more pass over a batch, with what is pruned by now."""
@@ -259,13 +241,13 @@ class BlockWalk:
         if self._running_unit or module not in self._waiting:
             return
         current = greenlet.getcurrent()
-        mask = self._token_masks[current]
+        padding = self._padding[current]
         if self._scouted is not None:
             if module is self._scouted[0]:  # the pass goes on, and may write into its tensors
                 args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
-                self._scouted[1].append(Call(args, kwargs, mask, Parked((), self._own)))
+                self._scouted[1].append(Call(args, kwargs, padding, Parked((), self._own)))
             return
-        call = Call(args, kwargs, mask, Parked((args, kwargs), self._own))
+        call = Call(args, kwargs, padding, Parked((args, kwargs), self._own))
         call.parked.away()
         assert current.parent is not None
         current.parent.switch((self._waiting[module], call))
@@ -284,6 +266,17 @@ class BlockWalk:
     def _next_unit(self, stops: Sequence[tuple[Unit, Call] | None]) -> Unit | None:
         reached = [stop[0] for stop in stops if stop]
         return min(reached, key=lambda unit: self._order[unit.name], default=None)
+
+
+def _callable(
+    unit: Unit, layers: Mapping[str, nn.Module], called: Counter[nn.Module]
+) -> Iterator[Unit]:
+    """The unit, or its layers if only they are called."""
+    parts = [Unit(name, layers[name], (name,)) for name in unit.targets]
+    if called[unit.module] or not any(called[part.module] for part in parts):
+        yield unit
+    else:
+        yield from parts
 
 
 def _check_dense(unit: Unit, repeated: bool, same_batches: bool) -> None:

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import CalibrationError
+from ..layers.axes import Axes
 from ..logging import progress_bar
 from ..statistics import OutputMetric
-from .blocks import Unit, call_model, without_cache
+from .blocks import call_model, without_cache
 from .data import Batch
 from .stages import stream_input
+from .units import Unit
 
 # Of the calibration batches; the gradients' second moments settle early.
 SHARE = 0.125
@@ -195,15 +197,18 @@ def _watched(
 ) -> Iterator[None]:
     """Add up the gradients of the layers' outputs; recomputed outputs have none of their own."""
 
-    def watch(name: str, output: Tensor) -> None:
+    def watch(name: str, module: nn.Module, output: Tensor) -> None:
         if not output.requires_grad or torch._C._current_graph_task_id() != -1:
             return
+        axes = Axes.of(module)
         if name not in sums:
-            sums[name] = _Sums(output.shape[-1], output.device, generator)
-        output.register_hook(sums[name].add)  # type: ignore[no-untyped-call]
+            outputs = axes.channels_last(output).shape[-1]
+            sums[name] = _Sums(outputs, output.device, generator)
+        add = sums[name].add
+        output.register_hook(lambda gradient: add(axes.channels_last(gradient)))  # type: ignore[no-untyped-call]
 
     hooks = [
-        module.register_forward_hook(lambda _, args, output, name=name: watch(name, output))
+        module.register_forward_hook(lambda m, args, output, name=name: watch(name, m, output))
         for name, module in layers.items()
     ]
     try:

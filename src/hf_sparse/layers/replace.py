@@ -6,6 +6,8 @@ successor is offloaded the same way, with its (packed) tensors in CPU memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import align_module_device
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from ..formats import Format, pack_weight
 from ..lowrank import LowRank
 from ..quantization import QuantizedWeight
+from .axes import Axes
+from .conv import sparse_class
 from .linear import SparseLinear
 
 
@@ -57,9 +61,10 @@ def pack_linear(
     """
     shape = (weight.shape[0], weight.shape[1])
     packed = pack_weight(fmt, weight, quantized)
-    transposed = not isinstance(module, nn.Linear)
+    axes = Axes.of(module)
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-    sparse = SparseLinear(fmt, packed, shape, weight.dtype, bias, transposed, low_rank)
+    cls = sparse_class(axes)
+    sparse = cls(fmt, packed, shape, weight.dtype, bias, axes, low_rank)
     replace_module(model, module, sparse)
     return sparse
 
@@ -67,19 +72,42 @@ def pack_linear(
 def unpack_linear(sparse: SparseLinear, original: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Fill `original`, a dense layer on meta, with a sparse layer's weight and bias."""
     with torch.no_grad(), align_module_device(sparse):
-        weight = sparse.weight.to(dtype)
-        original.weight = nn.Parameter((weight.T if sparse.transposed else weight).contiguous())
+        weight = sparse.axes.own(sparse.matrix.to(dtype))
+        original.weight = nn.Parameter(weight.contiguous())
         original.bias = sparse.bias
     return original
 
 
+def surroundings(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """For each module what holds all its uses: its parent, or the model if it has several.
+
+    To replace many modules, ask once: looking through the whole model for each takes time that
+    grows with its square.
+    """
+    found: dict[nn.Module, nn.Module] = {}
+    for parent in model.modules():
+        for child in parent.children():
+            found[child] = model if child in found else parent
+    return found
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `model` has `old`; mode and accelerate's hook go with it."""
-    new.train(old.training)
+    put_modules(model, {old: new})
+    inherit(old, new)
+
+
+def put_modules(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the places of some, wherever `model` has them."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, name, new)
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in successors:
+                setattr(parent, name, successors[child])
+
+
+def inherit(old: nn.Module, new: nn.Module) -> None:
+    """Give a module its predecessor's mode and accelerate hook."""
+    new.train(old.training)
     hook = getattr(old, "_offloaded_by", None) or getattr(old, "_hf_hook", None)
     if isinstance(hook, AlignDevicesHook):
         tensors = {k: v.to("cpu") for k, v in new.state_dict().items()} if hook.offload else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -200,6 +200,5 @@ class SparsityCallback(TrainerCallback):
 
     @torch.no_grad()
     def _apply(self, name: str, target: Target) -> None:
-        parameter: Tensor = target.module.weight  # type: ignore[assignment]
-        weight = parameter.T if target.transposed else parameter
+        weight = target.axes.matrix(target.module.weight)  # type: ignore[arg-type]
         weight.masked_fill_(~self._masks[name].to(weight.device), 0)

@@ -18,6 +18,7 @@ from ..formats import Format
 from ..formats.base import Layout
 from ..formats.bits import pack_bits, unpack_bits
 from ..layers import SparseLinear
+from ..layers.axes import Axes
 from ..logging import get_logger
 from ..targets import Target
 
@@ -78,8 +79,7 @@ class Masks:
             self._compare(name, kept, exact=True, where=where)
         dense = {f"{name}.weight": name for name in self if name not in sparse}
         for key, weight in _read(files, dense):
-            transposed = Target(dense[key], modules[dense[key]]).transposed
-            kept = (weight.T if transposed else weight) != 0
+            kept = Axes.of(modules[dense[key]]).matrix(weight) != 0
             self._compare(dense.pop(key), kept, exact=False, where=where)
         if dense:
             logger.warning("%s was not verified%s: it has another name there", min(dense), where)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from ..layers.axes import Axes
 from ..targets import Target
 
 
@@ -59,7 +60,7 @@ class InputNorms:
         @torch.no_grad()
         def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if module.training:
-                x = inputs[0].reshape(-1, inputs[0].shape[-1])
+                x = Axes.of(module).channels_last(inputs[0]).flatten(0, -2)
                 squares.add_(torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square())
 
         return watch
