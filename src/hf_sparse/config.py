@@ -53,6 +53,10 @@ class SparseConfig(QuantizationConfigMixin):
         modules_to_not_convert: names or regexes of layers left dense. None: the output head,
             embeddings, and what the model ties or keeps in fp32.
         targets: regexes of the layers to prune; None for every linear layer.
+        blocks: regexes of the modules that are pruned at once, on the inputs that the earlier ones
+            leave; each matches the last components of their names, e.g. "layers.[0-9]+". None
+            finds them: the elements of the model's layer lists. Layers outside are pruned one by
+            one.
         damp_percent: SparseGPT's damping, as a fraction of mean(diag H). Default 0.01.
         block_size: SparseGPT's columns per mask decision. Default 128.
         refit: steps of the least-squares refit of the kept weights (preconditioned conjugate
@@ -102,6 +106,7 @@ class SparseConfig(QuantizationConfigMixin):
         seed: int = 0,
         modules_to_not_convert: Sequence[str] | None = None,
         targets: Sequence[str] | None = None,
+        blocks: Sequence[str] | None = None,
         damp_percent: float = 0.01,
         block_size: int = 128,
         refit: int | None = None,
@@ -129,6 +134,7 @@ class SparseConfig(QuantizationConfigMixin):
         self.seed = _integer("seed", seed, 0)
         self.modules_to_not_convert = _regexes("modules_to_not_convert", modules_to_not_convert)
         self.targets = _regexes("targets", targets)
+        self.blocks = _regexes("blocks", blocks)
         self.damp_percent = _positive("damp_percent", damp_percent)
         self.block_size = _integer("block_size", block_size, 1)
         recipe = get_recipe(method)

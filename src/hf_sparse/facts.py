@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .allocation import cost_quantiles, outlier_share
-from .calibration.blocks import BlockWalk, Unit
+from .calibration.blocks import BlockWalk
 from .calibration.data import Batch, CalibrationData
 from .calibration.gradients import SHARE, collect_metrics
 from .calibration.inputs import collect_statistics
+from .calibration.units import Unit
 from .config import SparseConfig
 from .errors import SolveError
 from .logging import progress_bar
@@ -86,8 +87,8 @@ class DenseFacts:
         return value
 
 
-def _layers(units: Sequence[Unit]) -> tuple[str, ...]:
-    return tuple(name for unit in units for name in unit.targets)
+def _layers(units: Sequence[Unit]) -> tuple[tuple[str, ...], ...]:
+    return tuple((unit.name, *unit.targets) for unit in units)
 
 
 def _outliers(

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration.blocks import BlockWalk, Unit, Visit, find_units, input_device
+from .calibration.blocks import BlockWalk, Visit, input_device
 from .calibration.experts import observe
 from .calibration.inputs import DensePath, Observed
 from .calibration.stages import find_stages, residual_writers
+from .calibration.units import Unit, find_units
 from .config import SparseConfig
 from .environment import Environment
 from .errors import CalibrationError, ConfigError, SolveError
 from .facts import DenseFacts
 from .formats import Dense, choose_format
 from .formats.bitmask import Bitmask
-from .layers.experts import expert_around
-from .layers.replace import pack_linear, write_weight
+from .layers.replace import pack_linear, surroundings, write_weight
 from .loading import load_calibration
 from .logging import get_logger, progress_bar
 from .lowrank import LowRank
@@ -99,13 +99,15 @@ def run(
     solver = make_solver(config.solver, config)
     _check_low_rank(config.low_rank, jobs)
     _check_weights(solver, jobs)
+    units = find_units(model, [job.target.name for job in jobs], config.blocks)
+    _tell_no_blocks(model, units, config)
     if facts is None:
         facts = DenseFacts(load_calibration(model, config, load_tokenizer))
     training = model.training
     model.eval()
     try:
         this = _Run(model, config, solver, facts)
-        layers = this.prune(jobs)
+        layers = this.prune(jobs, units)
         left_dense |= dict.fromkeys(this.never_called, NEVER_CALLED)
     finally:
         model.train(training)
@@ -138,6 +140,7 @@ class _Run:
         facts: DenseFacts,
     ) -> None:
         self._model, self._config, self._facts = model, config, facts
+        self._around = surroundings(model)
         self._solver = LayerSolver(
             solver, config.refit, config.damp_percent, config.grid, config.low_rank
         )
@@ -148,9 +151,8 @@ class _Run:
         self._solved: dict[str, _Solved] = {}
 
     @torch.no_grad()
-    def prune(self, jobs: Sequence[Job]) -> list[LayerReport]:
+    def prune(self, jobs: Sequence[Job], units: Sequence[Unit]) -> list[LayerReport]:
         """Solve all layers and replace them; returns their reports in the order of solving."""
-        units = find_units(self._model, [job.target.name for job in jobs])
         self._blocks = {name: unit.name for unit in units for name in unit.targets}
         jobs = self._prepared(jobs, units)
         self._clock = time.perf_counter()
@@ -267,7 +269,8 @@ class _Run:
     def _pack(self) -> None:
         """Replace the layers solved since by sparse ones, and complete their reports."""
         for solved in self._solved.values():
-            self._layers.append(_pack(self._model, solved, self._config.format))
+            around = self._around.get(solved.job.target.module, self._model)
+            self._layers.append(_pack(around, solved, self._config.format))
         self._solved.clear()
 
 
@@ -322,6 +325,18 @@ def _check_weights(solver: Solver, jobs: Sequence[Job]) -> None:
                     f"layer {job.target.name}: its weight holds NaN or infinite values; the model "
                     "was left as it was"
                 )
+
+
+def _tell_no_blocks(model: nn.Module, units: Sequence[Unit], config: SparseConfig) -> None:
+    if config.blocks is None and len(units) > 1 and all(u.targets == (u.name,) for u in units):
+        logger.warning(
+            "no blocks were found in %s, whose modules are %s: each of the %d layers is pruned by "
+            "itself. Pass blocks=, regexes of the modules that are to be pruned at once, if there "
+            "are any",
+            type(model).__name__,
+            ", ".join(f"{name} ({type(m).__name__})" for name, m in model.named_children()),
+            len(units),
+        )
 
 
 def _tell_never_called(left_dense: Mapping[str, str], any_pruned: bool) -> None:
@@ -380,8 +395,8 @@ def _solve(
     return report, replace(solution, weight=after, low_rank=low_rank), dense
 
 
-def _pack(model: nn.Module, solved: _Solved, requested: str) -> LayerReport:
-    """Replace a solved layer by a sparse one; returns its completed report."""
+def _pack(around: nn.Module, solved: _Solved, requested: str) -> LayerReport:
+    """Replace a solved layer by a sparse one, wherever `around` has it; its completed report."""
     job, report, quantized = solved.job, solved.report, solved.quantized
     with job.target.weight() as whole:
         weight = whole if solved.sparse is None else solved.sparse
@@ -390,7 +405,6 @@ def _pack(model: nn.Module, solved: _Solved, requested: str) -> LayerReport:
             return report
         if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
             fmt = choose_format(weight, job.pattern, Bitmask.name)
-        around = expert_around(model, report.name)
         sparse = pack_linear(around, job.target.module, weight, fmt, quantized, solved.low_rank)
         stored = sparse.resident_bytes()  # before a kernel takes the weight over
         sparse.resolve()

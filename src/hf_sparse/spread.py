@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from .allocation import Curve, explicit_curves, fisher_curves, meet_budget, owl_curves
-from .calibration.blocks import Unit
+from .calibration.units import Unit
 from .config import SparseConfig
 from .facts import DenseFacts
 from .patterns import Unstructured

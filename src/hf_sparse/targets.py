@@ -10,7 +10,6 @@ below `layers.11`.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .errors import TargetError
 from .layers import SparseLinear
 from .layers.axes import Axes
+from .names import matches, near_names
 
 ROUTER_CLASS = re.compile(r"Router|TopK(Gate|Gating)|MoE\w*Gate|Moe\w*Gate")
 
@@ -117,11 +117,6 @@ def _computes_linear(cls: type[nn.Linear]) -> bool:
             return False  # it wants other inputs
         expected = nn.functional.linear(x, layer.weight, layer.bias)
     return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected)
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Does the regex match whole components of a dotted name?"""
-    return re.search(rf"(?:^|\.)(?:{pattern})(?:\.|$)", name) is not None
 
 
 def select_targets(
@@ -225,9 +220,7 @@ def require_match(pattern: str, names: Iterable[str]) -> None:
     names = list(names)
     if any(matches(pattern, name) for name in names):
         return
-    words = dict.fromkeys(part for name in names for part in (name, *name.split(".")))
-    near = difflib.get_close_matches(pattern, [w for w in words if not w.isdigit()], 4, 0.5)
-    hint = f"near names: {', '.join(near)}" if near else f"layers are e.g. {', '.join(names[:4])}"
+    hint = near_names(pattern, names, "layers")
     raise TargetError(
         f"{pattern!r} matches no linear layer; {hint}. A regex must match whole components of a "
         "name"

@@ -10,8 +10,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_sparse
 from hf_sparse import CheckpointError, SparseConfig
-from hf_sparse.calibration.blocks import BlockWalk, find_units
+from hf_sparse.calibration.blocks import BlockWalk
 from hf_sparse.calibration.inputs import collect_statistics
+from hf_sparse.calibration.units import find_units
 from hf_sparse.layers.conv import SparseConv2d
 from hf_sparse.statistics import Needs
 

@@ -82,6 +82,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=120, help="seconds per type")
     parser.add_argument("--json", type=Path, help="write the outcomes here")
+    parser.add_argument(
+        "--known", type=Path, nargs="*", default=[], help="outcomes of earlier runs to add"
+    )
     parser.add_argument("--markdown", type=Path, help="write the table here, e.g. docs/models.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -93,8 +96,16 @@ def main() -> None:
         for model_type in types_of(kind)
         if not arguments.types or model_type in arguments.types
     ]
-    outcomes = sweep(jobs, arguments.processes, arguments.timeout)
-    outcomes.sort(key=lambda o: jobs.index((o.kind, o.model_type)))
+    known = {}
+    for path in arguments.known:
+        found = [Outcome(**entry) for entry in json.loads(path.read_text())]
+        known |= {(outcome.kind, outcome.model_type): outcome for outcome in found}
+    if not arguments.types and known:
+        jobs = [job for job in jobs if job not in known]
+    fresh = sweep(jobs, arguments.processes, arguments.timeout)
+    known |= {(outcome.kind, outcome.model_type): outcome for outcome in fresh}
+    order = [(kind, model_type) for kind in KINDS for model_type in types_of(kind)]
+    outcomes = [known[job] for job in order if job in known]
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
     if arguments.markdown:

@@ -175,7 +175,11 @@ def _model(kind: str, config: PreTrainedConfig) -> PreTrainedModel:
 def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         ones = {*module.kernel_size, *module.stride, module.groups}
-        return ones == {1} and type(module) in (nn.Conv1d, nn.Conv2d) and module.padding[0] == 0
+        return (
+            ones == {1}
+            and type(module) in (nn.Conv1d, nn.Conv2d)
+            and module.padding[0] in (0, "s", "v")
+        )
     return isinstance(module, nn.Linear | Conv1D)
 
 

@@ -96,6 +96,13 @@ def _blocks(config: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return {"pixel_values": torch.randn(shape)}
 
 
+def _qwen2_audio(config: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A token for four frames."""
+    ids = inputs["input_ids"]
+    audio = torch.full((2, inputs["input_features"].shape[-1] // 4), config.audio_token_id)
+    return {"input_ids": torch.cat([ids[:, :4], audio, ids[:, 4:]], dim=1)}
+
+
 def _patches(config: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     patch = config.vision_config.patch_size
     return {"pixel_values": inputs["pixel_values"].reshape(-1, 3, patch, patch)}
@@ -159,9 +166,10 @@ EXTRA_INPUTS: dict[str, Extra] = {
         "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool),
     },
     "pop2piano": lambda config, inputs: {"input_features": torch.randn(2, 16, config.d_model)},
+    "qwen2_audio": _qwen2_audio,
     "voxtral_realtime": lambda config, inputs: {
         "input_ids": inputs["input_ids"][
-            :, : max(inputs["input_features"].shape[1:]) // config.audio_length_per_tok
+            :, : min(inputs["input_features"].shape[1:]) // config.audio_length_per_tok
         ]
     },
     "musicgen_decoder": _codebooks,

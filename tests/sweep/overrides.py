@@ -46,13 +46,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {"text_config": {"layer_types": ["indexed_attention"] * 2}},
     "dots3_note_text": {"layer_types": ["indexed_attention"] * 2},
     "emu3": {
         "vocabulary_map": {"<image>": 100, "<|extra_200|>": 110, **VISUAL_TOKENS},
         "vq_config": {**TINY_CODEBOOK, "hidden_size": 128},
     },
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [3, 3, 2]}}},
-    "efficientnet": {"hidden_dim": 1280, "width_coefficient": 1.0},
+    "efficientnet": {
+        "hidden_dim": 1280,
+        "width_coefficient": 1.0,
+        "depth_coefficient": 1.0,
+        "num_block_repeats": [1] * 7,
+    },
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "gemma4_assistant": {
@@ -101,6 +107,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hidden_sizes": [16, 32, 32, 64],
     },
     "hunyuan_vl": {"text_config": MROPE},
+    "inkling_mm_model": {"vision_config": {"num_hidden_layers": 2}},
     "instructblip": {"image_token_index": 150},
     "instructblipvideo": {"video_token_index": 150},
     "kyutai_speech_to_text": {"codec_config": {"upsample_groups": 64}},
@@ -141,7 +148,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": INDEXER,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (32, 32), "axial_pos_shape": (4, 4)},
-    "shieldgemma2": {"default": {"yes_token_index": 7, "no_token_index": 8}},
+    "shieldgemma2": {
+        "default": {"yes_token_index": 7, "no_token_index": 8},
+        "yes_token_index": 7,
+        "no_token_index": 8,
+    },
     "step3p7": {"text_config": {"sliding_window": 8}},
     "swin": {"image_size": 64, "window_size": 2, "num_heads": [1, 2, 4, 4]},
     "swinv2": {"image_size": 64, "window_size": 2, "num_heads": [1, 2, 4, 4]},

@@ -20,20 +20,22 @@ with SparseGPT to 50 % while it loads and to 2:4 in place, on random token ids, 
 features. It passes if every pruned layer has exactly the zeros that were asked for, the model saves
 and reloads to the same bits of its outputs, and still generates where the dense one does.
 
-| task | registered | pass | of those that could | fail | nothing to prune | not built, outside | not built, ours |
+| task | registered | pass | of those that could | fail | nothing to prune | reason outside | ours |
 |---|---|---|---|---|---|---|---|
 """
 
 NOTES = """
-"Not built" are types without a tiny model and inputs that plain transformers runs: nothing is known
-about pruning those. The reason is outside this project if a package is missing (timm, natten), if
-transformers can't build the type from its own default config, or if it doesn't save and reload it
-to the same outputs; it is ours if the sweep's rules don't know the type's sizes or inputs. Those that
-could pass are all registered types but those with a reason outside, or with nothing to prune.
-"Nothing to prune" are networks without linear layers besides the head: convolutions that aren't
-pointwise, or layers of their own kind. Experts that transformers keeps fused count as layers of their own where its
-functions for experts compute with them, else they stay dense. "Never called" are layers that the
-random inputs did not reach: cross-attention of decoders without an encoder, a video tower.
+"Not built" are types without a tiny model and inputs that plain transformers runs: nothing is
+known about pruning those. The reason is outside this project if a package is missing (timm,
+natten), if transformers can't build the type from its own default config, or if it doesn't save and
+reload it to the same outputs; it is ours if the sweep's rules don't know the type's sizes or
+inputs. Those that could pass are all registered types but those with a reason outside, and those
+with nothing to prune: networks without linear layers besides the head, such as convolutions that
+aren't pointwise.
+
+Experts that transformers keeps fused count as layers of their own where its functions for experts
+compute with them, else they stay dense. "Never called" are layers that the random inputs did not
+reach: cross-attention of decoders without an encoder, a video tower.
 """
 
 

@@ -28,7 +28,8 @@ CHOSEN = {
     ],
     "masked LM": ["bert", "albert", "funnel", "deberta-v2"],
     "sequence to sequence": ["t5", "switch_transformers"],
-    "image classification": ["vit", "segformer", "convnext"],
+    # The last has nothing but convolutions.
+    "image classification": ["vit", "segformer", "poolformer"],
     "speech to text": ["whisper", "speech_to_text"],
     "speech CTC": ["wav2vec2"],
     "image-text to text": ["llava", "blip", "qwen3_vl"],

@@ -36,6 +36,7 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"mamba_(d_head|head_dim|headdim)", 32),
     (r".*(head_dim|head_size|d_kv|kv_channels|dim_head|d_head|headdim|rotary_dim)", 16),
     (r".*heads?(_count)?", 4),
+    (r"num_filters", 4),
     (r".*lora_rank|.*rank", 16),
     (r"moe_intermediate_size|.*expert.*(intermediate|hidden|ffn).*size", 32),
     (r".*(intermediate|ffn|d_ff|dim_ff|inner|mlp_dim|feed_forward|dff).*", 96),

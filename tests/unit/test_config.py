@@ -42,6 +42,7 @@ def everything_set() -> SparseConfig:
         seed=11,
         modules_to_not_convert=["lm_head", r"layers\.0"],
         targets=["q_proj|k_proj"],
+        blocks=["layers.[0-9]+"],
         damp_percent=0.03,
         block_size=64,
         refit=7,
@@ -73,6 +74,7 @@ def test_defaults_are_those_of_the_documentation():
         "seed": 0,
         "modules_to_not_convert": None,
         "targets": None,
+        "blocks": None,
         "damp_percent": 0.01,
         "block_size": 128,
         "refit": 0,
@@ -396,7 +398,7 @@ def test_a_damping_that_is_no_positive_number_is_refused(value):
         SparseConfig(damp_percent=value)
 
 
-@pytest.mark.parametrize("name", ["targets", "modules_to_not_convert"])
+@pytest.mark.parametrize("name", ["targets", "modules_to_not_convert", "blocks"])
 def test_lists_of_regexes_are_checked(name):
     assert getattr(SparseConfig(**{name: ("q_proj",)}), name) == ["q_proj"]
     assert getattr(SparseConfig(**{name: []}), name) == []

@@ -13,8 +13,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_sparse.calibration.blocks import find_units
 from hf_sparse.calibration.gradients import ROWS, collect_metrics
+from hf_sparse.calibration.units import find_units
 from hf_sparse.errors import CalibrationError
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse.calibration.blocks import BlockWalk, find_units
+from hf_sparse.calibration.blocks import BlockWalk
 from hf_sparse.calibration.inputs import collect_statistics
+from hf_sparse.calibration.units import find_units
 from hf_sparse.statistics import Needs
 
 

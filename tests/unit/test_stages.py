@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
-from hf_sparse.calibration.blocks import BlockWalk, find_units
+from hf_sparse.calibration.blocks import BlockWalk
 from hf_sparse.calibration.stages import find_stages, residual_writers
+from hf_sparse.calibration.units import find_units
 
 WIDTH = 12
 

@@ -38,15 +38,7 @@ from .data import Batch
 from .offload import Parked
 from .padding import Padding, mask_owners
 from .towers import lacking_inputs, missing_input
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A module that is pruned at once, with the names of the targets inside it."""
-
-    name: str
-    module: nn.Module
-    targets: tuple[str, ...]
+from .units import Unit
 
 
 @dataclass(frozen=True)
@@ -73,36 +65,6 @@ class Visit:
     """Lets the dense model's pass of one batch go on through the unit as it is now, to the next if
     there is one: call it once for each of `dense_calls`, which is gone then, while the unit is
     dense."""
-
-
-def find_units(model: nn.Module, targets: Sequence[str]) -> list[Unit]:
-    """Split the targets into units, found from the model's structure alone.
-
-    A block is the outermost module around a target whose class the model names in
-    `_no_split_modules`, else the outermost element of an `nn.ModuleList` that is no mere container
-    (those are never called), else the experts that it belongs to. A target in none of them is a
-    unit of its own.
-    """
-    whole: set[str] = set()
-    for module in model.modules():
-        whole.update(getattr(module, "_no_split_modules", None) or ())
-    by_class = [n for n, m in model.named_modules() if n and type(m).__name__ in whole]
-    by_list = [
-        f"{name}.{child}".lstrip(".")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        for child, element in module.named_children()
-        if type(element).forward is not nn.Module.forward
-    ]
-    experts = {name for name, m in model.named_modules() if isinstance(m, SparseExperts)}
-    grouped: dict[str, list[str]] = {}
-    for target in targets:
-        ancestors = [target[:i] for i, letter in enumerate(target) if letter == "."] + [target]
-        block = next((a for a in ancestors if a in by_class), None)
-        block = block or next((a for a in ancestors if a in by_list), None)
-        block = block or next((a for a in ancestors if a in experts), target)
-        grouped.setdefault(block, []).append(target)
-    return [Unit(n, model.get_submodule(n), tuple(t)) for n, t in grouped.items()]
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:

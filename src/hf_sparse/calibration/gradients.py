@@ -25,9 +25,10 @@ from ..errors import CalibrationError
 from ..layers.axes import Axes
 from ..logging import progress_bar
 from ..statistics import OutputMetric
-from .blocks import Unit, call_model, without_cache
+from .blocks import call_model, without_cache
 from .data import Batch
 from .stages import stream_input
+from .units import Unit
 
 # Of the calibration batches; the gradients' second moments settle early.
 SHARE = 0.125
