@@ -78,13 +78,13 @@ def test_codes_and_scales_come_back(shape, bits):
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "limit"), [(0.5, 0.61), (0.6, 0.5), (0.7, 0.39), (0.8, 0.27), (0.9, 0.17)]
+    ("sparsity", "limit"), [(0.5, 0.63), (0.6, 0.52), (0.7, 0.41), (0.8, 0.29), (0.9, 0.18)]
 )
 def test_bytes_are_near_those_of_the_kept_values(sparsity, limit):
-    weight = pruned(512, 4096, sparsity, torch.bfloat16)
-    # Rows of one length, as many a method makes them, and as 512 rows of a large matrix nearly are.
-    kept = torch.rand(512, 4096).argsort(dim=1) >= round(sparsity * 4096)
-    weight = torch.randn(512, 4096).bfloat16() * kept
+    # Rows of one length, as many a method makes them, and as rows of a large matrix nearly have.
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(64, 4096, generator=generator).argsort(dim=1)
+    weight = torch.randn(64, 4096, generator=generator).bfloat16() * (order >= sparsity * 4096)
     assert layout.sliced(weight).nbytes <= limit * weight.nbytes
 
 
