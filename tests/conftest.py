@@ -5,6 +5,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_SPARSE_MEASURE"] = "0"  # the choice of kernels must not depend on how busy we are
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
 from jaxtyping import install_import_hook
 
 # The annotated shapes and dtypes are checked at every call while the tests run, wherever tensors
@@ -17,7 +22,6 @@ with install_import_hook([f"hf_sparse.{name}" for name in CHECKED], "beartype.be
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 

@@ -12,12 +12,14 @@ from .config import SparseConfig
 from .convert import Conversion, convert_checkpoint
 from .environment import Environment
 from .errors import (
+    AdapterError,
     CalibrationError,
     CheckpointError,
     ConfigError,
     EvaluationError,
     FormatError,
     HfSparseError,
+    HubError,
     PackageError,
     SaveError,
     SolveError,
@@ -39,6 +41,7 @@ from .evaluation import (
 )
 from .explain import Explanation, explain
 from .layers import SparseExperts, SparseLinear
+from .merging import LayerMerge, MergeReport, merge_adapter
 from .quantizer import SparseQuantizer, prune
 from .report import LayerReport, PruningReport
 from .reporting import write_report
@@ -47,6 +50,7 @@ from .saving import export_dense
 __version__ = _version("hf_sparse")
 
 __all__ = [
+    "AdapterError",
     "Agreement",
     "CalibrationError",
     "CheckpointError",
@@ -62,7 +66,10 @@ __all__ = [
     "FormatError",
     "GenerationSpeed",
     "HfSparseError",
+    "HubError",
+    "LayerMerge",
     "LayerReport",
+    "MergeReport",
     "PackageError",
     "Perplexity",
     "PruningReport",
@@ -85,6 +92,7 @@ __all__ = [
     "export_dense",
     "export_low_rank",
     "generation_speed",
+    "merge_adapter",
     "perplexity",
     "prune",
     "split_low_rank",

@@ -5,12 +5,14 @@ HfSparseError
 ├── TargetError       a regex matches nothing, or something that can't be pruned     (ValueError)
 ├── CalibrationError  the calibration data, or what came of them, are unusable       (ValueError)
 ├── EvaluationError   a model can't be measured the way that was asked for           (ValueError)
+├── AdapterError      a PEFT adapter can't be merged into a sparse model             (ValueError)
 ├── TrainingError     a model can't be trained as asked for, or its pattern broke    (ValueError)
 ├── SolveError        the maths failed for a layer: NaN weights, a bad Hessian  (ArithmeticError)
 ├── FormatError       tensors do not fit a storage format                            (ValueError)
 │   └── CheckpointError   ... and were read from a file; names the file and the tensor
 ├── PackageError      an optional package is needed, and isn't installed            (ImportError)
-└── SaveError         a checkpoint could not be written                                 (OSError)
+├── SaveError         a checkpoint could not be written                                 (OSError)
+└── HubError          the Hub refused a push, or can't be reached                       (OSError)
 
 Each message names what was passed, what was expected and what to do about it.
 """
@@ -36,6 +38,10 @@ class EvaluationError(HfSparseError, ValueError):
     """A measurement can't be made: of this model, with these arguments or packages."""
 
 
+class AdapterError(HfSparseError, ValueError):
+    """An adapter can't be merged into a sparse model, or not the way that was asked for."""
+
+
 class TrainingError(HfSparseError, ValueError):
     """A model can't be trained the way that was asked for, or training broke its pattern."""
 
@@ -58,3 +64,7 @@ class PackageError(HfSparseError, ImportError):
 
 class SaveError(HfSparseError, OSError):
     """A checkpoint could not be written; what was there before is untouched."""
+
+
+class HubError(HfSparseError, OSError):
+    """A push to the Hub was refused or broke off; its cause is huggingface_hub's own error."""

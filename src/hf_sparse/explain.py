@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .kernels import Verdict, native
-from .kernels.products import CLASSES, Way
+from .kernels import Verdict, devices, native
+from .kernels.products import Way
 from .kernels.speed import processor
 from .layers import SparseLinear
 from .layers.head import HeadLinear
@@ -90,8 +90,9 @@ class Explanation:
         lines.append(f"sparse layers: {counts}; {total:.3f} of the dense bytes in memory")
         if self.head is not None:
             lines.append(self.head)
-        classes = ", ".join(each.name for each in CLASSES)
-        lines.append(f"speed: times that of the dense product, for {classes} tokens")
+        ways = ((x.kernel, ", ".join(way.tokens for way in x.ways)) for x in self.layers if x.ways)
+        for kernel, tokens in dict.fromkeys(ways):
+            lines.append(f"speed of {kernel}: times that of the dense product, for {tokens} tokens")
         return "\n".join(lines)
 
 
@@ -111,6 +112,8 @@ def explain(model: nn.Module) -> Explanation:
         model: any model with `SparseLinear` layers; without any the table is empty.
     """
     machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        machine = f"{devices.gpu()}; {machine}"
     layers = [
         LayerExplanation(
             name=name,

@@ -145,8 +145,11 @@ def _ranks(scores: Float[Tensor, "rows n"]) -> UInt8[Tensor, "rows n"]:
 
 
 def _kth_smallest(scores: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 1"]:
-    """Each row's k-th smallest score. For long rows on a CPU numpy is 15 times as fast as torch."""
+    """Each row's k-th smallest score. For long rows on a CPU numpy is 15 times as fast as torch; on
+    a GPU torch selects with one block of threads a row, and sorts a single long row with all."""
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
         ordered = np.partition(scores.numpy(), k - 1, axis=1)
         return torch.from_numpy(ordered[:, k - 1 : k])
+    if scores.is_cuda and len(scores) == 1:
+        return scores.sort(dim=1).values[:, k - 1 : k]
     return scores.kthvalue(k, dim=1, keepdim=True).values

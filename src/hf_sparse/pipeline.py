@@ -27,8 +27,7 @@ from .errors import CalibrationError, ConfigError, SolveError
 from .facts import DenseFacts
 from .formats import Dense, choose_format
 from .formats.bitmask import Bitmask
-from .layers.experts import expert_around
-from .layers.replace import pack_linear, write_weight
+from .layers.replace import pack_linear, surroundings, write_weight
 from .loading import load_calibration
 from .logging import get_logger, progress_bar
 from .lowrank import LowRank
@@ -141,6 +140,7 @@ class _Run:
         facts: DenseFacts,
     ) -> None:
         self._model, self._config, self._facts = model, config, facts
+        self._around = surroundings(model)
         self._solver = LayerSolver(
             solver, config.refit, config.damp_percent, config.grid, config.low_rank
         )
@@ -269,7 +269,8 @@ class _Run:
     def _pack(self) -> None:
         """Replace the layers solved since by sparse ones, and complete their reports."""
         for solved in self._solved.values():
-            self._layers.append(_pack(self._model, solved, self._config.format))
+            around = self._around.get(solved.job.target.module, self._model)
+            self._layers.append(_pack(around, solved, self._config.format))
         self._solved.clear()
 
 
@@ -394,8 +395,8 @@ def _solve(
     return report, replace(solution, weight=after, low_rank=low_rank), dense
 
 
-def _pack(model: nn.Module, solved: _Solved, requested: str) -> LayerReport:
-    """Replace a solved layer by a sparse one; returns its completed report."""
+def _pack(around: nn.Module, solved: _Solved, requested: str) -> LayerReport:
+    """Replace a solved layer by a sparse one, wherever `around` has it; its completed report."""
     job, report, quantized = solved.job, solved.report, solved.quantized
     with job.target.weight() as whole:
         weight = whole if solved.sparse is None else solved.sparse
@@ -404,7 +405,6 @@ def _pack(model: nn.Module, solved: _Solved, requested: str) -> LayerReport:
             return report
         if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
             fmt = choose_format(weight, job.pattern, Bitmask.name)
-        around = expert_around(model, report.name)
         sparse = pack_linear(around, job.target.module, weight, fmt, quantized, solved.low_rank)
         stored = sparse.resident_bytes()  # before a kernel takes the weight over
         sparse.resolve()

@@ -15,18 +15,20 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from .checkpoint import PackedLayer, read_layers
 from .config import QUANT_METHOD, SparseConfig
 from .errors import CalibrationError, CheckpointError, ConfigError
+from .evaluation import Evaluation
 from .facts import DenseFacts
 from .layers import SparseLinear
 from .layers.axes import Axes
 from .layers.conv import dense_twin, sparse_class
-from .layers.experts import SparseExperts, expert_around, fuse, is_fused, unfuse, unfused_experts
+from .layers.experts import SparseExperts, fuse, is_fused, unfuse, unfused_experts
 from .layers.head import restore_head, speed_up_head
-from .layers.replace import replace_module, unpack_linear
+from .layers.replace import replace_module, surroundings, unpack_linear
 from .loading import load_calibration
 from .logging import get_logger
 from .lowrank import KEY_A, KEY_B, LowRank
 from .pipeline import run
-from .report import PruningReport
+from .report import PAGE_FILE, PruningReport
+from .reporting import write_report
 from .saving import (
     ValuesRenaming,
     install_saving,
@@ -118,6 +120,7 @@ class SparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: SparseConfig = quantization_config
         self.report: PruningReport | None = None
+        self.evaluation: Evaluation | None = None
         self.trains_values = False
         self._layers: dict[str, PackedLayer] = {}
         self._renamed: frozenset[str] = frozenset()
@@ -146,12 +149,12 @@ class SparseQuantizer(HfQuantizer):
         self._renamed = frozenset(described)
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         _unfuse_described(model, described, prefix)
-        modules = dict(model.named_modules())
+        modules, around = dict(model.named_modules()), surroundings(model)
         for name, layer in described.items():
             own = next((n for n in _spellings(name, prefix) if n in modules), None)
             if own is not None:
-                around = expert_around(model, own)
-                _build_meta(around, modules[own], layer, dtype or torch.get_default_dtype())
+                module = modules[own]
+                _build_meta(around[module], module, layer, dtype or torch.get_default_dtype())
                 self._layers[own] = layer
 
     def get_weight_conversions(self) -> list[Any]:
@@ -204,11 +207,10 @@ class SparseQuantizer(HfQuantizer):
             dtype = None  # the config's, which is a mere string once the model has been saved
         for experts in [m for m in model.modules() if isinstance(m, SparseExperts)]:
             fuse(model, experts, dtype)
+        around = surroundings(model)
         for name, sparse in sparse_layers(model).items():
-            dense = _dense_twin(sparse)
-            replace_module(
-                model, sparse, unpack_linear(sparse, dense, dtype or sparse.weight_dtype)
-            )
+            dense = unpack_linear(sparse, _dense_twin(sparse), dtype or sparse.weight_dtype)
+            replace_module(around[sparse], sparse, dense)
             logger.debug("%s is dense again", name)
         restore_head(model)
         for module in model.modules():
@@ -216,6 +218,11 @@ class SparseQuantizer(HfQuantizer):
                 module.config._is_quantized = False
         remove_saving(model)
         return model
+
+    def write_page(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the report as HTML into a folder, if there is a report."""
+        if self.report is not None:
+            write_report(self.report, folder / PAGE_FILE, masks=model, evaluation=self.evaluation)
 
     def get_state_dict_and_metadata(
         self, model: nn.Module

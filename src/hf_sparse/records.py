@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from .errors import CheckpointError
 
 T = TypeVar("T")
+
+_hints = cache(get_type_hints)  # a report may have tens of thousands of layers
 
 
 def read_record(kind: type[T], content: Any, where: str) -> T:
@@ -64,7 +67,7 @@ def _read_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any
 
 
 def _read_fields(kind: Any, content: Mapping[str, Any], where: str) -> Any:
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     values = {}
     for field in fields(kind):
         if field.name in content:

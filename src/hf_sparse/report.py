@@ -17,6 +17,8 @@ from .records import read_record
 
 # Beside the weights of a checkpoint.
 REPORT_FILE = "pruning_report.json"
+EVALUATION_FILE = "pruning_evaluation.json"
+PAGE_FILE = "pruning_report.html"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ operations on dense weights (splitting, merging), which packed values would not 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -26,10 +27,14 @@ from transformers.utils import cached_file
 
 from .checkpoint import PackedLayer, metadata, sort_metadata
 from .errors import CheckpointError, SaveError
+from .files import stale_files
+from .hub.card import is_own_card, model_card
+from .hub.push import push_to_hub
+from .hub.source import CARD
 from .layers import SparseExperts, SparseLinear
 from .layers.linear import VALUES
 from .logging import get_logger
-from .report import REPORT_FILE, PruningReport
+from .report import EVALUATION_FILE, REPORT_FILE, PruningReport
 
 logger = get_logger(__name__)
 
@@ -90,17 +95,19 @@ class ValuesRenaming(WeightRenaming):
 
 
 def install_saving(model: PreTrainedModel) -> None:
-    """Make `model.save_pretrained` complete or without effect, and keep in-memory names.
+    """Make `model.save_pretrained` and `model.push_to_hub` those of sparse models.
 
-    An attribute of the instance, like accelerate's hooked forwards: it survives copies and
-    pickling, and Trainer and push_to_hub come through it.
+    Attributes of the instance, like accelerate's hooked forwards: they survive copies and
+    pickling, and Trainer comes through them.
     """
     model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
+    model.push_to_hub = partial(push_to_hub, model)  # type: ignore[method-assign]
 
 
 def remove_saving(model: PreTrainedModel) -> None:
     """Undo `install_saving`."""
-    model.__dict__.pop("save_pretrained", None)
+    for name in ("save_pretrained", "push_to_hub"):
+        model.__dict__.pop(name, None)
 
 
 def save_pretrained(
@@ -112,7 +119,8 @@ def save_pretrained(
 ) -> None:
     """transformers' `save_pretrained`, so that files appear complete or not at all.
 
-    What pruning reported goes beside the weights, as pruning_report.json.
+    What pruning reported goes beside the weights, as pruning_report.json, and a model card made
+    from it, as README.md, unless the folder has one that somebody wrote.
 
     Args:
         model: the model to save.
@@ -129,16 +137,25 @@ def save_pretrained(
     if "max_shard_size" in hub:
         kwargs["max_shard_size"] = hub["max_shard_size"]
     kwargs["save_original_format"] = False
-    report = getattr(getattr(model, "hf_quantizer", None), "report", None)
 
     def write(folder: str) -> None:
         type(model).save_pretrained(model, folder, *args, **kwargs)
-        if report is not None:
-            (Path(folder) / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+        _write_companions(model, Path(folder))
 
     write_folder(save_directory, write)
     if push_to_hub:
         model.push_to_hub(hub.pop("repo_id", Path(save_directory).resolve().name), **hub)
+
+
+def _write_companions(model: PreTrainedModel, folder: Path) -> None:
+    """What goes beside the weights: the pruning report, the evaluation and the model card."""
+    quantizer = model.hf_quantizer
+    held = {REPORT_FILE: quantizer.report, EVALUATION_FILE: quantizer.evaluation}
+    for name, value in held.items():
+        if value is not None:
+            text = json.dumps(value.to_dict(), indent=2)
+            (folder / name).write_text(text, encoding="utf-8")
+    model_card(model, folder).save(folder / CARD)
 
 
 def saved_report(folder: Path) -> PruningReport | None:
@@ -280,14 +297,10 @@ def write_file(path: str | os.PathLike[str], text: str) -> None:
 
 def _move(staging: Path, target: Path) -> None:
     new = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
-    patterns = ("model*.safetensors", "model*.safetensors.index.json", REPORT_FILE)
-    replaced = any(p.match(pattern) for p in new for pattern in patterns)
-    stale = [
-        p.name
-        for pattern in patterns
-        for p in target.glob(pattern)
-        if replaced and Path(p.name) not in new
-    ]
+    if is_own_card(target / CARD):
+        new = [path for path in new if path != Path(CARD)]
+    held = [path.name for path in target.iterdir()]
+    stale = stale_files([path.as_posix() for path in new], held)
     for path in sorted(new, key=lambda p: p.suffix == ".json"):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / path, target / path)

@@ -65,26 +65,13 @@ def load(model: str, revision: str | None, dtype: str, device_map: str | None, *
     """A model, of the kind that its config names, and its tokenizer, or None if it has none."""
     import transformers
 
-    import hf_sparse  # noqa: F401 - registers the method
+    from hf_sparse.tokenizer import find_tokenizer
 
     check_dtype(dtype)
     config = transformers.AutoConfig.from_pretrained(model, revision=revision)
     settings = {"revision": revision, "dtype": dtype, "device_map": device_map, **more}
     loaded = _auto_class(config).from_pretrained(model, **settings)
-    return loaded, load_tokenizer(model, revision)
-
-
-def load_tokenizer(model: str, revision: str | None) -> Any:
-    """A model's tokenizer; None if it has none."""
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
-    except (OSError, ValueError, KeyError):
-        return None
-    # Where there are no files, transformers may make one up, of special tokens and at most "▁".
-    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-    return tokenizer if len(words) > 1 else None
+    return loaded, find_tokenizer(model, revision)
 
 
 def check_dtype(dtype: str) -> None:

@@ -114,6 +114,22 @@ def test_unpacking_gives_back_what_was_packed(name, groups, shape, dtype):
 
 @every_fit
 @every_shape
+def test_a_sample_has_a_dense_matrix_s_entries_where_the_weight_is_kept(name, groups, shape):
+    verdict = accepted(name, make_weight(shape, groups), groups)
+    packed = verdict.format.pack(make_weight(shape, groups))
+    # A weight that numbers its entries says where the values belong.
+    dense = torch.arange(1.0, shape[0] * shape[1] + 1).view(shape)
+    parts = [verdict.format.sample(packed, dense[i : i + 2], i) for i in range(0, shape[0], 2)]
+    sampled = torch.cat(parts)
+    assert sampled.shape == packed["weight"].shape
+    back = verdict.format.unpack({**packed, "weight": sampled}, shape, torch.float32)
+    kept = (make_weight(shape, groups) != 0) | (back != 0)
+    assert torch.equal(back, dense.where(kept, 0))
+    assert int(kept.sum()) == sampled.numel()
+
+
+@every_fit
+@every_shape
 @every_dtype
 def test_the_bytes_promised_are_the_bytes_taken_and_the_specs_describe_them(
     name, groups, shape, dtype

@@ -70,7 +70,7 @@ class Client:
             text=True,
             timeout=120,
         )
-        assert not self.hub.unanswered
+        assert not self.hub.unanswered, self.hub.unanswered
         return done
 
     def check(self, code: str, *args: object, **env: str) -> None:

@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 USER = "me"
 WRITE_TOKEN, READ_TOKEN = "hf_write", "hf_read"
 
@@ -43,17 +45,22 @@ class HubError(Exception):
 
 @dataclass
 class Repo:
-    """A model repository: immutable commits, and branches and pull requests that name them."""
+    """A model repository: immutable commits, and branches and pull requests that name them.
+
+    `messages` has the title and the description of each commit.
+    """
 
     private: bool
     commits: dict[str, Files] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, tuple[str, str]] = field(default_factory=dict)
 
-    def commit(self, ref: str, files: Files) -> str:
+    def commit(self, ref: str, files: Files, message: tuple[str, str] = ("", "")) -> str:
         """Make `files` the whole content of `ref`; the new commit's id."""
         content = [self.refs.get(ref), *((path, oid(path, files[path])) for path in sorted(files))]
         sha = hashlib.sha1(json.dumps(content).encode()).hexdigest()
         self.commits[sha] = files
+        self.messages[sha] = message
         self.refs[ref] = sha
         return sha
 
@@ -90,6 +97,7 @@ class Hub:
         uploaded: LFS files by SHA-256.
         requests: "METHOD path" of all requests, in order.
         unanswered: those that no route matched; if there are any, this server lags the client.
+        failures: regexes of requests that fail once: with a status, or cut off for None.
     """
 
     url: str = ""
@@ -97,6 +105,7 @@ class Hub:
     uploaded: Files = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     unanswered: list[str] = field(default_factory=list)
+    failures: dict[str, int | None] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -112,9 +121,17 @@ class Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        asked = f"{self.command} {urlsplit(self.path).path}"
         with self.hub.lock:
+            failure = next((p for p in self.hub.failures if re.fullmatch(p, asked)), None)
+            status = self.hub.failures.pop(failure) if failure else 0
+            if status is None:
+                self.close_connection = True
+                return
             try:
-                reply = self._answer(f"{self.command} {urlsplit(self.path).path}")
+                if status:
+                    raise HubError(status, "this once")
+                reply = self._answer(asked)
             except HubError as error:
                 reply = error.reply
         self.send_response(reply.status)
@@ -154,7 +171,10 @@ class Handler(BaseHTTPRequestHandler):
         return _json({"name": USER, "orgs": [], "auth": {"accessToken": token}})
 
     def validate_yaml(self) -> Reply:
-        return _json({"errors": [], "warnings": []})
+        block = re.match(r"---\n(.*?)\n---\n", json.loads(self.body)["content"], re.DOTALL)
+        errors = card_errors(yaml.safe_load(block[1]) if block else None)
+        found = {"errors": [{"message": text} for text in errors], "warnings": []}
+        return _json(found, 400 if errors else 200)
 
     def info(self, name: str, revision: str = "main") -> Reply:
         repo = self._repo(name)
@@ -162,13 +182,23 @@ class Handler(BaseHTTPRequestHandler):
         sha = repo.resolve(revision)
         return _json({"id": name, "sha": sha, "private": repo.private, "siblings": siblings})
 
-    def tree(self, name: str, revision: str) -> Reply:
+    def tree(self, name: str, revision: str, folder: str = "") -> Reply:
+        if folder:  # no repository here has one
+            raise HubError(404, f"{folder} does not exist", "EntryNotFound")
         entries = []
         for path, content in self._repo(name).files(revision).items():
             entry = {"size": len(content), "oid": oid(path, content)}
             lfs = {"lfs": entry | {"pointerSize": 130}} if is_lfs(path) else {}
             entries.append({"type": "file", "path": path, **entry, **lfs})
         return _json(entries)
+
+    def refs(self, name: str) -> Reply:
+        branches = [
+            {"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": sha}
+            for ref, sha in self._repo(name).refs.items()
+            if not ref.startswith("refs/")
+        ]
+        return _json({"branches": branches, "converts": [], "tags": []})
 
     def create_branch(self, name: str, branch: str) -> Reply:
         self._check_write(name)
@@ -179,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         return _json({})
 
     def preupload(self, name: str, revision: str) -> Reply:
-        self._check_write(name)
+        self._check_write(name, proposed=self._proposes())
         held = self._repo(name).files(revision)
         modes = []
         for path in (file["path"] for file in json.loads(self.body)["files"]):
@@ -189,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
         return _json({"files": modes})
 
     def lfs_batch(self, name: str) -> Reply:
-        self._check_write(name)
+        self._check_write(name, proposed=True)  # it isn't told what for
         objects = json.loads(self.body)["objects"]
         for entry in objects:
             if entry["oid"] not in self.hub.uploaded:
@@ -203,23 +233,28 @@ class Handler(BaseHTTPRequestHandler):
         return Reply()
 
     def commit(self, name: str, revision: str) -> Reply:
-        self._check_write(name)
+        self._check_write(name, proposed=self._proposes())
         repo = self._repo(name)
         files = dict(repo.files(revision))
+        message = ("", "")
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile" and value["oid"] in self.hub.uploaded:
                 files[value["path"]] = self.hub.uploaded[value["oid"]]
-            elif line["key"] != "header":
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+            elif line["key"] == "header":
+                message = value["summary"], value["description"]
+            else:
                 raise HubError(400, f"can't commit {line}")
         done = {}
-        if "create_pr=1" in urlsplit(self.path).query:
+        if self._proposes():
             number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
             revision = f"refs/pr/{number}"
             done["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/{number}"
-        sha = repo.commit(revision, files)
+        sha = repo.commit(revision, files, message)
         return _json(done | {"commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}"})
 
     def download(self, name: str, revision: str, path: str) -> Reply:
@@ -245,10 +280,14 @@ class Handler(BaseHTTPRequestHandler):
             raise HubError(404, "Repository not found", "RepoNotFound")
         return repo
 
-    def _check_write(self, name: str) -> None:
+    def _proposes(self) -> bool:
+        return "create_pr=1" in urlsplit(self.path).query
+
+    def _check_write(self, name: str, proposed: bool = False) -> None:
+        """Only the owner may write; anyone may propose a commit as a pull request."""
         if self.token != WRITE_TOKEN:
             raise HubError(403 if self.token else 401, "you need a token with write permission")
-        if name.split("/")[0] != USER:
+        if name.split("/")[0] != USER and not proposed:
             raise HubError(403, f"you don't have the rights to write to {name}")
 
     def log_message(self, *args: Any) -> None:
@@ -259,14 +298,54 @@ def _json(value: Any, status: int = 200) -> Reply:
     return Reply(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
 
 
+RELATIONS = ("adapter", "finetune", "merge", "quantized")
+
+
+def card_errors(data: Any) -> list[str]:
+    """What the Hub has against a model card's metadata, as far as these tests go.
+
+    The rules are those of its documentation: ids of repositories, the four relations, and the
+    model-index of the old Papers with Code.
+    """
+    if not isinstance(data, dict):
+        return ["the card has no metadata"]
+    errors = []
+    bases = data.get("base_model", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(base)):
+            errors.append(f'"base_model" with value "{base}" is not valid')
+    if data.get("base_model_relation", "merge") not in RELATIONS:
+        errors.append(f'"base_model_relation" must be one of {RELATIONS}')
+    if not all(isinstance(tag, str) for tag in data.get("tags", [])):
+        errors.append('"tags" must be strings')
+    for entry in data.get("model-index", []):
+        if not (isinstance(entry.get("name"), str) and entry.get("results")):
+            errors.append('"model-index[0].name" and "results" are required')
+            continue
+        for result in entry["results"]:
+            strings = [
+                result["task"].get("type"),
+                *(result["dataset"].get(key) for key in ("name", "type")),
+                *(metric.get("type") for metric in result["metrics"]),
+            ]
+            numbers = [metric.get("value") for metric in result["metrics"]]
+            if not all(isinstance(text, str) and text for text in strings):
+                errors.append('"model-index" has a result without task, dataset or metric type')
+            if not all(isinstance(number, int | float) for number in numbers):
+                errors.append('"model-index" has a metric without a value')
+    return errors
+
+
 REPO = "([^/]+/[^/]+)"
 ROUTES: list[tuple[str, Callable[..., Reply]]] = [
     ("POST /api/repos/create", Handler.create_repo),
     ("GET /api/whoami-v2", Handler.whoami),
     ("POST /api/validate-yaml", Handler.validate_yaml),
     (f"GET /api/models/{REPO}", Handler.info),
+    (f"GET /api/models/{REPO}/refs", Handler.refs),
     (f"GET /api/models/{REPO}/revision/([^/]+)", Handler.info),
     (f"GET /api/models/{REPO}/tree/([^/]+)", Handler.tree),
+    (f"GET /api/models/{REPO}/tree/([^/]+)/(.+)", Handler.tree),
     (f"POST /api/models/{REPO}/branch/([^/]+)", Handler.create_branch),
     (f"POST /api/models/{REPO}/preupload/([^/]+)", Handler.preupload),
     (f"POST /api/models/{REPO}/commit/([^/]+)", Handler.commit),

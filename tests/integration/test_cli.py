@@ -473,24 +473,6 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_push_that_breaks_off_says_where_the_result_is(fails, dense, tmp_path, monkeypatch):
-    from transformers import PreTrainedTokenizerBase
-
-    from hf_sparse_cli.commands import prune
-
-    def broken(*args, **kwargs):
-        raise ConnectionError("the line is dead")
-
-    monkeypatch.setattr(prune, "check_push", lambda repository: None)
-    monkeypatch.setattr(LlamaForCausalLM, "push_to_hub", lambda *args, **kwargs: None)
-    monkeypatch.setattr(PreTrainedTokenizerBase, "push_to_hub", broken)
-    out = tmp_path / "out"
-    options = ["--method", "magnitude", "--output", out, "--push-to-hub", "me/x"]
-    said = fails("prune", dense, *options)
-    assert said.startswith(f"saved in {out}, but not pushed to me/x: ConnectionError: the line is")
-    assert (out / "model.safetensors").exists()
-
-
 def test_eval_says_what_is_missing(fails, sparse, dense, text):
     assert "nothing to measure: pass --data, --speed or --tasks" in fails("eval", sparse)
     said = fails("eval", sparse, "--speed", "--dense", dense)

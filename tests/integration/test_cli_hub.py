@@ -69,9 +69,13 @@ def test_a_model_is_pruned_to_the_hub_and_inspected_there(
 ) -> None:
     client = Client(hub, tmp_path / "home")
     prune = ["prune", str(dense), "--method", "magnitude", "--output", str(tmp_path / "out")]
-    pushed, seen, missing, revision, theirs = run(
+    hub.repos["you/shared"] = Repo(private=False)
+    hub.repos["you/shared"].commit("main", {})
+    pushed, branch, proposed, seen, missing, revision, theirs = run(
         client,
         [*prune, "--push-to-hub", "me/pruned", "--private", "--json"],
+        [*prune, "--push-to-hub", "me/pruned", "--push-revision", "second"],
+        [*prune, "--push-to-hub", "you/shared", "--create-pr"],
         ["inspect", "me/pruned", "--json"],
         ["inspect", "me/missing"],
         ["inspect", "me/pruned", "--revision", "nope"],
@@ -83,6 +87,11 @@ def test_a_model_is_pruned_to_the_hub_and_inspected_there(
     assert repo.private
     stored = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert repo.files()["model.safetensors"] == stored
+
+    assert (branch[0], proposed[0]) == (0, 0), (branch, proposed)
+    assert repo.files("second")["model.safetensors"] == stored
+    assert hub.repos["you/shared"].files() == {}
+    assert hub.repos["you/shared"].files("refs/pr/1")["model.safetensors"] == stored
 
     values = json.loads(seen[1])
     assert len(values["layers"]) == LAYERS
@@ -96,6 +105,22 @@ def test_a_model_is_pruned_to_the_hub_and_inspected_there(
     assert "no such revision or file" in sentence(revision)
     assert "you/pruned belongs to you, and the token in use to me" in sentence(theirs)
     assert "you/pruned" not in hub.repos
+
+
+def test_a_push_that_fails_leaves_what_was_saved_and_says_how_to_go_on(
+    hub: Hub, dense: Path, tmp_path: Path
+) -> None:
+    client, out = Client(hub, tmp_path / "home"), tmp_path / "out"
+    hub.failures["POST /api/models/me/cut/commit/main"] = None
+    prune = ["prune", str(dense), "--method", "magnitude", "--output", str(out)]
+    (result,) = run(client, [*prune, "--push-to-hub", "me/cut"])
+    said = sentence(result)
+    assert said.startswith(f"saved in {out}, but not pushed, `hf upload me/cut {out}` tries again:")
+    assert "the connection broke off" in said
+    assert {"README.md", "config.json", "model.safetensors", "pruning_report.json"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert set(hub.repos["me/cut"].files()) == {".gitattributes"}
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,28 @@ import shutil
 
 import pytest
 import torch
+from hub_client import Client
+from hub_server import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import hf_sparse
 from conftest import ROOT
 from hf_sparse_cli import main
 from hf_sparse_cli.commands import report as command
+
+PUSH = """
+import sys
+import hf_sparse
+from transformers import AutoModelForCausalLM
+
+AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("me/pruned")
+"""
+MAKE = """
+import sys
+from hf_sparse_cli import main
+
+main(["report", sys.argv[1], "--output", sys.argv[2]])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +133,14 @@ def test_it_says_what_is_no_checkpoint_with_a_report(capsys, sparse, dense, tmp_
     assert "has no pruning_report.json" in run(capsys, copy, "--output", out)[2]
     assert "is a folder: pass a file" in run(capsys, sparse, "--output", tmp_path)[2]
     assert not out.exists()
+
+
+def test_a_checkpoint_on_the_hub_is_fetched(sparse, tmp_path):
+    with serve() as hub:
+        client = Client(hub, tmp_path / "home")
+        client.check(PUSH, sparse)
+        client.check(MAKE, "me/pruned", tmp_path / "hub.html")
+        assert [path for path in hub.repos["me/pruned"].files() if path == "pruning_report.json"]
+    with pytest.raises(SystemExit):
+        main(["report", str(sparse), "--output", str(tmp_path / "folder.html")])
+    assert (tmp_path / "hub.html").read_bytes() == (tmp_path / "folder.html").read_bytes()

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from conftest import ROOT
+from hf_sparse import SparseLinear
 
 EXAMPLES = [p for p in (ROOT / "examples").glob("*.py") if p.name != "reference_figures.py"]
 
@@ -63,3 +65,27 @@ def test_a_sentence_encoder_keeps_its_embeddings(run, tmp_path):
     assert 0.8 < float(re.search(r"cosine .* ([\d.]+)\n", printed)[1]) < 0.999
     dense, sparse = (float(x) for x in re.findall(r"([\d.]+) MB", printed))
     assert sparse < 0.8 * dense
+
+
+@pytest.mark.filterwarnings("ignore:.pin_memory. argument:UserWarning")  # Trainer, without a GPU
+def test_full_fine_tuning_recovers_and_keeps_the_pattern(run, tmp_path):
+    printed = run("finetune_full.py", "--steps", 4, "--output", tmp_path / "out")
+    dense, pruned, trained = (float(x) for x in re.findall(r"perplexity ([\d.]+)", printed))
+    assert dense < trained < pruned
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert len(layers) == 56
+    for layer in layers:
+        assert int((layer.weight == 0).sum()) == int(0.6 * layer.weight.numel())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning", "ignore:.pin_memory."
+)
+def test_an_adapter_is_trained_and_merged_into_a_sparse_checkpoint(run, tmp_path):
+    printed = run("finetune_lora.py", "--steps", 4, "--output", tmp_path / "out")
+    sparse, adapted, merged = (float(x) for x in re.findall(r"perplexity ([\d.]+)", printed))
+    assert adapted < sparse
+    assert merged < 1.05 * sparse
+    assert "56 sparse layers, resolve" in printed
+    assert (tmp_path / "out" / "model.safetensors").exists()

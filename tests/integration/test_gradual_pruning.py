@@ -132,7 +132,7 @@ def test_a_resumed_run_goes_on_where_it_was(tiny, token_ids, tmp_path, method):
     changes = {"save_strategy": "steps", "save_steps": 5}
 
     def callback():
-        return SparsityCallback("cubic", start=0, end=8, frequency=2, sparsity=0.6, method=method)
+        return SparsityCallback("cubic", start=0, end=8, frequency=4, sparsity=0.6, method=method)
 
     straight = Zeros()
     train(tiny, token_ids, tmp_path / "a", callback(), straight, **changes)
@@ -141,8 +141,9 @@ def test_a_resumed_run_goes_on_where_it_was(tiny, token_ids, tmp_path, method):
     resumed = Zeros()
     checkpoint = str(tmp_path / "a" / "checkpoint-5")
     train(tiny, token_ids, tmp_path / "b", callback(), resumed, resume=checkpoint, **changes)
-    for name, zeros in straight.steps[4].items():
-        assert bool((zeros <= resumed.steps[0][name]).all())
+    for name, zeros in straight.steps[4].items():  # masks were chosen after step 4
+        assert bool(zeros.any())
+        assert torch.equal(resumed.steps[0][name], zeros)
     for name, zeros in zeros_of(tiny).items():
         if method == "magnitude":
             assert torch.equal(zeros, expected[name])

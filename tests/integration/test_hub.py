@@ -30,8 +30,8 @@ ids = torch.arange(3, 61).reshape(2, 29)
 
 
 def contents(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The model's files, by path; attributes and the card come with a push only."""
-    added = (".gitattributes", "README.md")
+    """The files that a push shares with a saved folder; a card has the name of its place in it."""
+    added = (".gitattributes", "README.md", "pruning_report.html")
     return {path: content for path, content in files.items() if path not in added}
 
 
@@ -93,6 +93,7 @@ def test_a_pushed_repository_holds_packed_tensors_and_a_config_that_names_hf_spa
     files = hub.repos["me/tiny-sparse"].files()
     assert {"README.md", "config.json", "generation_config.json", "model.safetensors"} < set(files)
     assert not [path for path in files if path.endswith(".index.json")]
+    assert not [path for path in files if "token" in path]  # none is made up
     config = json.loads(files["config.json"])
     assert config["quantization_config"]["quant_method"] == "hf_sparse"
     assert b"sparsity_config" not in files["config.json"]
@@ -162,13 +163,13 @@ def test_a_push_that_the_hub_refuses_raises_and_leaves_the_repository_as_it_was(
     repo = client.hub.repos["me/tiny-sparse"]
     before = dict(repo.refs), len(repo.commits), set(client.hub.repos)
     code = """
-from huggingface_hub.errors import HfHubHTTPError
+from hf_sparse import HubError
 
 def refused(push, name, token):
     try:
         push(name, token)
-    except HfHubHTTPError as error:
-        return error.response.status_code
+    except HubError as error:
+        return error.__cause__.response.status_code
 
 def push(name, token):
     model.push_to_hub(name, token=token)

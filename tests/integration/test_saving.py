@@ -86,6 +86,7 @@ def test_saving_over_a_checkpoint_removes_its_stale_shards(sparse, tmp_path, tok
     sparse.save_pretrained(tmp_path)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -21,7 +21,7 @@ extern "C" {
 int32_t t16_path_count();
 const char* t16_path_name(int32_t);
 int32_t t16_path_available(int32_t);
-int32_t t16_check(const Weight*);
+int32_t t16_check(Weight*);
 int64_t t16_count_dense(int64_t, int64_t, const void*, int64_t, int32_t);
 int32_t t16_pack_dense(int64_t, int64_t, const void*, int64_t, int32_t, uint32_t*, uint64_t*,
                        uint32_t*, void*, int64_t, ParallelFor);
@@ -117,7 +117,7 @@ void one_case() {
          "pack_dense");
   Weight w = {n, k, reinterpret_cast<uint32_t*>(masks.data),
               reinterpret_cast<uint64_t*>(base.data), reinterpret_cast<uint32_t*>(off.data),
-              values.data, dtype == kI8 ? scale : nullptr, value_bytes, group, dtype};
+              values.data, dtype == kI8 ? scale : nullptr, value_bytes, group, dtype, 0};
   expect(t16_check(&w) == kOk, "check");
 
   // To the file's layout and back: the same bytes.

@@ -348,6 +348,25 @@ def test_a_data_set_that_the_hub_does_not_give_is_an_error(hub, monkeypatch, err
         make("someone/texts", Decoder())
 
 
+def test_a_stream_that_breaks_off_is_one_sentence_with_its_cause(hub, monkeypatch):
+    class ConnectionLostError(Exception):
+        """Neither an OSError nor a ValueError, as in the libraries that read from the network."""
+
+    def rows():
+        yield {"text": "5 6 7"}
+        raise ConnectionLostError("peer closed\nthe connection")
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda *a, **k: rows())
+    expected = (
+        "dataset='someone/texts' broke off on the Hub after 1 rows: try again, or download it and "
+        "pass a file (ConnectionLostError: peer closed the connection)"
+    )
+    with pytest.raises(CalibrationError) as caught:
+        make("someone/texts", Decoder())
+    assert str(caught.value) == expected
+    assert isinstance(caught.value.__cause__, ConnectionLostError)
+
+
 def test_a_hub_name_without_the_package_datasets_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CalibrationError, match=r"pip install 'hf_sparse\[datasets\]'"):

@@ -219,7 +219,8 @@ def test_a_hub_id_is_read_from_the_split_that_is_asked_for(tiny, monkeypatch):
 
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert hf_sparse.perplexity(tiny, None, "wikitext2").tokens == 2
+    measured = hf_sparse.perplexity(tiny, None, "wikitext2")
+    assert (measured.tokens, measured.data.source) == (2, "wikitext2")
     hf_sparse.perplexity(tiny, None, "me/mine:small", split="validation")
     assert asked == [
         (("Salesforce/wikitext", "wikitext-2-raw-v1"), "test"),
@@ -229,7 +230,7 @@ def test_a_hub_id_is_read_from_the_split_that_is_asked_for(tiny, monkeypatch):
 
 def test_a_hub_id_that_the_hub_does_not_give_is_named(tiny):
     pytest.importorskip("datasets")
-    with pytest.raises(EvaluationError, match="'nobody/nothing' is neither a file here nor"):
+    with pytest.raises(CalibrationError, match="'nobody/nothing' is neither a file here nor"):
         hf_sparse.perplexity(tiny, None, "nobody/nothing")
 
 

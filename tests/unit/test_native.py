@@ -206,6 +206,25 @@ def test_non_finite_inputs_come_out_as_of_linear(
     assert torch.equal(y.isneginf(), expected.isneginf())
 
 
+@pytest.mark.parametrize("x_dtype", FLOATS)
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("odd", [float("inf"), float("-inf"), float("nan"), 2.0**-130])
+def test_infinite_and_subnormal_weights_count_as_in_linear(
+    x_dtype: torch.dtype, m: int, odd: float
+) -> None:
+    kept = sparse(35, 67, 0.5, torch.Generator().manual_seed(5)).bfloat16()
+    kept[3] = 0
+    kept[3, 7] = odd
+    weight = native.pack_dense(kept)
+    x = torch.full((m, 67), 2.0).to(x_dtype)
+    y = native.linear(x, weight)[:, 3]
+    expected = torch.nn.functional.linear(x.double(), kept.double()).to(x_dtype)[:, 3]
+    assert torch.equal(y.nan_to_num(nan=0.5), expected.nan_to_num(nan=0.5))
+    if m > 1 and "amx" in PATHS:
+        with pytest.raises(native.NativeError, match="cannot run that path"):
+            native.linear(x, weight, path="amx")
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("m", [1, 2, 5, 33, 130])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import hf_sparse
+from conftest import ROOT
 from hf_sparse import PruningReport, SaveError, SparseConfig
 from hf_sparse.evaluation import Evaluation, Texts
 from hf_sparse.report import LayerReport
@@ -252,6 +253,17 @@ def test_the_page_of_a_model_of_7_billion_weights_stays_below_2_mb():
     view = view_mask("", torch.randn(200, 200).relu())
     html = render(report, [dataclasses.replace(view, name=name) for name in names])
     assert len(html.encode()) < 2_000_000
+
+
+def test_every_asset_is_in_the_wheel():
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = content["tool"]["setuptools"]["package-data"]["hf_sparse"]
+    package = ROOT / "src" / "hf_sparse"
+    listed = {path for pattern in patterns for path in package.glob(pattern)}
+    assets = {path for path in package.rglob("*") if path.suffix in (".html", ".css", ".js")}
+    assert len(assets) == 3
+    assert assets <= listed
 
 
 def test_a_page_that_can_not_be_written_leaves_what_was_there(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from ..kernels import native
-from . import endtoend, layers
+from . import endtoend, gpu, layers
 from .tables import RESULTS, write
 
 Item = TypeVar("Item")
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
   hf-sparse bench layers --shapes 4096x4096 --sparsity 0.5,0.7 --rows 1,16
   hf-sparse bench layers --path avx2 --threads 1
   hf-sparse bench layers --values int8,int4 --group-size 128 --rows 1
+  hf-sparse bench gpu --parts decode,prefill
   hf-sparse bench model --presets 135m,1b --sparsity 0.5
 """
 
@@ -111,6 +113,11 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     whole.add_argument("--prompt", type=int, default=256)
     whole.add_argument("--tokens", type=int, default=16)
     whole.add_argument("--rounds", type=int, default=5)
+    device = commands.add_parser("gpu", help="all that an NVIDIA GPU gains")
+    device.add_argument("--parts", type=listed(one_of(gpu.PARTS)), default=tuple(gpu.PARTS))
+    device.add_argument("--layers", type=int, default=32, help="of the Llama-8B-shaped model")
+    device.add_argument("--json", action="store_true", help="print gpu.json, no table")
+    device.add_argument("--output", type=Path, default=Path("bench-results"))
     for command, sparsity in ((single, (0.5, 0.6, 0.7, 0.8)), (whole, (0.5,))):
         command.add_argument("--sparsity", type=listed(fraction), default=sparsity)
         command.add_argument("--threads", type=listed(int), default=threads)
@@ -127,6 +134,11 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> None
         program: its name, for help and errors.
     """
     given = _parse(arguments, program)
+    if given.command == "gpu":
+        found = gpu.measure(given.parts, given.layers)
+        text = gpu.write(given.output, found)
+        sys.stdout.write(json.dumps(found) + "\n" if given.json else text)
+        return
     points: list[layers.LayerPoint] = []
     speed: list[endtoend.SpeedPoint] = []
     memory: list[endtoend.MemoryPoint] = []

@@ -71,6 +71,7 @@ def make_batches(
     seed: int,
     vocab_size: int | None,
     keep_labels: bool = False,
+    split: str = "train",
 ) -> CalibrationData:
     """Turn a `SparseConfig.dataset` into batches; see the module's text for the rules.
 
@@ -86,13 +87,15 @@ def make_batches(
         vocab_size: ids must be below it; None skips the check.
         keep_labels: the model makes its decoder's inputs of `labels`: leave them in dicts without
             `decoder_input_ids`. All others lose them.
+        split: of a data set that is named by its Hub id.
 
     Raises:
         CalibrationError: nothing usable in the data, too little for one sequence, ids outside
-            the vocabulary, a file that isn't there, text without a tokenizer.
+            the vocabulary, a file that isn't there, text without a tokenizer, a Hub data set that
+            can't be read.
     """
     load_tokenizer = cache(load_tokenizer)
-    items, source = open_source(dataset, seed, num_samples)
+    items, source = open_source(dataset, seed, num_samples, split)
     first, items = _peek(items, source)
     if is_row(first):
         rows = _read_rows(items, RowReader.of(first, load_tokenizer()), num_samples, batch_size)

@@ -72,13 +72,15 @@ def _filled(own: Observed | None, shared: Observed, limit: int) -> Observed:
     note += f"of its statistics is the mean of all {total} that enter the experts"
     if own is None:
         return Observed(replace(shared.statistics, tokens=0), note=note)
+    note = f"{own.note}; {note}" if own.note else note
     return Observed(shrink(own.statistics, shared.statistics, routed / limit), note=note)
 
 
 def _inputs(layer: nn.Module) -> int:
-    """How many a linear layer has."""
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features
+    """How many a linear layer, or the one that an adapter wraps, has."""
+    linear = getattr(layer, "base_layer", layer)
+    assert isinstance(linear, nn.Linear)
+    return linear.in_features
 
 
 def _tokens(observed: Observed) -> int:

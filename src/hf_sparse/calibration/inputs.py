@@ -3,13 +3,12 @@
 Layers that are handed the very same tensor (q/k/v, gate/up) share one collector, for as long as
 they are.
 
-If the walk carries the dense model along, each call's dense twin runs after it, so that the inputs
+If the walk carries the dense model along, each call's dense twin runs first, so that the inputs
 of the same tokens in the dense model are at hand when the pruned ones are counted.
 
 The layers of an expert see the tokens that are routed to it, in the order of the tokens; which
-ones these are is told by the choice that their `SparseExperts` is called with. The dense model may
-route tokens otherwise: it sends those that the pruned one has chosen through the expert, beside its
-own pass.
+ones these are is told by the choice that their `SparseExperts` is called with. A token that the
+dense model routes elsewhere has no dense input there: its own stands in for it.
 """
 
 from __future__ import annotations
@@ -121,12 +120,11 @@ class _Pass:
     """One pass through the unit: each layer's inputs in the order of its calls, without padding.
 
     Layers that were handed the same tensor have the same object here. Of experts' layers the
-    tokens' numbers are kept as well, by the number of their `SparseExperts`' call.
+    tokens' numbers are kept as well.
     """
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    routed: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    entered: Counter[SparseExperts] = field(default_factory=Counter)
+    routed: dict[str, list[Tensor]] = field(default_factory=dict)
     streams: dict[str, Tensor] = field(default_factory=dict)
     by_tensor: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -165,9 +163,9 @@ class _Collection:
         self._experts = find_experts(visit.unit.module, layers)
         self._choices: dict[SparseExperts, Tensor] = {}
         self._everywhere, self._beside = everywhere, False
-        self._wanted: _Pass | None = None  # in a dense pass: the pruned one
         self._groups: list[_Group] = []
         self._residuals: dict[str, Tensor] = {}
+        self._strays: Counter[str] = Counter()  # tokens without a dense input
         self._now = _Pass()
         self._stream: Tensor | None = None
         self._padding = Padding()
@@ -176,13 +174,13 @@ class _Collection:
         with self._watching(layers):
             for index, call in enumerate(visit.calls):
                 self._padding = call.padding
+                twin = self._pass_dense(index, dense) if dense is not None else None
                 own = self._pass(call, partial(visit.run, visit.unit, call))
                 if index == 0:
                     # Each layer called once: the same will hold for the next batches. Offloading
                     # hooks need the end of the pass to put weights back.
                     once = all(len(own.inputs.get(name, ())) == 1 for name in layers)
                     self._stop_early = once and not hooked
-                twin = self._pass_dense(index, dense, own) if dense is not None else None
                 self._count(own, twin)
 
     def result(self) -> dict[str, Observed]:
@@ -200,8 +198,14 @@ class _Collection:
             residual = self._residuals.get(name)
             if residual is not None:
                 residual = residual / finished[name].tokens
-            observed[name] = Observed(finished[name], residual)
+            observed[name] = Observed(finished[name], residual, self._note(name))
         return observed
+
+    def _note(self, name: str) -> str | None:
+        strays = self._strays[name]
+        if not strays:
+            return None
+        return f"the dense model sends {strays} of its tokens elsewhere: its own outputs stay there"
 
     @contextmanager
     def _watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -225,57 +229,42 @@ class _Collection:
             run()
         return self._now
 
-    def _pass_dense(self, index: int, dense: DensePath, own: _Pass) -> _Pass:
+    def _pass_dense(self, index: int, dense: DensePath) -> _Pass:
         visit, stop_early = self._visit, self._stop_early
         call = visit.dense_calls[index]
-        self._wanted = own
-        try:
-            with dense.weights():
-                if not dense.leave:
-                    return self._pass(call, partial(visit.run, visit.unit, call))
-                self._stop_early = False
-                return self._pass(call, partial(visit.leave_dense, index))
-        finally:
-            self._stop_early, self._wanted = stop_early, None
+        with dense.weights():
+            if not dense.leave:
+                return self._pass(call, partial(visit.run, visit.unit, call))
+            self._stop_early = False
+            found = self._pass(call, partial(visit.leave_dense, index))
+            self._stop_early = stop_early
+            return found
 
     def _enter(self, experts: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Before experts run: keep what is chosen; send tokens through beside if that is wanted."""
+        """Before experts run: keep what is chosen; send all tokens through if that is wanted."""
         assert isinstance(experts, SparseExperts)
         call = signature(experts.forward).bind(*args, **kwargs).arguments
         self._choices[experts] = call["top_k_index"]
-        self._now.entered[experts] += 1
-        if not self._counts_beside:
+        if not self._everywhere:
             return
-        x, number = call["hidden_states"], self._now.entered[experts]
-        rows: dict[int, Tensor] = {}
-        for layer, (owner, index) in self._experts.items():
-            if owner is not experts:
-                continue
-            if self._everywhere:
-                rows[index] = self._tokens(experts, x)
-            elif self._wanted is not None and (self._names[layer], number) in self._wanted.routed:
-                rows[index] = x[self._wanted.routed[self._names[layer], number]]
+        inside = {index for owner, index in self._experts.values() if owner is experts}
+        rows = self._tokens(experts, call["hidden_states"])
         self._beside = True
         try:
-            for index in sorted(rows):
-                experts.compute(index, rows[index])
+            for index in sorted(inside):
+                experts.compute(index, rows)
         finally:
             self._beside = False
 
-    @property
-    def _counts_beside(self) -> bool:
-        """Are experts' inputs those of tokens sent through them beside the pass?"""
-        return self._everywhere or self._wanted is not None
-
     def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name, x, now = self._names[module], args[0], self._now
-        if module in self._experts and self._counts_beside != self._beside:
+        if module in self._experts and self._everywhere != self._beside:
             return
-        routed = None if self._beside else self._routed(module)
+        routed = None if self._everywhere else self._routed(module)
         if routed is not None:
             if not len(routed.tokens):
                 return  # padding alone
-            now.routed[name, now.entered[self._experts[module][0]]] = routed.tokens
+            now.routed.setdefault(name, []).append(routed.tokens)
         axes = Axes.of(module)
         seen = id(x), axes.spatial
         if seen not in now.by_tensor:
@@ -300,8 +289,19 @@ class _Collection:
             name = group.names[0]
             dense = twin.inputs.get(name, []) if twin is not None else []
             for index, rows in enumerate(own.inputs.get(name, ())):
-                same = index < len(dense) and dense[index].shape == rows.shape
-                group.collector.add(rows, dense[index] if same else rows)
+                # Tokens that the dense model routes otherwise stand in for themselves.
+                twins, there = rows, index < len(dense)
+                if name in own.routed and twin is not None:
+                    tokens = own.routed[name][index]
+                    others = twin.routed[name][index] if there else tokens[:0]
+                    same = torch.isin(tokens, others)
+                    self._strays.update(dict.fromkeys(group.names, int((~same).sum())))
+                    if there:
+                        twins = rows.clone()
+                        twins[same] = dense[index][torch.isin(others, tokens)]
+                elif there and dense[index].shape == rows.shape:
+                    twins = dense[index]
+                group.collector.add(rows, twins)
         for name, stream in own.streams.items() if twin is not None else ():
             assert twin is not None
             assert self._dense is not None

@@ -22,7 +22,7 @@ HUB_NAMES = {
 }
 
 
-def open_source(dataset: Any, seed: int, num_samples: int) -> tuple[Iterator[Any], str]:
+def open_source(dataset: Any, seed: int, num_samples: int, split: str) -> tuple[Iterator[Any], str]:
     """The items in the order in which they are drawn, and a name for the source."""
     if isinstance(dataset, str | Path):
         path = Path(dataset)
@@ -30,7 +30,7 @@ def open_source(dataset: Any, seed: int, num_samples: int) -> tuple[Iterator[Any
             raise CalibrationError(f"dataset {str(path)!r} is a folder: pass one file of it")
         if path.exists() or path.suffix in FILE_TYPES:
             return iter(_drawn(_read_file(path), seed, None)), path.name
-        return _read_hub(str(dataset)), str(dataset)
+        return _read_hub(str(dataset), split), str(dataset)
     if not isinstance(dataset, Iterable):
         raise CalibrationError(
             f"dataset of type {type(dataset).__name__} can't be iterated: pass a Hub id, a path, "
@@ -94,8 +94,8 @@ def _read_file(path: Path) -> list[Any]:
     return [page for page in re.split(r"\n?\n\0\n", text) if page.strip()]
 
 
-def _read_hub(name: str) -> Iterator[Any]:
-    """The training split of a Hub data set, streamed; "id:config" picks a configuration."""
+def _read_hub(name: str, split: str) -> Iterator[Any]:
+    """A split of a Hub data set, streamed; "id:config" picks a configuration."""
     try:
         import datasets
     except ImportError:
@@ -107,13 +107,32 @@ def _read_hub(name: str) -> Iterator[Any]:
     repository, configuration = HUB_NAMES.get(name, (repository, configuration))
     try:
         stream = datasets.load_dataset(
-            repository, configuration or None, split="train", streaming=True
+            repository, configuration or None, split=split, streaming=True
         )
-        return iter(stream)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of whichever library reads it
         raise CalibrationError(
-            f"dataset={name!r} is neither a file here nor a data set that the Hub gave: {error}"
+            f"dataset={name!r} is neither a file here nor a data set with a split {split!r} that "
+            f"the Hub gave: {_line(error)}"
         ) from error
+    return _rows(stream, name)
+
+
+def _rows(stream: Iterable[Any], name: str) -> Iterator[Any]:
+    """The rows of a stream; what breaks it off becomes one sentence."""
+    read = 0
+    try:
+        for row in stream:
+            read += 1
+            yield row
+    except Exception as error:
+        raise CalibrationError(
+            f"dataset={name!r} broke off on the Hub after {read} rows: try again, or download it "
+            f"and pass a file ({_line(error)})"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def text_of(item: Any) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +19,8 @@ SAMPLE_ROWS = 512
 FLUSH_ROWS = 256
 # H is symmetric: only tiles on and below the diagonal are computed, in strips of this many rows.
 STRIP = 128
+# On a GPU: wide enough that the products are few and large.
+GPU_STRIP = 2048
 
 
 class StatisticsCollector:
@@ -49,7 +55,8 @@ class StatisticsCollector:
         self._sample.append(rows[::step][: self._rows_per_batch].clone())
         if self._cross is not None:
             assert dense is not None
-            self._cross.addmm_(dense.float().T, rows)
+            with full_precision():
+                self._cross.addmm_(dense.float().T, rows)
         if self._hessian is None:
             self._squares += rows.square().sum(dim=0)
             return
@@ -87,6 +94,21 @@ class StatisticsCollector:
         rows = torch.cat(self._pending) if len(self._pending) > 1 else self._pending[0]
         self._pending.clear()
         assert self._hessian is not None
-        for start in range(0, rows.shape[1], STRIP):
-            end = min(start + STRIP, rows.shape[1])
-            self._hessian[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
+        strip = GPU_STRIP if rows.is_cuda else STRIP
+        with full_precision():
+            for start in range(0, rows.shape[1], strip):
+                end = min(start + strip, rows.shape[1])
+                self._hessian[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of fp32 in fp32, also where the user has allowed TF32: its 10 bits of mantissa cost
+    a Hessian's small eigenvalues."""
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

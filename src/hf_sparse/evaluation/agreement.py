@@ -107,7 +107,7 @@ def agreement(
             # A sample at a time: logits in fp32 are the largest tensors here.
             for p, q, mask in zip(expected, found, token_mask(batch), strict=True):
                 keep = mask.to(p.device)
-                kl = _kl_divergence(p[keep].float(), q.to(p.device)[keep].float())
+                kl = kl_divergence(p[keep].float(), q.to(p.device)[keep].float())
                 divergence += kl.sum(dtype=torch.float64).item()
                 same += int((p[keep].argmax(-1) == q.to(p.device)[keep].argmax(-1)).sum())
                 tokens += len(kl)
@@ -145,7 +145,7 @@ class _Deviation:
         return tuple(math.sqrt(d / r) if r else 0.0 for d, r in pairs)
 
 
-def _kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(softmax p || softmax q) of each row; tokens that p rules out count nothing."""
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
     probability = log_p.exp()

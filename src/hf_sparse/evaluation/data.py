@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration.data import Batch, CalibrationData, make_batches
-from ..calibration.sources import FILE_TYPES, HUB_NAMES
 from ..errors import EvaluationError
 from ..loading import LONGEST_SEQUENCE, limits
 
@@ -53,13 +51,14 @@ def load_data(
         )
     check_positive(num_samples=num_samples, batch_size=batch_size)
     loaded = make_batches(
-        _held_out(data, split),
+        data,
         load_tokenizer,
         num_samples=num_samples or sys.maxsize,
         seq_len=seq_len,
         batch_size=batch_size,
         seed=seed,
         vocab_size=vocab_size,
+        split=split,
     )
     if not all("input_ids" in batch for batch in loaded.batches):
         raise EvaluationError("the evaluation data have no input_ids: pass text or token ids")
@@ -80,30 +79,6 @@ def check_causal(model: nn.Module) -> None:
         raise EvaluationError(
             f"{type(model).__name__} is no causal language model: load it with AutoModelForCausalLM"
         )
-
-
-def _held_out(data: Any, split: str) -> Any:
-    """A Hub id's split, streamed: calibration reads the training split. Else `data` itself."""
-    if not isinstance(data, str) or Path(data).exists() or Path(data).suffix in FILE_TYPES:
-        return data
-    try:
-        import datasets
-    except ImportError:
-        raise EvaluationError(
-            f"data={data!r} is no file, so it is looked up on the Hub, which needs the package "
-            "datasets: pip install 'hf_sparse[datasets]'"
-        ) from None
-    repository, _, configuration = data.partition(":")
-    repository, configuration = HUB_NAMES.get(data, (repository, configuration))
-    try:
-        return iter(
-            datasets.load_dataset(repository, configuration or None, split=split, streaming=True)
-        )
-    except (OSError, ValueError) as error:
-        raise EvaluationError(
-            f"data={data!r} is neither a file here nor a data set with a split {split!r} that the "
-            f"Hub gave: {error}"
-        ) from error
 
 
 def to_device(batch: Batch, model: nn.Module) -> Batch:

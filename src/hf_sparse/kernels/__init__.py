@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from .base import Choice, Kernel, Stored, Verdict
 from .dense import DenseKernel
+from .semi import SemiStructuredKernel
+from .sliced import SlicedKernel
 from .t16 import T16Kernel
 
-KERNELS: tuple[type[Kernel], ...] = (T16Kernel, DenseKernel)
+KERNELS: tuple[type[Kernel], ...] = (
+    T16Kernel,
+    SemiStructuredKernel,
+    SlicedKernel,
+    DenseKernel,
+)
 
 __all__ = ["KERNELS", "Choice", "Kernel", "Stored", "Verdict", "choose"]
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..formats import Format, Quantized, pack_weight
 from ..formats.base import Packed
+from . import devices
 from .base import Considered, Kernel, Stored, Verdict
 
 
 class DenseKernel(Kernel):
-    """Where no sparse kernel is there or pays, on a CPU."""
+    """Where no sparse kernel is there or pays; on a GPU, only if there is room for it."""
 
     name: ClassVar[str] = "dense"
 
@@ -26,7 +27,9 @@ class DenseKernel(Kernel):
 
     @classmethod
     def consider(cls, stored: Stored) -> Considered:
-        if stored.device.type != "cpu":
+        if stored.device.type == "cuda" and (cost := devices.dense_cost(stored)) is not None:
+            return Considered(Verdict(cls.name, False, cost))
+        if stored.device.type not in ("cpu", "cuda"):
             reason = f"would take back the memory that packing saves on {stored.device}"
             return Considered(Verdict(cls.name, False, reason))
         reason = "decoded once: the saving is on disk only"

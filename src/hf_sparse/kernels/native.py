@@ -60,6 +60,7 @@ class _Weight(ctypes.Structure):
         ("value_bytes", ctypes.c_int64),
         ("group_size", ctypes.c_int64),
         ("value_dtype", ctypes.c_int32),
+        ("normal", ctypes.c_int32),
     ]
 
 

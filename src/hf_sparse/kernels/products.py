@@ -45,9 +45,9 @@ CLASSES = (
 )
 
 
-def class_of(tokens: int) -> int:
+def class_of(tokens: int, classes: tuple[TokenClass, ...] = CLASSES) -> int:
     """Index of the class."""
-    return next(i for i, c in enumerate(CLASSES) if c.last is None or tokens <= c.last)
+    return next(i for i, c in enumerate(classes) if c.last is None or tokens <= c.last)
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,14 @@ class Way:
         return f"for {self.tokens} {self.name}{speed}{others}"
 
 
-def fastest(speedups: Mapping[str, Mapping[str, float]]) -> tuple[Way, ...]:
-    """The way of each class, from the speed-ups by class and way; those not measured are packed."""
+def fastest(
+    speedups: Mapping[str, Mapping[str, float]], classes: tuple[TokenClass, ...] = CLASSES
+) -> tuple[Way, ...]:
+    """The way of each class, from the speed-ups by class and way; or the first."""
     found = []
-    for each in CLASSES:
+    for each in classes:
         measured = speedups.get(each.name, {})
-        best = max(measured, key=lambda way: measured[way], default=DEFAULT)
+        best = max(measured, key=lambda way: measured[way], default=each.ways[0])
         found.append(Way(each.name, best, measured))
     return tuple(found)
 

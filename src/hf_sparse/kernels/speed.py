@@ -66,16 +66,24 @@ def over_dense(weight: native.T16Weight, dtype: torch.dtype) -> dict[str, Speeds
 
 
 def remembered(
-    shape: tuple[int, int], dtype: torch.dtype, what: str, measure: Callable[[], Speeds]
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    what: str,
+    measure: Callable[[], Speeds],
+    machine: str | None = None,
 ) -> Speeds | None:
-    """What `measure` found on this machine, now or before; None if switched off."""
+    """What `measure` found on this machine, now or before; None if switched off.
+
+    `machine` names what computes, by default the processor with its threads and native path.
+    """
     if not enabled():
         return None
+    if machine is None:
+        path = f"{list(native.paths())[-1]} {native.ABI_VERSION}"
+        machine = f"{processor()}, {torch.get_num_threads()} threads, {path}"
     parts = (
-        processor(),
-        f"{torch.get_num_threads()} threads",
+        machine,
         f"torch {torch.__version__}",
-        f"{list(native.paths())[-1]} {native.ABI_VERSION}",
         f"{shape[0]}x{shape[1]}",
         f"{dtype}",
         what,

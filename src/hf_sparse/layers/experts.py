@@ -180,13 +180,6 @@ def unfused_experts(model: nn.Module) -> Iterator[None]:
                 fuse(model, experts)
 
 
-def expert_around(model: nn.Module, name: str) -> nn.Module:
-    """The expert that a layer belongs to, else the model: all uses of the layer are in there."""
-    expert, _, _ = name.rpartition(".")
-    experts = model.get_submodule(expert.rpartition(".")[0])
-    return model.get_submodule(expert) if isinstance(experts, SparseExperts) else model
-
-
 def _expert_layer(fused: Any, name: str, index: int) -> nn.Linear:
     """A linear layer on an expert's part of a fused weight."""
     whole: Tensor = getattr(fused, name)

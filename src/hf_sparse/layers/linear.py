@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
-from ..formats import Format
+from ..errors import AdapterError, FormatError
+from ..formats import Dense, Format, Quantized, pack_weight
 from ..formats.base import Packed, check_packed, packed_bytes
 from ..kernels import Choice, Kernel, Stored, Verdict, choose
 from ..kernels.reference import sparse_linear
 from ..lowrank import KEY_A, KEY_B, LowRank
 from .axes import Axes
+from .weight import MERGED, UnpackedWeight, equal_but_rounding
 
 # `weight` itself is a property, so the buffer with the values needs a name of its own.
 VALUES = "weight_values"
@@ -27,7 +30,9 @@ class SparseLinear(nn.Linear):
     """A linear layer whose weight is packed; takes the place of a `Linear` or a `Conv1D`.
 
     It is an `nn.Linear` so that PEFT and whatever else asks `isinstance(layer, nn.Linear)` treats
-    it as one. `.weight` can be read, at the price of unpacking it; it can't be assigned.
+    it as one. `.weight` can be read, at the price of unpacking it. A weight that is written into
+    it, as PEFT's own merging does, is held in the same layout if it is 0 where the old one is, and
+    else dense, with a warning; writing the old one back, up to rounding, packs it again.
 
     The weight is either in its stored form, as persistent buffers, or `resolve` has handed it to
     a kernel, whose tensors are then the only ones resident. `state_dict` gives the stored form in
@@ -68,12 +73,10 @@ class SparseLinear(nn.Linear):
         self.bias = bias  # type: ignore[assignment]
         self.kernel: Kernel | None = None
         self.trace: tuple[Verdict, ...] = ()
+        self._before: tuple[Format, Packed, LowRank | None] | None = None
         self._store(packed)
         self.rank = 0
-        if low_rank is not None:
-            self.rank = low_rank.rank
-            for key, tensor in low_rank.tensors().items():
-                self.register_buffer(key, tensor)
+        self._add_low_rank(low_rank)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,13 +93,22 @@ class SparseLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The dense weight, unpacked anew at each access; the low-rank part is in it. Of shape
-        (out, in), also in place of a `Conv1D`; a convolution's has its axes of size 1 behind."""
-        weight = self.matrix
-        return weight if self.axes.transposed else self.axes.own(weight)
+        (out, in), also in place of a `Conv1D`; a convolution's has its axes of size 1 behind.
+        What is written into it, or assigned, becomes the layer's."""
+        weight = self.matrix.view(self._weight_shape)
+        return weight if torch.compiler.is_compiling() else UnpackedWeight.of(weight, self._take)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._take(value)
+
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        return self.shape if self.axes.transposed else self.axes.own_shape(self.shape)
 
     @property
     def matrix(self) -> Tensor:
-        """The dense weight as (out, in), the low-rank part in it."""
+        """`weight` as (out, in), a tensor of its own, that no longer belongs to the layer."""
         low_rank = self.low_rank
         return self.sparse_weight if low_rank is None else low_rank.added_to(self.sparse_weight)
 
@@ -112,12 +124,79 @@ class SparseLinear(nn.Linear):
         """The low-rank part, as it is held; None if there is none."""
         return LowRank(getattr(self, KEY_B), getattr(self, KEY_A)) if self.rank else None
 
+    def _add_low_rank(self, low_rank: LowRank | None) -> None:
+        if low_rank is not None:
+            self.rank = low_rank.rank
+            for key, tensor in low_rank.tensors().items():
+                self.register_buffer(key, tensor)
+
     def drop_low_rank(self) -> None:
         """Leave the packed part alone."""
         if self.rank:
             self.rank = 0
             delattr(self, KEY_A)
             delattr(self, KEY_B)
+
+    def _take(self, value: Tensor) -> Tensor | None:
+        """Hold a weight that was written from outside, or the old one if that is what it is up to
+        rounding: then it is returned.
+
+        Raises:
+            AdapterError: the layer's tensors are offloaded, or trained.
+            FormatError: the weight has another shape.
+        """
+        if self.trains_values:
+            raise AdapterError(
+                "a weight was written into a sparse layer whose values are trained: call "
+                "hf_sparse.training.finish_training(model) first"
+            )
+        if self.is_offloaded():
+            raise AdapterError(
+                "a weight was written into a sparse layer that is offloaded, where it would be "
+                "lost: load the model without offloading to merge an adapter"
+            )
+        shape = self._weight_shape
+        if value.shape != shape:
+            raise FormatError(f"the weight has shape {tuple(value.shape)}, expected {shape}")
+        value = value.detach().to(self.weight_dtype).as_subclass(Tensor).reshape(self.shape)
+        current = self.matrix
+        if torch.equal(value, current):
+            return None
+        before = self._before or (self.format, self.packed, self.low_rank)
+        if self._before is not None and equal_but_rounding(value, current, self._old_weight()):
+            self.hold(*before)
+            return self.matrix.view(shape)
+        layout = self.format.layout if isinstance(self.format, Quantized) else self.format
+        if self.rank or bool(value[current == 0].any()):
+            layout = Dense()
+        if layout != self.format:
+            lost = "dense" if isinstance(layout, Dense) else "no longer quantised"
+            warnings.warn(MERGED.format(lost), stacklevel=3)
+        self.hold(layout, pack_weight(layout, value))
+        self._before = before
+        return None
+
+    def hold(self, fmt: Format, packed: Packed, low_rank: LowRank | None = None) -> None:
+        """Hold another weight, of the same shape, and hand it to a kernel if the old one was."""
+        resolved = self.kernel is not None
+        self.drop_low_rank()
+        self.format, self._before = fmt, None
+        self._store(packed)
+        self._add_low_rank(low_rank)
+        if resolved:
+            self.resolve()
+
+    def _old_weight(self) -> Tensor:
+        """The weight before others were written over it."""
+        assert self._before is not None
+        fmt, packed, low_rank = self._before
+        weight = fmt.unpack(packed, self.shape, self.weight_dtype)
+        return weight if low_rank is None else low_rank.added_to(weight)
+
+    def is_offloaded(self) -> bool:
+        """Does accelerate keep its tensors elsewhere between calls?"""
+        hook = getattr(self, "_hf_hook", None)
+        return isinstance(hook, AlignDevicesHook) and bool(hook.offload)
 
     @staticmethod
     def buffer_name(key: str) -> str:
@@ -177,11 +256,10 @@ class SparseLinear(nn.Linear):
         """
         if self.kernel is not None or self.trains_values:
             return
-        hook = getattr(self, "_hf_hook", None)
         packed = self.packed
         if any(tensor.is_meta for tensor in packed.values()):
             return
-        if isinstance(hook, AlignDevicesHook) and hook.offload:
+        if self.is_offloaded():
             self.trace = (Verdict("reference", True, "its tensors are offloaded"),)
             return
         choice: Choice = choose(Stored(self.format, packed, self.shape, self.weight_dtype))
@@ -223,6 +301,7 @@ class SparseLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.to()`, `.half()`, ...: the dtype of `.weight` follows as a parameter's would."""
         resolved = self.kernel is not None
+        self._before = None  # on another device, or rounded, it would not be found again
         if resolved:
             self._store(self.packed)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype

@@ -6,6 +6,8 @@ successor is offloaded the same way, with its (packed) tensors in CPU memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import align_module_device
@@ -76,13 +78,36 @@ def unpack_linear(sparse: SparseLinear, original: nn.Module, dtype: torch.dtype)
     return original
 
 
+def surroundings(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """For each module what holds all its uses: its parent, or the model if it has several.
+
+    To replace many modules, ask once: looking through the whole model for each takes time that
+    grows with its square.
+    """
+    found: dict[nn.Module, nn.Module] = {}
+    for parent in model.modules():
+        for child in parent.children():
+            found[child] = model if child in found else parent
+    return found
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `model` has `old`; mode and accelerate's hook go with it."""
-    new.train(old.training)
+    put_modules(model, {old: new})
+    inherit(old, new)
+
+
+def put_modules(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the places of some, wherever `model` has them."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, name, new)
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in successors:
+                setattr(parent, name, successors[child])
+
+
+def inherit(old: nn.Module, new: nn.Module) -> None:
+    """Give a module its predecessor's mode and accelerate hook."""
+    new.train(old.training)
     hook = getattr(old, "_offloaded_by", None) or getattr(old, "_hf_hook", None)
     if isinstance(hook, AlignDevicesHook):
         tensors = {k: v.to("cpu") for k, v in new.state_dict().items()} if hook.offload else None

@@ -13,6 +13,9 @@ Memory layout: the loop runs on W' (in, out), so that a column of W is a contigu
 block, rank-1 updates touch only a strip of STRIP columns and the rest of the block follows by a
 matrix product: the same sums in another order, with a quarter of the memory traffic.
 
+On a GPU the columns of a block are one Triton kernel (`hf_sparse.triton.block`), unless they are
+rounded.
+
 Dead inputs (H_jj = 0) score 0 and so go first; what is kept of them keeps its value.
 
 With `bits`, what is kept is rounded to a grid in the same pass (sec. 3.5; GPTQ, Frantar et al.
@@ -23,6 +26,7 @@ have updated, for what the pattern would keep of the group as it then is.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,6 +40,7 @@ from ..statistics import InverseFactor, Needs, Statistics
 from .base import Solution, Solver
 
 STRIP = 32
+LARGEST_KERNEL_BLOCK = 256  # columns: more would spill out of the registers
 
 
 @dataclass(frozen=True)
@@ -140,16 +145,16 @@ def _solve_block(
     weights, kept = updated[start:end], mask[start:end]
     width, rows = weights.shape
     diagonal = upper.diagonal().unsqueeze(1)
-    errors = torch.empty_like(weights)
-    group = pattern.m if isinstance(pattern, NM) else width
-    strip = -(-STRIP // group) * group if isinstance(pattern, NM) else STRIP
     if not isinstance(pattern, NM):
         scores = _scores(weights, diagonal, dead).T.reshape(1, -1)
         count = pattern.column_zeros(rows, start, end)
         kept.copy_(keep_highest(scores, count).view(rows, width).T)
-        scale = (~kept) / diagonal
-    else:
-        scale = torch.empty_like(weights)
+    if rounding is None and _fits_kernel(weights):
+        return _solve_at_once(weights, kept, upper, dead, pattern)
+    errors = torch.empty_like(weights)
+    group = pattern.m if isinstance(pattern, NM) else width
+    strip = -(-STRIP // group) * group if isinstance(pattern, NM) else STRIP
+    scale = torch.empty_like(weights) if isinstance(pattern, NM) else (~kept) / diagonal
     for first in range(0, width, strip):
         last = min(first + strip, width)
         for i in range(first, last):
@@ -169,6 +174,32 @@ def _solve_block(
         weights[last:].addmm_(upper[first:last, last:].T, errors[first:last], alpha=-1)
     weights.masked_fill_(~kept, 0)
     return errors
+
+
+def _fits_kernel(weights: Float[Tensor, "block out"]) -> bool:
+    """Is there a kernel for a block of this size here?"""
+    return (
+        weights.is_cuda
+        and len(weights) <= LARGEST_KERNEL_BLOCK
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def _solve_at_once(
+    weights: Float[Tensor, "block out"],
+    kept: Bool[Tensor, "block out"],
+    upper: Float[Tensor, "block block"],
+    dead: Bool[Tensor, " block"],
+    pattern: Pattern,
+) -> Float[Tensor, "block out"]:
+    """`_solve_block` behind the choice of an unstructured mask, by the Triton kernel."""
+    from ..triton.block import solve_block
+
+    if not isinstance(pattern, NM):
+        return solve_block(weights, kept, upper, dead, 0, 0, 0)
+    tail = len(weights) % pattern.m
+    drops = pattern.m - pattern.n, tail - pattern.kept(tail)
+    return solve_block(weights, kept, upper, dead, pattern.m, *drops)
 
 
 def _scores(weights: Tensor, diagonal: Tensor, dead: Tensor) -> Tensor:

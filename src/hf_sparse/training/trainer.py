@@ -42,8 +42,8 @@ class SparseTrainer(Trainer):
         model: Any = None,
         *args: Any,
         teacher: nn.Module | None = None,
-        kl_weight: float = 1.0,
-        hidden_weight: float = 1.0,
+        kl_weight: float = 10.0,
+        hidden_weight: float = 10.0,
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:

@@ -50,6 +50,12 @@ def prune(
     private: Annotated[
         bool, typer.Option("--private", help="Make a new repository private.")
     ] = False,
+    push_revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Push to this branch of the repository.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Push as a pull request, to any repository.")
+    ] = False,
     revision: Revision = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
@@ -65,7 +71,7 @@ def prune(
         raise Failure(f"{model} is {kind}: prune the dense model that it was made from")
     check_output(output)
     if push_to_hub:
-        check_push(push_to_hub)
+        check_push(push_to_hub, create_pr)
     sparse_config = make_config(settings, config)
     sparse_config.check_data()
     check_dtype(dtype)
@@ -76,26 +82,34 @@ def prune(
     write_folder(output, lambda folder: [part.save_pretrained(folder) for part in parts])
     if push_to_hub:
         try:
-            for part in parts:
-                part.push_to_hub(push_to_hub, private=private or None)
+            pruned.push_to_hub(
+                push_to_hub,
+                private=private or None,
+                revision=push_revision,
+                create_pr=create_pr,
+            )
         except Exception as error:
             raise Failure(
-                f"saved in {output}, but not pushed to {push_to_hub}: {sentence(error)}"
+                f"saved in {output}, but not pushed, `hf upload {push_to_hub} {output}` tries "
+                f"again: {sentence(error)}"
             ) from error
     return Pruned(pruned.hf_quantizer.report, output, push_to_hub)
 
 
-def check_push(repository: str) -> None:
-    """Raise unless the token may write to a repository: pruning for hours must not be in vain."""
+def check_push(repository: str, create_pr: bool) -> None:
+    """Raise unless the token may write to a repository: pruning for hours must not be in vain.
+
+    A pull request may be made to anyone's.
+    """
     from huggingface_hub import HfApi
 
     user = HfApi().whoami()
     owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
     owner = repository.rpartition("/")[0]
-    if owner and owner not in owners:
+    if owner and owner not in owners and not create_pr:
         raise Failure(
             f"{repository} belongs to {owner}, and the token in use to {user['name']}, who can "
-            f"push to {', '.join(f'{name}/...' for name in owners)}"
+            f"push to {', '.join(f'{name}/...' for name in owners)}; --create-pr proposes a change"
         )
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise Failure(f"the token in use may only read, and {repository} is to be written")

@@ -17,7 +17,6 @@ from ..models import (
     Revision,
     check_dtype,
     load,
-    load_tokenizer,
     read_config,
     require_sparse,
 )
@@ -98,6 +97,7 @@ def report(
     check_output_file(output)
     check_dtype(dtype)
     import hf_sparse
+    from hf_sparse.tokenizer import find_tokenizer
 
     folder = _folder(model, revision)
     made = hf_sparse.PruningReport.from_folder(folder)
@@ -111,7 +111,7 @@ def report(
         evaluation = hf_sparse.evaluate(
             lambda: load(model, revision, dtype, device_map)[0],
             (lambda: load(dense, None, dtype, device_map)[0]) if dense else None,
-            load_tokenizer(model, revision),
+            find_tokenizer(model, revision),
             data,
             seq_len=seq_len,
             num_samples=num_samples,

@@ -10,7 +10,9 @@
 //   fp16 x is the exact sum of two bf16, fp32 x of three (8 + 8 + 8 bits, cut, not rounded), each
 //   multiplied in turn into the same sum. The result is as good as fp32 arithmetic, except that AMX
 //   takes subnormals as zero.
-// Infinities and NaNs go into the first part alone; inf - inf in the others would make a NaN.
+// Infinities and NaNs in x go into the first part alone; inf - inf in the others would make a NaN. An
+// infinite weight would meet the zeros of the others, and subnormal ones would be lost: weights that
+// have such values are left to the next path.
 //
 // Loops: tokens in super-chunks whose block of x stays in L2; outputs in turns of tiles whose sums
 // do; columns in blocks whose two decoded tiles stay in L1; inside, 2 x 2 tile registers. The sums
@@ -94,7 +96,7 @@ bool fits(const Product& p) {
   if (has_scales(w.value_dtype)) {
     return p.m >= 6 && (!grouped(w) || w.group_size % kStepColumns == 0);
   }
-  return p.m >= 2 && w.value_dtype == kBF16;
+  return p.m >= 2 && w.value_dtype == kBF16 && w.normal != 0;
 }
 
 int64_t plan(Product& p) {

@@ -41,6 +41,18 @@ bool is_zero(T bits) {
   return static_cast<T>(bits << 1) == 0;  // both zeros of a float
 }
 
+// No bf16 value is subnormal, infinite or NaN; other dtypes don't matter to anyone.
+bool are_normal(const Weight& w, int64_t count) {
+  if (w.value_dtype != kBF16) return true;
+  const auto* values = static_cast<const uint16_t*>(w.values);
+  uint16_t odd = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto size = static_cast<uint16_t>(values[i] & 0x7fffu);
+    odd = static_cast<uint16_t>(odd | (size >= 0x7f80u) | (size != 0 && size < 0x80u));
+  }
+  return odd == 0;
+}
+
 // Rows of a tile as cursors: next(r, pair) gives the two mask bits of a row and its kept values.
 template <class T>
 struct BitmaskRows {
@@ -303,8 +315,9 @@ T16_EXPORT int32_t t16_unpack(const Weight* weight, uint8_t* bitmask, void* valu
   });
 }
 
-T16_EXPORT int32_t t16_check(const Weight* weight) {
-  const Weight& w = *weight;
+T16_EXPORT int32_t t16_check(Weight* weight) {
+  Weight& w = *weight;
+  w.normal = 0;
   const int32_t code = check_shape(w);
   if (code != kOk) return code;
   const int64_t pairs = w.pairs(), blocks = w.blocks();
@@ -328,5 +341,7 @@ T16_EXPORT int32_t t16_check(const Weight* weight) {
   }
   if (w.tile_base[w.tiles()] != count) return kBadOffsets;
   const int64_t needed = values_size(w.value_dtype, static_cast<int64_t>(count)) + kValuePadding;
-  return w.value_bytes < needed ? kBufferTooSmall : kOk;
+  if (w.value_bytes < needed) return kBufferTooSmall;
+  w.normal = are_normal(w, static_cast<int64_t>(count)) ? 1 : 0;
+  return kOk;
 }

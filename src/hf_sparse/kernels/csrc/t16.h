@@ -95,6 +95,7 @@ struct Weight {
   int64_t value_bytes;   // size of the values buffer, padding included
   int64_t group_size;    // columns that share a scale; >= k means one scale per row
   int32_t value_dtype;
+  int32_t normal;        // t16_check's finding: no bf16 value is subnormal, infinite or NaN
 
   int64_t tiles() const { return ceil_div(n, kRows); }
   int64_t pairs() const { return (k + 1) / 2; }

@@ -1,0 +1,346 @@
+"""What an NVIDIA GPU gains, each point of it measured: `python -m hf_sparse.bench gpu`.
+
+Single products are timed in CUDA graphs over copies of the weight that together exceed the L2 cache
+several times, sparse and dense in the same way, and compared with the product in double precision
+first. The share of the copy bandwidth is the weight's bytes, each read once, over the time, over
+what a large copy moves, reads and writes counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ..config import SparseConfig
+from ..evaluation.memory import weight_bytes
+from ..explain import explain
+from ..formats.bitmask import Bitmask
+from ..formats.nm import NMPacked
+from ..kernels import Stored, devices
+from ..kernels.semi import SemiWeight
+from ..kernels.sliced import WAYS, SlicedKernel
+from ..patterns import NM, Unstructured
+from ..quantizer import prune
+from ..solvers.sparsegpt import SparseGPT
+from ..statistics import Statistics
+
+DECODE_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
+PREFILL_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
+PREFILL_TOKENS = 4096
+SOLVED = (4096, 11008)
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
+NEW_TOKENS = 128
+CALIBRATION = (128, 2048)
+FEW_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class ProductPoint:
+    """A sparse product against cuBLAS in bf16.
+
+    Attributes:
+        what: "sliced", a way of it, or "2:4".
+        bandwidth: share of the copy bandwidth that the weight alone takes.
+        difference: norm of the difference to the product in double precision, relative.
+    """
+
+    what: str
+    shape: tuple[int, int]
+    sparsity: float
+    tokens: int
+    seconds: float
+    dense_seconds: float
+    ratio: float
+    bytes_ratio: float
+    bandwidth: float
+    difference: float
+
+
+def measure(parts: tuple[str, ...], layers: int) -> dict[str, Any]:
+    """The parts that are asked for, of `PARTS`; `layers` are those of the Llama-8B-shaped model.
+
+    Raises:
+        RuntimeError: there is no CUDA GPU.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("`bench gpu` needs a CUDA GPU")
+    copied = copy_bandwidth()
+    found: dict[str, Any] = {"machine": devices.gpu(), "copy_bandwidth": copied}
+    for part in parts:
+        found[part] = PARTS[part](copied, layers)
+        torch.cuda.empty_cache()
+    return found
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy."""
+    source = torch.randint(0, 255, (4 << 30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / devices.graph_seconds([functools.partial(target.copy_, source)])
+
+
+def _decode(copied: float, layers: int) -> list[dict[str, Any]]:
+    points = []
+    for shape in DECODE_SHAPES:
+        for sparsity in (0.5, 0.6, 0.7):
+            dense = _pruned(shape, Unstructured(sparsity))
+            weight = _sliced(dense, Bitmask())
+            for tokens in (1, 4, 16):
+                for way in ("direct",) if tokens < 16 else tuple(WAYS):
+                    points.append(_product(way, WAYS[way], dense, weight, sparsity, tokens, copied))
+    return points
+
+
+def _prefill(copied: float, layers: int) -> list[dict[str, Any]]:
+    points = []
+    for shape in PREFILL_SHAPES:
+        dense = _pruned(shape, NM(2, 4))
+        for tokens in (1, 16, 512, PREFILL_TOKENS):
+            semi = SemiWeight.of(dense)
+            points.append(
+                _product("2:4", lambda x, w: w.linear(x), dense, semi, 0.5, tokens, copied)
+            )
+        weight = _sliced(dense, NMPacked(2, 4))
+        for tokens in (64, 512, PREFILL_TOKENS):
+            points.append(_product("windows", WAYS["windows"], dense, weight, 0.5, tokens, copied))
+    return points
+
+
+def _pruned(shape: tuple[int, int], pattern: Unstructured | NM) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(shape, generator=generator, device="cuda")
+    return (weight * pattern.mask(weight.abs())).bfloat16()
+
+
+def _sliced(dense: Tensor, fmt: Bitmask | NMPacked) -> Any:
+    shape = (dense.shape[0], dense.shape[1])
+    return SlicedKernel.of(Stored(fmt, fmt.pack(dense), shape, dense.dtype))._weight
+
+
+def _product(
+    what: str,
+    way: Callable[[Tensor, Any], Tensor],
+    dense: Tensor,
+    weight: Any,
+    sparsity: float,
+    tokens: int,
+    copied: float,
+) -> dict[str, Any]:
+    x = torch.randn(tokens, dense.shape[1], device="cuda").bfloat16()
+    rows = x[: min(tokens, 64)]
+    expected = rows.double() @ dense.double().T
+    difference = (way(x, weight)[: len(rows)].double() - expected).norm() / expected.norm()
+    if not float(difference) < 1e-2:
+        raise RuntimeError(f"{what}, {tuple(dense.shape)}, {tokens} tokens is off by {difference}")
+    calls = devices.cold_copies(weight, lambda own: own.copy(), weight.nbytes)
+    seconds = devices.graph_seconds([functools.partial(way, x, each) for each in calls])
+    del calls
+    matrices = devices.cold_copies(dense, torch.clone, dense.nbytes)
+    reference = devices.graph_seconds([functools.partial(F.linear, x, each) for each in matrices])
+    return asdict(
+        ProductPoint(
+            what,
+            (dense.shape[0], dense.shape[1]),
+            sparsity,
+            tokens,
+            seconds,
+            reference,
+            reference / seconds,
+            weight.nbytes / dense.nbytes,
+            weight.nbytes / seconds / copied,
+            float(difference),
+        )
+    )
+
+
+def _model(copied: float, layers: int) -> dict[str, Any]:
+    """Tokens a second of a Llama-8B-shaped model, dense and sparse, compiled, static cache."""
+    found: dict[str, Any] = {"layers": layers}
+    config = LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": layers}, max_position_embeddings=4096)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    for kind in ("dense", "sparse"):
+        if kind == "sparse":
+            prune(model, SparseConfig(method="magnitude", sparsity=0.5))
+            explanation = explain(model)
+            found["kernels"] = str(explanation)
+            found["sparse_layers_bytes"] = explanation.bytes_resident / explanation.bytes_dense
+        torch.compiler.reset()
+        prompt = torch.randint(1000, (1, 64), device="cuda")
+        seconds = []
+        for tokens in (1, NEW_TOKENS, 1, NEW_TOKENS):  # the first two compile
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                cache_implementation="static",
+            )
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        found[kind] = {
+            "tokens_per_second": (NEW_TOKENS - 1) / (seconds[3] - seconds[2]),
+            "weight_bytes": weight_bytes(model),
+        }
+    dense, sparse = found["dense"], found["sparse"]
+    found["speed_ratio"] = sparse["tokens_per_second"] / dense["tokens_per_second"]
+    found["bytes_ratio"] = sparse["weight_bytes"] / dense["weight_bytes"]
+    return found
+
+
+def _solve(copied: float, layers: int) -> list[dict[str, Any]]:
+    """SparseGPT on one layer, against a loop over its columns in torch."""
+    rows, columns = SOLVED
+    weight = torch.randn(rows, columns, device="cuda")
+    inputs = torch.randn(4096, columns, device="cuda") @ torch.randn(
+        columns, columns, device="cuda"
+    )
+    hessian = inputs.T @ inputs / len(inputs)
+    points = []
+    for pattern in (Unstructured(0.5), NM(2, 4)):
+        seconds = {}
+        errors = {}
+        for name, solve in (("ours", _ours), ("torch loop", _torch_loop)):
+            for _ in range(2):  # the first compiles
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                started = time.perf_counter()
+                solved = solve(weight, hessian, pattern)
+                torch.cuda.synchronize()
+                seconds[name] = time.perf_counter() - started
+            change = solved - weight
+            errors[name] = float(((change @ hessian) * change).sum())
+        peak = torch.cuda.max_memory_allocated()
+        ratio = seconds["torch loop"] / seconds["ours"]
+        points.append({"pattern": str(pattern), "seconds": seconds, "ratio": ratio,
+                       "errors": errors, "peak_bytes": peak})  # fmt: skip
+    return points
+
+
+def _ours(weight: Tensor, hessian: Tensor, pattern: Unstructured | NM) -> Tensor:
+    statistics = Statistics(1, weight[:1], hessian=hessian.clone())
+    return SparseGPT().solve(weight, statistics, pattern).weight
+
+
+def _torch_loop(weight: Tensor, hessian: Tensor, pattern: Unstructured | NM) -> Tensor:
+    """The published algorithm column by column (Frantar & Alistarh 2023, algorithm 1)."""
+    w, columns = weight.clone(), weight.shape[1]
+    damped = hessian.clone()
+    damped.diagonal().add_(0.01 * damped.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    for start in range(0, columns, 128):
+        end = min(start + 128, columns)
+        block, own = w[:, start:end].clone(), upper[start:end, start:end]
+        errors, keep = torch.zeros_like(block), torch.ones_like(block, dtype=torch.bool)
+        if isinstance(pattern, Unstructured):
+            scores = (block / own.diagonal()) ** 2
+            keep = scores > scores.flatten().sort().values[int(scores.numel() * pattern.sparsity)]
+        for i in range(end - start):
+            if isinstance(pattern, NM) and i % pattern.m == 0:
+                part = slice(i, i + pattern.m)
+                lowest = ((block[:, part] / own.diagonal()[part]) ** 2).topk(
+                    pattern.m - pattern.n, dim=1, largest=False
+                )
+                keep[:, part] = keep[:, part].scatter(1, lowest.indices, False)
+            column = block[:, i]
+            pruned = column * keep[:, i]
+            error = (column - pruned) / own[i, i]
+            block[:, i:] -= error.unsqueeze(1) @ own[i, i:].unsqueeze(0)
+            block[:, i] = pruned
+            errors[:, i] = error
+        w[:, start:end] = block
+        w[:, end:] -= errors @ upper[start:end, end:]
+    return w
+
+
+def _prune(copied: float, layers: int) -> dict[str, Any]:
+    """Pruning a few blocks shaped like Llama-7B's, and what 32 would take."""
+    config = LlamaConfig(**LLAMA_7B, num_hidden_layers=FEW_BLOCKS, max_position_embeddings=4096)
+    samples, length = CALIBRATION
+    data = [torch.randint(32000, (1, length)) for _ in range(samples)]
+    seconds = []
+    for _ in range(2):  # the first compiles
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        prune(model, SparseConfig(sparsity=0.5, dataset=data, num_samples=samples, seq_len=length))
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return {
+        "seconds": seconds[-1],
+        "minutes_of_32_blocks": seconds[-1] * 32 / FEW_BLOCKS / 60,
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+PARTS: dict[str, Callable[[float, int], Any]] = {
+    "decode": _decode,
+    "prefill": _prefill,
+    "solve": _solve,
+    "model": _model,
+    "prune": _prune,
+}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The products as a table, the rest as it is."""
+    lines = [f"{found['machine']}; copies move {found['copy_bandwidth'] / 1e12:.2f} TB/s", ""]
+    products = [*found.get("decode", ()), *found.get("prefill", ())]
+    if products:
+        lines += [
+            "| way | shape | sparsity | M | us | cuBLAS bf16, us | ratio | bytes | of copy |",
+            "|---" * 9 + "|",
+        ]
+    for p in products:
+        rows, columns = p["shape"]
+        lines.append(
+            f"| {p['what']} | {rows}x{columns} | {p['sparsity']:.0%} | {p['tokens']} | "
+            f"{p['seconds'] * 1e6:.1f} | {p['dense_seconds'] * 1e6:.1f} | {p['ratio']:.2f} | "
+            f"{p['bytes_ratio']:.3f} | {p['bandwidth']:.2f} |"
+        )
+    lines += [
+        f"{part}: {json.dumps(found[part])}"
+        for part in found
+        if part in PARTS and part not in ("decode", "prefill")
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, found: dict[str, Any]) -> str:
+    """Write gpu.json and gpu.md into a folder and return the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu.json").write_text(json.dumps(found, indent=1))
+    text = table(found)
+    (folder / "gpu.md").write_text(text)
+    return text

@@ -1,0 +1,1 @@
+"""Sharing on the Hugging Face Hub; the one folder that knows huggingface_hub."""

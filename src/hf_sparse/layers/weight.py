@@ -1,0 +1,115 @@
+"""What `SparseLinear.weight` gives: the unpacked weight, with a way back into its layer.
+
+Code that changes a layer's weight does so in place: `layer.weight.data += delta`. On a weight that
+was unpacked a moment ago this would be lost without a word. So whatever shares memory with the
+unpacked weight remembers where it came from, and hands the whole of it to the layer once something
+was written into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+MERGED = (
+    "A weight that does not fit its packed form was written into a sparse layer, as PEFT's merge() "
+    "and merge_and_unload() do: the layer is {} now. To merge an adapter into a model that stays "
+    "sparse call hf_sparse.merge_adapter(model) instead."
+)
+
+# Is given all of a weight, and gives the one that the layer holds instead, if it is another.
+Take: TypeAlias = Callable[[Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The unpacked weight that a tensor is a view of, and what takes it when it has changed."""
+
+    whole: Tensor
+    take: Take
+
+
+class UnpackedWeight(torch.Tensor):
+    """A tensor like any other, but for what is written into it. Results of operations are plain."""
+
+    # transformers gives weights whose names a checkpoint lacks random values, but not these.
+    _is_hf_initialized = True
+
+    _origin: _Origin
+
+    @staticmethod
+    def of(weight: Tensor, take: Take) -> Tensor:
+        """`weight` itself; `take` is called with all of it after every write."""
+        return _connected(weight, _Origin(weight, take))
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            if not isinstance(target, UnpackedWeight):
+                return result
+            origin = target._origin
+            if _writes(func):
+                if func.__name__ == "__set__" and target is not origin.whole:
+                    return result  # `view.data = x` lets go of the weight's memory
+                held = origin.take(origin.whole.detach().as_subclass(Tensor))
+                if held is not None:
+                    origin.whole.data.copy_(held)
+                return result
+            memory = _memory(target)
+
+            def connect(tensor: Tensor) -> Tensor:
+                same = type(tensor) is Tensor and _memory(tensor) == memory
+                return _connected(tensor, origin) if same else tensor
+
+            return tree_map_only(Tensor, connect, result)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.clone()
+
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        """`nn.Parameter(weight)` sets it, and gets an ordinary parameter."""
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+        self._is_param = value
+
+
+def _connected(tensor: Tensor, origin: _Origin) -> Tensor:
+    connected = tensor.as_subclass(UnpackedWeight)
+    if origin.whole is tensor:
+        origin = _Origin(connected, origin.take)
+    connected._origin = origin
+    return connected
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    """Is it one of torch's functions that change their first argument?"""
+    name = getattr(func, "__name__", "")
+    return name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
+
+
+def equal_but_rounding(value: Tensor, current: Tensor, old: Tensor) -> bool:
+    """Is `value` the old weight, up to what adding to it, and subtracting again, has rounded?"""
+    size = current.abs().max() + old.abs().max()
+    return bool((value - old).abs().max() <= 8 * torch.finfo(old.dtype).eps * size)

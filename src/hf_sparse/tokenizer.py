@@ -1,0 +1,51 @@
+"""Which tokenizer or processor belongs to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor, AutoTokenizer
+
+from .logging import get_logger
+
+logger = get_logger(__name__)
+
+MISSING = (OSError, ValueError, KeyError, ImportError)
+
+
+def known_processor(model: Any) -> Any:
+    """What a sparse model's config names, or else what lies beside the files it was loaded from.
+
+    A processor if there is one, else a tokenizer; None if there is neither.
+    """
+    given = model.hf_quantizer.quantization_config.tokenizer
+    if given is not None and not isinstance(given, str | Path):
+        return given
+    found = (_find_processor(source) for source in (given, model.name_or_path) if source)
+    return next((processor for processor in found if processor is not None), None)
+
+
+def _find_processor(source: str | Path) -> Any:
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except MISSING as error:
+        logger.debug("no processor at %s: %s", source, error)
+        return find_tokenizer(source)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return None if hasattr(tokenizer, "get_vocab") and _is_made_up(tokenizer) else processor
+
+
+def find_tokenizer(source: str | Path, revision: str | None = None) -> Any:
+    """The tokenizer in a folder or at a Hub id; None if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except MISSING as error:
+        logger.debug("no tokenizer at %s: %s", source, error)
+        return None
+    return None if _is_made_up(tokenizer) else tokenizer
+
+
+def _is_made_up(tokenizer: Any) -> bool:
+    """Where there are no files, transformers may make one up, of special tokens and at most "▁"."""
+    return len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) <= 1
