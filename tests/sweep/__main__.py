@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -27,9 +28,9 @@ from transformers.utils import logging
 CONTEXT = multiprocessing.get_context("fork")  # imports are paid for once
 
 
-def sweep(jobs: list[tuple[str, str]], processes: int, timeout: float) -> list[Outcome]:
-    """Check every (kind, type), a few at a time, and print what came of each."""
-    waiting, running, outcomes = list(reversed(jobs)), {}, []
+def sweep(jobs: list[tuple[str, str]], processes: int, timeout: float) -> Iterator[Outcome]:
+    """Check every (kind, type), a few at a time; print and yield what came of each."""
+    waiting, running = list(reversed(jobs)), {}
     while waiting or running:
         while waiting and len(running) < processes:
             job = waiting.pop()
@@ -47,9 +48,8 @@ def sweep(jobs: list[tuple[str, str]], processes: int, timeout: float) -> list[O
             process.join()
             del running[receiver]
             outcome = outcome or Outcome(*job, FAIL, f"no result after {timeout:.0f} s")
-            outcomes.append(outcome)
             _print(outcome)
-    return outcomes
+            yield outcome
 
 
 def _work(kind: str, model_type: str, sender: object) -> None:
@@ -102,12 +102,13 @@ def main() -> None:
         known |= {(outcome.kind, outcome.model_type): outcome for outcome in found}
     if not arguments.types and known:
         jobs = [job for job in jobs if job not in known]
-    fresh = sweep(jobs, arguments.processes, arguments.timeout)
-    known |= {(outcome.kind, outcome.model_type): outcome for outcome in fresh}
     order = [(kind, model_type) for kind in KINDS for model_type in types_of(kind)]
     outcomes = [known[job] for job in order if job in known]
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
+    for outcome in sweep(jobs, arguments.processes, arguments.timeout):
+        known[outcome.kind, outcome.model_type] = outcome
+        outcomes = [known[job] for job in order if job in known]
+        if arguments.json:
+            arguments.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
     if arguments.markdown:
         arguments.markdown.write_text(markdown(outcomes))
     for kind in dict.fromkeys(o.kind for o in outcomes):

@@ -23,6 +23,7 @@ Inputs = dict[str, Tensor]
 BATCH, TOKENS, FRAMES, SAMPLES = 2, 16, 200, 9600
 IMAGE_LAYOUTS = ("image", "sized image", "images", "sized images", "sized tiles", "patches")
 AUDIO_LAYOUTS = ("bins first", "frames first", "frames first, no mask")
+AUDIO_LAYOUTS += ("short, bins first", "short, frames first")
 WAVE_LAYOUTS = ("wave", "wave of one channel")
 MEL_BINS = (
     "num_mel_bins",
@@ -154,8 +155,9 @@ def _mel(
     bins *= getattr(audio, "num_stacked_frames", 1)
     positions = getattr(audio, "max_source_positions", None)
     frames = 2 * positions if positions and layout == "bins first" else FRAMES
-    frames = min(frames, (getattr(audio, "max_position_embeddings", None) or 2 * frames) - 8)
-    frames -= frames % 8
+    if layout.startswith("short"):
+        frames = (getattr(audio, "max_position_embeddings", None) or FRAMES) - 8
+    layout = layout.removeprefix("short, ")
     shape = (BATCH, bins, frames) if layout == "bins first" else (BATCH, frames, bins)
     masks = names & {"input_features_mask", "feature_attention_mask", "padding_mask"}
     masks = set() if layout.endswith("no mask") else masks
