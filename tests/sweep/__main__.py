@@ -110,7 +110,7 @@ def main() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(outcomes))
+        arguments.markdown.write_text(markdown(outcomes, bool(arguments.known)))
     for kind in dict.fromkeys(o.kind for o in outcomes):
         of_kind = [o.status for o in outcomes if o.kind == kind]
         passed, failed = of_kind.count(PASS), of_kind.count(FAIL)

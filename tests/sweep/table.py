@@ -19,7 +19,13 @@ For every model type that transformers registers for a task, a tiny random model
 with SparseGPT to 50 % while it loads and to 2:4 in place, on random token ids, pixels or audio
 features. It passes if every pruned layer has exactly the zeros that were asked for, the model saves
 and reloads to the same bits of its outputs, and still generates where the dense one does.
+"""
 
+PIECES = """
+It is put together from several runs, between which the code went on.
+"""
+
+COUNTS = """
 | task | registered | pass | of those that could | fail | nothing to prune | reason outside | ours |
 |---|---|---|---|---|---|---|---|
 """
@@ -39,10 +45,11 @@ reach: cross-attention of decoders without an encoder, a video tower.
 """
 
 
-def markdown(outcomes: Sequence[Outcome]) -> str:
-    """The whole page."""
+def markdown(outcomes: Sequence[Outcome], in_pieces: bool) -> str:
+    """The whole page; `in_pieces` if outcomes are from several runs."""
     version = transformers.__version__
     parts = [HEAD.format(day=date.today(), version=version, torch=torch.__version__.split("+")[0])]
+    parts += [PIECES] * in_pieces + [COUNTS]
     kinds = [kind for kind in KINDS if any(o.kind == kind for o in outcomes)]
     for kind in kinds:
         statuses = [o.status for o in outcomes if o.kind == kind]

@@ -175,10 +175,9 @@ def _rope(value: Any) -> Any:
 
 
 def _given(config: PreTrainedConfig) -> set[str]:
-    """Fields that differ from a default that is there: not derived from others, but chosen."""
-    chosen = {f.name for f in fields(config) if f.default not in (None, MISSING)}
-    defaults = {f.name: f.default for f in fields(config)}
-    return {name for name in chosen if vars(config).get(name) != defaults[name]}
+    """Numbers that differ from the class's own: not derived from others, but chosen."""
+    numbers = {f.name: f.default for f in fields(config) if isinstance(f.default, int | float)}
+    return {name for name, default in numbers.items() if vars(config).get(name) != default}
 
 
 def _parameters(cls: type) -> set[str]:
