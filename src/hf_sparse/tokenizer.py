@@ -22,16 +22,17 @@ def known_processor(model: Any) -> Any:
     given = model.hf_quantizer.quantization_config.tokenizer
     if given is not None and not isinstance(given, str | Path):
         return given
-    found = (_find_processor(source) for source in (given, model.name_or_path) if source)
+    found = (find_processor(source) for source in (given, model.name_or_path) if source)
     return next((processor for processor in found if processor is not None), None)
 
 
-def _find_processor(source: str | Path) -> Any:
+def find_processor(source: str | Path, revision: str | None = None) -> Any:
+    """The processor in a folder or at a Hub id, or else the tokenizer; None if neither is."""
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, revision=revision)
     except MISSING as error:
         logger.debug("no processor at %s: %s", source, error)
-        return find_tokenizer(source)
+        return find_tokenizer(source, revision)
     tokenizer = getattr(processor, "tokenizer", processor)
     return None if hasattr(tokenizer, "get_vocab") and _is_made_up(tokenizer) else processor
 

@@ -3,9 +3,16 @@
 from types import SimpleNamespace
 
 import pytest
-from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerBase, T5Config, ViTConfig
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    T5Config,
+    ViTConfig,
+    ViTImageProcessor,
+)
 
-from hf_sparse.tokenizer import find_tokenizer, known_processor
+from hf_sparse.tokenizer import find_processor, find_tokenizer, known_processor
 
 
 def loaded_from(source, tokenizer=None):
@@ -34,3 +41,9 @@ def test_where_there_are_no_files_there_is_no_tokenizer(tmp_path, kind):
     assert find_tokenizer(tmp_path) is None
     assert known_processor(loaded_from(tmp_path)) is None
     assert known_processor(loaded_from("")) is None
+
+
+def test_of_a_processor_more_than_the_tokenizer_is_found(tmp_path):
+    ViTConfig().save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    assert find_processor(tmp_path).size["height"] == 8

@@ -60,7 +60,7 @@ def prune(
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> Pruned:
-    """Prune a model in one shot and save it sparse, with its tokenizer.
+    """Prune a model in one shot and save it sparse, with its tokenizer or processor.
 
     The folder appears complete or not at all. Whatever can be checked is checked before the model
     is loaded: the options, the output, the rights to push.
@@ -76,9 +76,11 @@ def prune(
     sparse_config.check_data()
     check_dtype(dtype)
     from hf_sparse.saving import write_folder
+    from hf_sparse.tokenizer import find_processor
 
-    pruned, tokenizer = load(model, revision, dtype, device_map, quantization_config=sparse_config)
-    parts = [part for part in (pruned, tokenizer) if part is not None]
+    processor = find_processor(model, revision)
+    pruned, _ = load(model, revision, dtype, device_map, quantization_config=sparse_config)
+    parts = [part for part in (pruned, processor) if part is not None]
     write_folder(output, lambda folder: [part.save_pretrained(folder) for part in parts])
     if push_to_hub:
         try:
