@@ -106,17 +106,17 @@ def _computes_linear(cls: type[nn.Linear]) -> bool:
         return True
     if cls.__init__ is not nn.Linear.__init__:
         return False
-    x = torch.tensor([[900.0, -7.0, 0.5], [-0.01, 80.0, 3.0]])
-    layer = cls(3, 2, device="meta")
-    layer.weight = nn.Parameter(torch.tensor([[-2.0, 0.3, 50.0], [7.0, -0.1, 0.02]]))
-    layer.bias = nn.Parameter(torch.tensor([0.5, -100.0]))
-    with torch.no_grad():
+    with torch.no_grad(), torch.device("cpu"):  # models are built on meta
+        x = torch.tensor([[900.0, -7.0, 0.5], [-0.01, 80.0, 3.0]])
+        layer = cls(3, 2, device="meta")
+        layer.weight = nn.Parameter(torch.tensor([[-2.0, 0.3, 50.0], [7.0, -0.1, 0.02]]))
+        layer.bias = nn.Parameter(torch.tensor([0.5, -100.0]))
         try:
             y = layer(x)
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
             return False  # it wants other inputs
         expected = nn.functional.linear(x, layer.weight, layer.bias)
-    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected)
+        return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected)
 
 
 def select_targets(

@@ -25,6 +25,17 @@ pytestmark = [
 ]
 
 
+@torch.no_grad()
+def logits_error(model, unmerged, rows):
+    """|difference| / |unmerged| of the logits on all rows."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for batch in rows.split(8):
+        expected = unmerged(batch).logits
+        difference = model(batch).logits - expected
+        squares += torch.stack([difference.square().sum(), expected.square().sum()])
+    return float((squares[0] / squares[1]).sqrt())
+
+
 def sequences(tokenizer, name, count):
     """The first sequences of a file's pages, each page after id 0."""
     stream = []
@@ -63,18 +74,13 @@ def test_lora_recovers_a_third_of_what_pruning_cost_and_the_merged_model_is_as_s
     adapted.eval()
     recovered = {"adapted": (before - perplexity(adapted)) / (before - best)}
 
-    tokens = calibration[:4]
-    with torch.no_grad():
-        expected = adapted(tokens).logits
     for policy in ("masked", "resolve"):
         merged = hf_sparse.merge_adapter(copy.deepcopy(adapted), policy, **data)
         layers = sparse_layers(merged)
         assert layers.keys() == patterns.keys()
         assert all(torch.equal(layers[n].sparse_weight != 0, m) for n, m in patterns.items())
         recovered[policy] = (before - perplexity(merged)) / (before - best)
-        with torch.no_grad():
-            error = (merged(tokens).logits - expected).norm() / expected.norm()
         reported = merged.merge_report.fidelity.output_error
-        assert float(error) == pytest.approx(reported, rel=0.2)
+        assert logits_error(merged, adapted, calibration[:128]) == pytest.approx(reported, rel=0.01)
     assert recovered["adapted"] >= 0.3
     assert recovered["resolve"] > recovered["masked"]

@@ -171,6 +171,15 @@ def test_dense_linear_layers_are_prunable_and_nothing_else(module, prunable):
     assert is_prunable(module) is prunable
 
 
+def test_a_subclass_is_judged_the_same_while_a_model_is_built_on_meta():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    with torch.device("meta"):
+        assert is_prunable(Own(3, 2))
+
+
 def test_a_linear_target_shows_its_weight_as_it_is():
     module = nn.Linear(4, 6)
     target = Target("fc", module)
