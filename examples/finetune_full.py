@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="keep the sparse checkpoint here")
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    config = SparseConfig(sparsity=0.6, dataset=str(TEXT), num_samples=64, seq_len=256)
+    config = SparseConfig(sparsity=0.6, dataset=str(TEXT), num_samples=32, seq_len=256)
     load = {"pretrained_model_name_or_path": MODEL, "dtype": torch.float32}
     dense = AutoModelForCausalLM.from_pretrained(**load)
     sparse = AutoModelForCausalLM.from_pretrained(**load, quantization_config=config)

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    data = {"dataset": str(TEXT), "num_samples": 64, "seq_len": 256}
+    data = {"dataset": str(TEXT), "num_samples": 32, "seq_len": 256}
     config = SparseConfig(sparsity=0.6, **data)
     pruned = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
     ids = torch.tensor(tokenizer(TEXT.read_text())["input_ids"])
