@@ -1,8 +1,8 @@
 """SparseGPT's loop over the columns of a block, as one kernel.
 
 In torch every column costs several launches of a few microseconds, for work that takes less. Here a
-program keeps 32 rows of the block in registers, decides on the masks of n:m groups when it reaches
-them, and passes each column's errors on to those behind it.
+program keeps some rows of the block in registers, decides on the masks of n:m groups when it
+reaches them, and passes each column's errors on to those behind it.
 
 Triton's interpreter runs it on a CPU (TRITON_INTERPRET=1).
 """
@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32  # of a program
+ROWS = 32  # of a program, at most
+WEIGHTS = 4096  # of a program: more would spill out of the registers where rows are not aligned
 WARPS = 8
 
 
@@ -94,7 +95,9 @@ def solve_block(
     """
     width, rows = weights.shape
     errors = torch.empty_like(weights)
-    _solve_block[(triton.cdiv(rows, ROWS),)](
+    block = triton.next_power_of_2(width)
+    own_rows = min(ROWS, WEIGHTS // block)
+    _solve_block[(triton.cdiv(rows, own_rows),)](
         weights,
         kept.view(torch.uint8),
         errors,
@@ -104,8 +107,8 @@ def solve_block(
         upper.stride(0),
         width,
         tail_drop,
-        BLOCK=triton.next_power_of_2(width),
-        ROWS=ROWS,
+        BLOCK=block,
+        ROWS=own_rows,
         GROUP=group,
         DROP=drop,
         num_warps=WARPS,
