@@ -197,6 +197,17 @@ def test_products_of_codes_apply_the_scale_of_each_group(products, bits, group):
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_columns_that_pad_a_row_read_no_scale_behind_the_last(products):
+    codes, scales = coded(33, 34, 8, 7)
+    packed = layout.sliced(codes.clamp(min=1), scales, 7)  # no zero, so that all are listed
+    assert scales.shape[1] * 7 < packed.padded
+    memory = torch.full((2 * packed.scales.numel(),), float("nan"), device=DEVICE)
+    own = memory[: packed.scales.numel()].view_as(packed.scales).copy_(packed.scales)
+    y = products.product(torch.ones(1, 34, device=DEVICE), dataclasses.replace(packed, scales=own))
+    expected = scaled(codes.clamp(min=1), scales, 7).sum(dim=1)
+    torch.testing.assert_close(y[0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_row_that_is_split_between_programs_adds_up(products, monkeypatch):
     monkeypatch.setattr(layout, "SHORTEST_SEGMENT", 1)
     weight = pruned(2, 1200, 0.3, torch.bfloat16)
