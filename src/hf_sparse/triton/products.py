@@ -301,11 +301,12 @@ def product(x: Tensor, weight: SlicedWeight) -> Tensor:
     out = torch.empty(splits, tokens, rows, dtype=dtype, device=x.device)
     slices = len(weight.slices) - 1
     if tokens:
-        _product[(blocks, slices, splits)](
-            own, *_tensors(weight), out, *weight.shape, weight.padded, tokens,
-            SEGMENTS=weight.warps, TOKENS=block, num_warps=weight.warps,
-             **_constants(weight),
-        )  # fmt: skip
+        with torch.cuda.device_of(x):  # Triton launches on the current GPU, whatever the tensors'
+            _product[(blocks, slices, splits)](
+                own, *_tensors(weight), out, *weight.shape, weight.padded, tokens,
+                SEGMENTS=weight.warps, TOKENS=block, num_warps=weight.warps,
+                **_constants(weight),
+            )  # fmt: skip
     return out[0] if splits == 1 else out.sum(dim=0).to(x.dtype)
 
 
@@ -320,10 +321,11 @@ def panel(weight: SlicedWeight, first: int, last: int, out: Tensor) -> Tensor:
     dense = out[: last - first].zero_()
     start, end = first // LANES, -(-last // LANES)
     rows, columns = weight.shape
-    _panel[(end - start, weight.warps * weight.splits)](
-        *_tensors(weight), dense, start, first, (len(weight.slices) - 1) * LANES, rows, columns,
-        num_warps=1, **_constants(weight),
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _panel[(end - start, weight.warps * weight.splits)](
+            *_tensors(weight), dense, start, first, (len(weight.slices) - 1) * LANES, rows, columns,
+            num_warps=1, **_constants(weight),
+        )  # fmt: skip
     return dense
 
 
