@@ -125,10 +125,8 @@ def test_2_4_is_taken_only_where_it_is_not_slower(gpu, monkeypatch, seconds, tak
     assert considered.verdict.speedup == pytest.approx(1 / seconds, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("shape", "taken"), [((65535 * 32, 1), True), ((65535 * 32 + 1, 1), False)]
-)
-def test_rows_are_as_many_as_a_grid_has_places_for(monkeypatch, shape, taken):
+@pytest.mark.parametrize(("rows", "taken"), [(65535 * 32, True), (65535 * 32 + 1, False)])
+def test_rows_are_as_many_as_a_grid_has_places_for(monkeypatch, rows, taken):
     fmt = Bitmask()
     tensors = fmt.pack(torch.ones(1, 1))
     monkeypatch.setattr(Stored, "device", torch.device("cuda"))
