@@ -40,7 +40,7 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # One file a method, layout or kernel; what they share is in these.
 PLUGIN_FOLDERS = {"solvers", "formats", "kernels"}
 SHARED = {"base", "refit", "descent", "lowrank", "bits", "native", "reference", "speed"}
-SHARED |= {"products", "panels", "gemv"}  # of kernels
+SHARED |= {"products", "packed", "panels", "gemv"}  # of kernels
 SHARED |= {"devices"}  # of kernels on GPUs
 
 MAY_IMPORT_TRANSFORMERS = {
