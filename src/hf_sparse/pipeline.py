@@ -27,7 +27,7 @@ from .errors import CalibrationError, ConfigError, SolveError
 from .facts import DenseFacts
 from .formats import Dense, choose_format
 from .formats.bitmask import Bitmask
-from .layers.replace import pack_linear, surroundings, write_weight
+from .layers.replace import Places, pack_linear, write_weight
 from .loading import load_calibration
 from .logging import get_logger, progress_bar
 from .lowrank import LowRank
@@ -140,7 +140,7 @@ class _Run:
         facts: DenseFacts,
     ) -> None:
         self._model, self._config, self._facts = model, config, facts
-        self._around = surroundings(model)
+        self._places = Places(model)
         self._solver = LayerSolver(
             solver, config.refit, config.damp_percent, config.grid, config.low_rank
         )
@@ -269,8 +269,7 @@ class _Run:
     def _pack(self) -> None:
         """Replace the layers solved since by sparse ones, and complete their reports."""
         for solved in self._solved.values():
-            around = self._around.get(solved.job.target.module, self._model)
-            self._layers.append(_pack(around, solved, self._config.format))
+            self._layers.append(_pack(self._places, solved, self._config.format))
         self._solved.clear()
 
 
@@ -395,8 +394,8 @@ def _solve(
     return report, replace(solution, weight=after, low_rank=low_rank), dense
 
 
-def _pack(around: nn.Module, solved: _Solved, requested: str) -> LayerReport:
-    """Replace a solved layer by a sparse one, wherever `around` has it; its completed report."""
+def _pack(places: Places, solved: _Solved, requested: str) -> LayerReport:
+    """Replace a solved layer by a sparse one; its completed report."""
     job, report, quantized = solved.job, solved.report, solved.quantized
     with job.target.weight() as whole:
         weight = whole if solved.sparse is None else solved.sparse
@@ -405,7 +404,9 @@ def _pack(around: nn.Module, solved: _Solved, requested: str) -> LayerReport:
             return report
         if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
             fmt = choose_format(weight, job.pattern, Bitmask.name)
-        sparse = pack_linear(around, job.target.module, weight, fmt, quantized, solved.low_rank)
+        module = job.target.module
+        sparse = pack_linear(module, weight, fmt, quantized, solved.low_rank)
+        places.replace(module, sparse)
         stored = sparse.resident_bytes()  # before a kernel takes the weight over
         sparse.resolve()
         return replace(
