@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import hf_sparse
-from conftest import FIXTURES
+from conftest import FIXTURES, logits
 from hf_sparse import SparseConfig, SparseLinear
 from hf_sparse.layers import SparseExperts
 
@@ -66,11 +66,6 @@ def build(make):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def state(model):

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import hf_sparse
+from conftest import logits
 from hf_sparse import SparseConfig, SparseLinear
 
 
@@ -37,11 +38,6 @@ def load_pruned(folder, token_ids, cls=AutoModelForCausalLM, load=None, **argume
 
 def sparse_names(model):
     return [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])

@@ -13,7 +13,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from hf_sparse.formats import Bitmask
 from hf_sparse.layers import SparseExperts
 from hf_sparse.layers.experts import fuse, is_fused, tied_experts, unfuse, unfused_experts
-from hf_sparse.layers.replace import pack_linear
+from hf_sparse.layers.replace import pack_linear, replace_module
 
 TOKENS, HIDDEN, INNER, EXPERTS, K = 11, 6, 5, 4, 2
 SIZES = {"hidden_size": HIDDEN, "intermediate_size": INNER}
@@ -196,7 +196,7 @@ def test_experts_with_a_packed_layer_stay_apart_and_free_the_fused_memory():
     with unfused_experts(model):
         layer = model.experts.layers(0)[1]
         expected = model.experts(*inputs)
-        pack_linear(model, layer, layer.weight.detach(), Bitmask())
+        replace_module(model, layer, pack_linear(layer, layer.weight.detach(), Bitmask()))
     assert isinstance(model.experts, SparseExperts)
     assert storage not in {p.untyped_storage().data_ptr() for p in model.parameters()}
     torch.testing.assert_close(model.experts(*inputs), expected)
