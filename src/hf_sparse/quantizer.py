@@ -156,6 +156,11 @@ class SparseQuantizer(HfQuantizer):
                 sparse = _empty_layer(modules[own], layer, dtype or torch.get_default_dtype())
                 places.replace(modules[own], sparse)
                 self._layers[own] = layer
+        # What a config calls tied, though its checkpoint held two weights, was pruned as two.
+        ties = getattr(model, "all_tied_weights_keys", None) or {}
+        for pair in list(ties.items()):
+            if any(key.removesuffix(".weight") in self._layers for key in pair):
+                del ties[pair[0]]
 
     def get_weight_conversions(self) -> list[Any]:
         return [ValuesRenaming.of(self._renamed)] if self._renamed else []
