@@ -22,7 +22,7 @@ and reloads to the same bits of its outputs, and still generates where the dense
 """
 
 PIECES = """
-It is put together from several runs, between which the code went on.
+It is put together from several runs.
 """
 
 COUNTS = """
