@@ -25,6 +25,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from hf_sparse.report import LayerReport
+from hf_sparse_cli import main
+
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT.parent / "shared" / "fixtures"
 logging.disable_progress_bar()
@@ -54,26 +57,76 @@ def trained(model_path: Path):
     return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
 
 
-@pytest.fixture
-def tiny() -> LlamaForCausalLM:
+def tiny_llama(**changes) -> LlamaForCausalLM:
     """A random two-block Llama that is pruned in a blink; head not tied."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
+
+
+def save_with_tokenizer(folder: Path, **changes) -> Path:
+    """A random Llama, as `tiny_llama`, in a folder with the tokenizer of the example."""
+    tiny_llama(vocab_size=4096, pad_token_id=None, **changes).save_pretrained(folder)
+    example = ROOT / "examples" / "models" / "tiny-llama-docs"
+    AutoTokenizer.from_pretrained(example).save_pretrained(folder)
+    return folder
+
+
+def logits(model, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def layer_report(name: str = "layers.0.q_proj", **changes) -> LayerReport:
+    """Half of 40 weights are zeros."""
+    values = {
+        "name": name,
+        "shape": (4, 10),
+        "pattern": "unstructured",
+        "format": "bitmask",
+        "zeros": 20,
+        "sparsity": 0.5,
+        "relative_error": 0.123456,
+        "tokens": 77,
+        "seconds": 0.5,
+        "bytes_before": 160,
+        "bytes_after": 88,
+        "bytes_resident": 90,
+        "kernel": "t16",
+    }
+    return LayerReport(**(values | changes))
+
+
+@pytest.fixture
+def tiny() -> LlamaForCausalLM:
+    return tiny_llama()
 
 
 @pytest.fixture
 def token_ids() -> torch.Tensor:
     """12 sequences of 16 ids that `tiny` knows."""
     return torch.randint(3, 61, (12, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs a command line; its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    return run

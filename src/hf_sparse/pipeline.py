@@ -8,13 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .calibration.blocks import BlockWalk, Visit, input_device
 from .calibration.experts import observe
@@ -23,50 +23,25 @@ from .calibration.stages import find_stages, residual_writers
 from .calibration.units import Unit, find_units
 from .config import SparseConfig
 from .environment import Environment
-from .errors import CalibrationError, ConfigError, SolveError
+from .errors import CalibrationError
 from .facts import DenseFacts
-from .formats import Dense, choose_format
-from .formats.bitmask import Bitmask
-from .layers.replace import pack_linear, surroundings, write_weight
+from .jobs import Job, check, plan
+from .layers.replace import Places
 from .loading import load_calibration
 from .logging import get_logger, progress_bar
-from .lowrank import LowRank
-from .patterns import Pattern
-from .quantization import QuantizedWeight
+from .pruned import PrunedLayer, prune_layer
 from .report import LayerReport, PruningReport
-from .solvers import SOLVERS, Solution, Solver, make_solver
+from .solvers import Solver, make_solver
 from .solving import LayerSolver
 from .spread import allocate, exactly
 from .statistics import OutputMetric
-from .targets import Target, layer_sparsity, require_match, select_targets
+from .targets import select_targets
 from .tracking import log_to_current_run
 
 logger = get_logger(__name__)
 
 NO_GRADIENT = "no gradient of the sampled batches reached it: refitted by its inputs alone"
 NEVER_CALLED = "the model never called it on the calibration data"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One layer to prune, and to what."""
-
-    target: Target
-    pattern: Pattern
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """A layer that has its pruned weight and isn't packed yet; its dense weight if still needed,
-    in the module's orientation."""
-
-    job: Job
-    report: LayerReport
-    dense: Tensor | None
-    quantized: QuantizedWeight | None
-    sparse: Tensor | None
-    """(out, in), if the layer has a low-rank part, which its pruned weight then includes."""
-    low_rank: LowRank | None
 
 
 def run(
@@ -95,10 +70,9 @@ def run(
     started = time.perf_counter()
     config.check_data()
     selection = select_targets(model, config.targets, config.modules_to_not_convert, default_dense)
-    jobs, left_dense = _plan(selection.targets, config, dict(selection.left_dense))
+    jobs, left_dense = plan(selection.targets, config, dict(selection.left_dense))
     solver = make_solver(config.solver, config)
-    _check_low_rank(config.low_rank, jobs)
-    _check_weights(solver, jobs)
+    check(jobs, solver, config.low_rank)
     units = find_units(model, [job.target.name for job in jobs], config.blocks)
     _tell_no_blocks(model, units, config)
     if facts is None:
@@ -140,7 +114,7 @@ class _Run:
         facts: DenseFacts,
     ) -> None:
         self._model, self._config, self._facts = model, config, facts
-        self._around = surroundings(model)
+        self._places = Places(model)
         self._solver = LayerSolver(
             solver, config.refit, config.damp_percent, config.grid, config.low_rank
         )
@@ -148,7 +122,7 @@ class _Run:
         self._layers: list[LayerReport] = []
         self.never_called: list[str] = []
         self.block_seconds: dict[str, float] = {}
-        self._solved: dict[str, _Solved] = {}
+        self._pruned: dict[str, PrunedLayer] = {}
 
     @torch.no_grad()
     def prune(self, jobs: Sequence[Job], units: Sequence[Unit]) -> list[LayerReport]:
@@ -202,7 +176,7 @@ class _Run:
                 yield f"block {done} of {len(units)}", layer
             self._count_seconds(visit.unit.name)
             del visit  # the walk goes on: this unit's inputs must not wait for the next one's
-        solved = {layer.name for layer in self._layers} | set(self._solved)
+        solved = {layer.name for layer in self._layers} | set(self._pruned)
         self.never_called = [name for name in by_name if name not in solved]
 
     def _count_seconds(self, block: str) -> None:
@@ -237,94 +211,40 @@ class _Run:
 
     @contextmanager
     def _dense_weights(self) -> Iterator[None]:
-        """The layers solved since the last `_pack` have their dense weights."""
-        modules = {name: solved.job.target.module for name, solved in self._solved.items()}
-        pruned = {name: module.weight.data for name, module in modules.items()}  # type: ignore[union-attr]
+        """The layers pruned since the last `_pack` have their dense weights."""
+        modules = {name: pruned.job.target.module for name, pruned in self._pruned.items()}
+        weights = {name: module.weight.data for name, module in modules.items()}  # type: ignore[union-attr]
         try:
-            for name, solved in self._solved.items():
-                modules[name].weight.data = solved.dense  # type: ignore[union-attr,assignment]
+            for name, pruned in self._pruned.items():
+                modules[name].weight.data = pruned.dense  # type: ignore[union-attr,assignment]
             yield
         finally:
-            for name, weight in pruned.items():
+            for name, weight in weights.items():
                 modules[name].weight.data = weight  # type: ignore[union-attr,assignment]
 
     def _solve(self, job: Job, observed: Observed | None) -> LayerReport:
         """Solve one layer and write the pruned weight into it, still dense."""
-        metric = self._metrics.get(job.target.name)
-        report, solution, dense = _solve(self._solver, job, observed, metric)
-        report = replace(report, block=self._blocks[report.name])
+        name = job.target.name
+        metric = self._metrics.get(name)
+        keep_dense = self._config.target == "dense"
+        pruned = prune_layer(self._solver, job, observed, metric, keep_dense)
+        report = replace(pruned.report, block=self._blocks[name])
         if self._config.metric == "fisher" and metric is None:
             report = replace(report, notes=(*report.notes, NO_GRADIENT))
-        weight, sparse, low_rank = solution.weight, None, solution.low_rank
-        if low_rank is not None:
-            weight, sparse = low_rank.added_to(weight), weight
-        axes = job.target.axes
-        write_weight(job.target.module, axes.own(weight))
-        kept = axes.own(dense) if self._config.target == "dense" else None
-        self._solved[job.target.name] = _Solved(
-            job, report, kept, solution.quantized, sparse, low_rank
-        )
+        self._pruned[name] = replace(pruned, report=report)
         return report
 
     def _pack(self) -> None:
-        """Replace the layers solved since by sparse ones, and complete their reports."""
-        for solved in self._solved.values():
-            around = self._around.get(solved.job.target.module, self._model)
-            self._layers.append(_pack(around, solved, self._config.format))
-        self._solved.clear()
+        """Replace the layers pruned since by sparse ones, and complete their reports."""
+        for pruned in self._pruned.values():
+            self._layers.append(pruned.pack(self._places, self._config.format))
+        self._pruned.clear()
 
 
 def _name(model: nn.Module) -> str:
     """The id that a model was loaded from, or the name of its folder; "" if it has none."""
     name = str(getattr(model, "name_or_path", "") or "")
     return Path(name).resolve().name if Path(name).is_dir() else name
-
-
-def _plan(
-    targets: Sequence[Target], config: SparseConfig, left_dense: dict[str, str]
-) -> tuple[list[Job], dict[str, str]]:
-    """Give each target its pattern; those whose sparsity is 0 or not given stay dense."""
-    sparsities = config.sparsity
-    if isinstance(sparsities, Mapping):
-        for pattern in sparsities:
-            require_match(pattern, [target.name for target in targets])
-    jobs = []
-    for target in targets:
-        if isinstance(sparsities, Mapping):
-            sparsity = layer_sparsity(sparsities, target.name)
-        else:
-            sparsity = sparsities
-        if sparsity is None and not SOLVERS[config.solver].chooses_pattern:
-            left_dense[target.name] = "no regex of sparsity matches it"
-        elif sparsity == 0 and config.bits is None:
-            left_dense[target.name] = "its sparsity is 0"
-        else:
-            jobs.append(Job(target, config.layer_pattern(sparsity or 0.0)))
-    return jobs, left_dense
-
-
-def _check_low_rank(rank: int, jobs: Sequence[Job]) -> None:
-    smallest = min(jobs, key=lambda job: min(job.target.shape), default=None)
-    if smallest is not None and rank > min(smallest.target.shape):
-        name, shape = smallest.target.name, smallest.target.shape
-        raise ConfigError(
-            f"low_rank={rank} is above the smaller side of {name}, whose shape is {shape}: pass at "
-            f"most {min(shape)}, or leave the layer out with modules_to_not_convert=[{name!r}]"
-        )
-
-
-def _check_weights(solver: Solver, jobs: Sequence[Job]) -> None:
-    for job in jobs:
-        try:
-            solver.check_shape(job.target.shape)
-        except SolveError as error:
-            raise SolveError(f"layer {job.target.name}: {error}") from None
-        with job.target.weight() as weight:
-            if not bool(torch.isfinite(weight).all()):
-                raise SolveError(
-                    f"layer {job.target.name}: its weight holds NaN or infinite values; the model "
-                    "was left as it was"
-                )
 
 
 def _tell_no_blocks(model: nn.Module, units: Sequence[Unit], config: SparseConfig) -> None:
@@ -347,71 +267,3 @@ def _tell_never_called(left_dense: Mapping[str, str], any_pruned: bool) -> None:
         raise CalibrationError(f"{text}; no other layer was to be pruned")
     if names:
         logger.warning("%s", text)
-
-
-def _solve(
-    solver: LayerSolver, job: Job, observed: Observed | None, metric: OutputMetric | None
-) -> tuple[LayerReport, Solution, Tensor]:
-    """The report, the solution and the dense weight of one layer, in the layer's dtype."""
-    started = time.perf_counter()
-    name = job.target.name
-    statistics = observed.statistics if observed else None
-    with job.target.weight() as weight:
-        dtype, device = weight.dtype, weight.device
-        before = weight.float()
-        dense = weight.clone()
-        if statistics is not None and statistics.sample.device != device:
-            raise CalibrationError(
-                f"layer {name}: weight on {device}, inputs on {statistics.sample.device}"
-            )
-        try:
-            residual = observed.residual if observed else None
-            solution = solver.solve(before, statistics, job.pattern, residual, metric)
-        except SolveError as error:
-            raise SolveError(f"layer {name}: {error}") from None
-        after = solution.weight.to(dtype)
-        low_rank = solution.low_rank.to(dtype) if solution.low_rank else None
-        whole = after if low_rank is None else low_rank.added_to(after)
-        if not bool(torch.isfinite(whole).all()):
-            raise SolveError(f"layer {name}: the solved weight overflows {dtype}")
-        relative_error = statistics.relative_error(before, whole.float()) if statistics else None
-    zeros = after.numel() - int(torch.count_nonzero(after))
-    report = LayerReport(
-        name=name,
-        shape=job.target.shape,
-        pattern=str(job.pattern),
-        format="dense",
-        zeros=zeros,
-        sparsity=zeros / after.numel(),
-        relative_error=relative_error,
-        tokens=statistics.tokens if statistics else None,
-        seconds=time.perf_counter() - started,
-        bytes_before=after.numel() * after.element_size(),
-        bytes_after=after.numel() * after.element_size(),
-        bytes_resident=after.numel() * after.element_size(),
-        kernel="dense",
-        notes=solution.notes + ((observed.note,) if observed and observed.note else ()),
-    )
-    return report, replace(solution, weight=after, low_rank=low_rank), dense
-
-
-def _pack(around: nn.Module, solved: _Solved, requested: str) -> LayerReport:
-    """Replace a solved layer by a sparse one, wherever `around` has it; its completed report."""
-    job, report, quantized = solved.job, solved.report, solved.quantized
-    with job.target.weight() as whole:
-        weight = whole if solved.sparse is None else solved.sparse
-        fmt = choose_format(weight, job.pattern, requested, quantized)
-        if isinstance(fmt, Dense) and solved.low_rank is None:
-            return report
-        if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
-            fmt = choose_format(weight, job.pattern, Bitmask.name)
-        sparse = pack_linear(around, job.target.module, weight, fmt, quantized, solved.low_rank)
-        stored = sparse.resident_bytes()  # before a kernel takes the weight over
-        sparse.resolve()
-        return replace(
-            report,
-            format=fmt.label,
-            bytes_after=stored,
-            bytes_resident=sparse.resident_bytes(),
-            kernel=sparse.trace[-1].kernel,
-        )

@@ -22,7 +22,7 @@ from .layers.axes import Axes
 from .layers.conv import dense_twin, sparse_class
 from .layers.experts import SparseExperts, fuse, is_fused, unfuse, unfused_experts
 from .layers.head import restore_head, speed_up_head
-from .layers.replace import replace_module, surroundings, unpack_linear
+from .layers.replace import Places, unpack_linear
 from .loading import load_calibration
 from .logging import get_logger
 from .lowrank import KEY_A, KEY_B, LowRank
@@ -149,13 +149,18 @@ class SparseQuantizer(HfQuantizer):
         self._renamed = frozenset(described)
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         _unfuse_described(model, described, prefix)
-        modules, around = dict(model.named_modules()), surroundings(model)
+        modules, places = dict(model.named_modules()), Places(model)
         for name, layer in described.items():
             own = next((n for n in _spellings(name, prefix) if n in modules), None)
             if own is not None:
-                module = modules[own]
-                _build_meta(around[module], module, layer, dtype or torch.get_default_dtype())
+                sparse = _empty_layer(modules[own], layer, dtype or torch.get_default_dtype())
+                places.replace(modules[own], sparse)
                 self._layers[own] = layer
+        # What a config calls tied, though its checkpoint held two weights, was pruned as two.
+        ties = getattr(model, "all_tied_weights_keys", None) or {}
+        for pair in list(ties.items()):
+            if any(key.removesuffix(".weight") in self._layers for key in pair):
+                del ties[pair[0]]
 
     def get_weight_conversions(self) -> list[Any]:
         return [ValuesRenaming.of(self._renamed)] if self._renamed else []
@@ -207,10 +212,10 @@ class SparseQuantizer(HfQuantizer):
             dtype = None  # the config's, which is a mere string once the model has been saved
         for experts in [m for m in model.modules() if isinstance(m, SparseExperts)]:
             fuse(model, experts, dtype)
-        around = surroundings(model)
+        places = Places(model)
         for name, sparse in sparse_layers(model).items():
             dense = unpack_linear(sparse, _dense_twin(sparse), dtype or sparse.weight_dtype)
-            replace_module(around[sparse], sparse, dense)
+            places.replace(sparse, dense)
             logger.debug("%s is dense again", name)
         restore_head(model)
         for module in model.modules():
@@ -246,10 +251,8 @@ class SparseQuantizer(HfQuantizer):
         return True
 
 
-def _build_meta(
-    around: nn.Module, module: nn.Module, layer: PackedLayer, dtype: torch.dtype
-) -> None:
-    """Put an empty sparse layer in a dense one's place, with the checkpoint's shapes."""
+def _empty_layer(module: nn.Module, layer: PackedLayer, dtype: torch.dtype) -> SparseLinear:
+    """What takes a dense layer's place: a sparse one on meta, with the checkpoint's shapes."""
     weight = getattr(module, "weight", None)
     expected = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
     axes = Axes.of(module)
@@ -271,7 +274,7 @@ def _build_meta(
     sparse = cls(layer.format, tensors, layer.shape, dtype, bias, axes, low_rank)
     # transformers would otherwise unpack each layer to initialise what isn't missing.
     sparse._is_hf_initialized = True  # type: ignore[assignment]
-    replace_module(around, module, sparse)
+    return sparse
 
 
 def _spellings(name: str, prefix: str) -> tuple[str, str, str]:

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import SolveError
+from .precision import full_precision
 
 # Damping is raised tenfold at most this often before a Hessian counts as unusable.
 DAMP_STEPS = 4
@@ -102,6 +103,7 @@ class Statistics:
             self._factors[damp_percent] = _factorise(self.hessian, damp_percent)
         return self._factors[damp_percent]
 
+    @full_precision()
     def relative_error(
         self, before: Float[Tensor, "out in"], after: Float[Tensor, "out in"]
     ) -> float:

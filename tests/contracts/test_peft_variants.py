@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
+from conftest import logits
 from hf_sparse import AdapterError, SparseConfig, SparseLinear
 
 pytestmark = pytest.mark.filterwarnings(
@@ -81,11 +82,6 @@ def sparse_layers(model):
 
 def patterns(model):
     return {name: layer.sparse_weight != 0 for name, layer in sparse_layers(model).items()}
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids).logits
 
 
 def adapt(base, config):

@@ -10,26 +10,13 @@ from importlib import import_module
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hf_sparse
-from conftest import ROOT
+from conftest import ROOT, save_with_tokenizer
 from hf_sparse.evaluation import memory
 from hf_sparse_cli import main
-
-
-@pytest.fixture
-def cli(capsys):
-    """Runs a command line; its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture
@@ -48,22 +35,7 @@ def fails(cli):
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A random two-block Llama with the example's tokenizer, in a folder."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = ROOT / "examples" / "models" / "tiny-llama-docs"
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return folder
+    return save_with_tokenizer(tmp_path_factory.mktemp("models") / "dense")
 
 
 @pytest.fixture(scope="module")

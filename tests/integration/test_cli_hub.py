@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hub_client import LAYERS, Client
 from hub_server import READ_TOKEN, Hub, Repo, serve
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import ROOT
+from conftest import ROOT, tiny_llama
 
 # Runs command lines, given as JSON, one after the other; prints each one's results as JSON.
 RUN = """
@@ -36,17 +34,8 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
     path = tmp_path_factory.mktemp("dense")
-    LlamaForCausalLM(config).save_pretrained(path)
+    tiny_llama().save_pretrained(path)
     return path
 
 

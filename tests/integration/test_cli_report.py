@@ -1,16 +1,16 @@
 """`hf-sparse report` from end to end, and what it says when something is wrong."""
 
+import functools
 import json
 import shutil
 
 import pytest
-import torch
 from hub_client import Client
 from hub_server import serve
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
-from conftest import ROOT
+from conftest import ROOT, save_with_tokenizer
 from hf_sparse_cli import main
 from hf_sparse_cli.commands import report as command
 
@@ -31,22 +31,9 @@ main(["report", sys.argv[1], "--output", sys.argv[2]])
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A random two-block Llama with the example's tokenizer, in a folder."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=192,
+    return save_with_tokenizer(
+        tmp_path_factory.mktemp("models") / "dense", max_position_embeddings=192
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = ROOT / "examples" / "models" / "tiny-llama-docs"
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -60,32 +47,30 @@ def sparse(dense, tmp_path_factory):
     return folder
 
 
-def run(capsys, *arguments):
+@pytest.fixture
+def report(cli):
     """Exit code, stdout and stderr of `hf-sparse report`."""
-    with pytest.raises(SystemExit) as ended:
-        main(["report", *map(str, arguments)])
-    said = capsys.readouterr()
-    return ended.value.code, said.out, said.err
+    return functools.partial(cli, "report")
 
 
-def test_a_page_is_made_without_loading_the_model(capsys, sparse, tmp_path, monkeypatch):
+def test_a_page_is_made_without_loading_the_model(report, sparse, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load", lambda *args: pytest.fail("it was loaded"))
     out = tmp_path / "pages" / "report.html"
-    code, said, _ = run(capsys, sparse, "--output", out)
+    code, said, _ = report(sparse, "--output", out)
     assert code == 0
     assert said.splitlines()[-1] == f"written to {out}"
     model = AutoModelForCausalLM.from_pretrained(sparse)
     hf_sparse.write_report(model.hf_quantizer.report, tmp_path / "python.html", masks=model)
     assert out.read_text(encoding="utf-8") == (tmp_path / "python.html").read_text("utf-8")
-    assert run(capsys, sparse, "--output", out, "--no-masks")[0] == 0
+    assert report(sparse, "--output", out, "--no-masks")[0] == 0
     assert "there are no masks in it" in out.read_text(encoding="utf-8")
 
 
-def test_json_holds_the_report_and_what_was_measured(capsys, sparse, dense, tmp_path):
+def test_json_holds_the_report_and_what_was_measured(report, sparse, dense, tmp_path):
     text = ROOT / "examples" / "data" / "evaluation.txt"
     arguments = ["--data", text, "--seq-len", 32, "--num-samples", 2, "--prompt", "A table is"]
     out = tmp_path / "report.html"
-    code, said, _ = run(capsys, sparse, "--output", out, "--dense", dense, *arguments, "--json")
+    code, said, _ = report(sparse, "--output", out, "--dense", dense, *arguments, "--json")
     assert code == 0
     values = json.loads(said)
     assert values["sparsity"] == 0.75
@@ -113,25 +98,25 @@ def test_json_holds_the_report_and_what_was_measured(capsys, sparse, dense, tmp_
         (["--data", "none.txt"], "none.txt"),
     ],
 )
-def test_mistakes_are_one_sentence_and_write_nothing(capsys, sparse, tmp_path, arguments, words):
-    code, said, errors = run(capsys, sparse, "--output", tmp_path / "r.html", *arguments)
+def test_mistakes_are_one_sentence_and_write_nothing(report, sparse, tmp_path, arguments, words):
+    code, said, errors = report(sparse, "--output", tmp_path / "r.html", *arguments)
     assert (code, said) == (1, "")
     assert words in errors
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_says_what_is_no_checkpoint_with_a_report(capsys, sparse, dense, tmp_path):
+def test_it_says_what_is_no_checkpoint_with_a_report(report, sparse, dense, tmp_path):
     out = tmp_path / "r.html"
-    assert "is dense, no sparse checkpoint" in run(capsys, dense, "--output", out)[2]
+    assert "is dense, no sparse checkpoint" in report(dense, "--output", out)[2]
     copy = tmp_path / "copy"
     shutil.copytree(sparse, copy)
     (copy / "pruning_report.json").write_text('{"layers": [{}]}')
-    said = run(capsys, copy, "--output", out)[2]
+    said = report(copy, "--output", out)[2]
     assert "pruning_report.json, layers, 0: name is missing" in said
     (copy / "pruning_report.json").unlink()
-    assert "has no pruning_report.json" in run(capsys, copy, "--output", out)[2]
-    assert "is a folder: pass a file" in run(capsys, sparse, "--output", tmp_path)[2]
+    assert "has no pruning_report.json" in report(copy, "--output", out)[2]
+    assert "is a folder: pass a file" in report(sparse, "--output", tmp_path)[2]
     assert not out.exists()
 
 

@@ -17,7 +17,6 @@ from transformers.utils import logging
 import hf_sparse
 from conftest import ROOT
 from hf_sparse import CheckpointError, ConfigError, SaveError, SparseLinear, convert_checkpoint
-from hf_sparse_cli import main
 
 DATA = ROOT / "tests" / "data"
 FOLDERS = ["bitmask-0.6.0", "bitmask-0.8.1", "gpt2-bitmask-0.8.1", "bitmask-0.14.0.1", "24-0.9.4",
@@ -303,33 +302,26 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 # --- the command ----------------------------------------------------------------------------
 
 
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return ended.value.code, said.out, said.err
-
-
-def test_the_command_says_what_it_made(capsys, tmp_path):
+def test_the_command_says_what_it_made(cli, tmp_path):
     out = tmp_path / "out"
-    code, said, _ = run(capsys, "convert", DATA / "24-0.9.4", "--output", out)
+    code, said, _ = cli("convert", DATA / "24-0.9.4", "--output", out)
     assert code == 0
     assert re.match(r"7 layers packed \(.*6 n:m.*\), 9 parameters dense; 0.01 MB before", said)
-    code, said, _ = run(
-        capsys, "convert", DATA / "24-0.9.4", "--output", out, "--max-shard-size", "1KB", "--json"
+    code, said, _ = cli(
+        "convert", DATA / "24-0.9.4", "--output", out, "--max-shard-size", "1KB", "--json"
     )
     values = json.loads(said)
     assert values["layers"]["model.layers.0.mlp.up_proj"] == "n:m"
     assert values["bytes_after"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))
-    assert run(capsys, "inspect", out)[0] == 0
+    assert cli("inspect", out)[0] == 0
 
 
-def test_the_command_fails_in_one_sentence(capsys, tmp_path):
+def test_the_command_fails_in_one_sentence(cli, tmp_path):
     for source, words in (
         (QUANTISED, "is more than sparse: its config_groups says"),
         ("someone/nothing", "no folder someone/nothing, and from the Hub"),
     ):
-        code, _, said = run(capsys, "convert", source, "--output", tmp_path / "out")
+        code, _, said = cli("convert", source, "--output", tmp_path / "out")
         assert code == 1
         assert words in said
         assert "Traceback" not in said

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from short_runs import arguments, rows_of
 from transformers import (
     AutoModelForCausalLM,
     LlamaForCausalLM,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
 import hf_sparse
@@ -32,28 +32,12 @@ def sparse(tiny):
     return tiny
 
 
-def arguments(folder, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "logging_strategy": "no",
-    }
-    return TrainingArguments(**(settings | changes))
-
-
 def train(model, token_ids, folder, cls=SparseTrainer, callbacks=(), resume=None, **changes):
     options = {k: changes.pop(k) for k in [*changes] if k in ("teacher", "hidden_weight")}
     trainer = cls(
         model,
         arguments(folder, **changes),
-        train_dataset=[{"input_ids": ids, "labels": ids} for ids in token_ids],
+        train_dataset=rows_of(token_ids),
         callbacks=list(callbacks),
         **options,
     )
@@ -229,7 +213,7 @@ def test_a_checkpoint_of_trainer_is_a_sparse_model(sparse, token_ids, tmp_path):
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(sparse, token_ids, tmp_path):
-    rows = [{"input_ids": ids, "labels": ids} for ids in token_ids]
+    rows = rows_of(token_ids)
     trainer = SparseTrainer(
         sparse,
         arguments(
@@ -364,7 +348,7 @@ arguments = TrainingArguments(
     disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
 )
 token_ids = torch.randint(3, 61, (12, 16), generator=torch.Generator().manual_seed(1))
-rows = [{"input_ids": ids, "labels": ids} for ids in token_ids]
+rows = rows_of(token_ids)
 teacher = AutoModelForCausalLM.from_pretrained(base).dequantize()
 trainer = SparseTrainer(
     model, arguments, train_dataset=rows, callbacks=[SparsityCallback()], teacher=teacher,

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from short_runs import arguments, rows_of
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
 import hf_sparse
@@ -19,22 +19,10 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def train(model, token_ids, folder, *callbacks, resume=None, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 10,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "logging_strategy": "no",
-    }
     trainer = Trainer(
         model,
-        TrainingArguments(**(settings | changes)),
-        train_dataset=[{"input_ids": ids, "labels": ids} for ids in token_ids],
+        arguments(folder, **({"max_steps": 10} | changes)),
+        train_dataset=rows_of(token_ids),
         callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=resume)

@@ -11,7 +11,8 @@ from hub_server import READ_TOKEN, Hub, serve
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from conftest import tiny_llama
 
 # Prunes the dense model in sys.argv[1]; results go to the folder sys.argv[2].
 PRUNE = """
@@ -53,22 +54,9 @@ def client(hub: Hub, tmp_path: Path) -> Client:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a random two-block Llama, the same as `tiny`."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    """The folder of the model that `tiny` is."""
     path = tmp_path_factory.mktemp("dense")
-    LlamaForCausalLM(config).save_pretrained(path)
+    tiny_llama().save_pretrained(path)
     return path
 
 

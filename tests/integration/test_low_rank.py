@@ -15,10 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import hf_sparse
+from conftest import logits
 from hf_sparse import CheckpointError, ConfigError, SaveError, SparseConfig, SparseLinear
 from hf_sparse.layers.replace import replace_module
 from hf_sparse.lowrank import KEY_A, KEY_B, LowRank
-from hf_sparse.saving import sparse_state_dict
+from hf_sparse.saving import sparse_layers, sparse_state_dict
 
 UP = "model.layers.0.mlp.up_proj"
 quiet_peft = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -33,15 +34,6 @@ def prune(model, token_ids, **settings):
 def pruned(tiny, token_ids):
     prune(tiny, token_ids)
     return tiny
-
-
-def sparse_layers(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def damage(folder, change, header_change=None):

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import hf_sparse
+from conftest import logits
 from hf_sparse import AdapterError, CalibrationError, ConfigError, SparseConfig, SparseLinear
 from hf_sparse.merging import run
 from hf_sparse.saving import sparse_layers
@@ -43,11 +44,6 @@ def adapt(model, seed=0, scale=0.1, **settings):
         if "lora_B" in name:
             parameter.data.mul_(scale)
     return adapted
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids).logits
 
 
 def patterns(model):

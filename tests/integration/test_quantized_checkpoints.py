@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
+from conftest import logits
 from hf_sparse import CheckpointError, SparseConfig, SparseLinear
 from hf_sparse.formats import Quantized, choose_format
 from hf_sparse.layers.replace import replace_module
 from hf_sparse.patterns import Unstructured
 from hf_sparse.quantization import Grid
+from hf_sparse.saving import sparse_layers
 
 GRIDS = {
     "8": Grid(8, 8, True), "4": Grid(4, 8, True), "3": Grid(3, None, True),
@@ -49,15 +51,6 @@ def quantise(model, grid, layout="auto"):
 def pruned(tiny):
     hf_sparse.prune(tiny, SparseConfig(method="magnitude", pattern="2:4"))
     return tiny
-
-
-def sparse_layers(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def assert_same_state(first, second):

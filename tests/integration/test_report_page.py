@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hf_sparse
+from conftest import tiny_llama
 from hf_sparse import SparseConfig
 from hf_sparse.reporting.masks import view_mask
 
@@ -56,20 +57,8 @@ def browser(profile: Path) -> Iterator["selenium.webdriver.Chrome"]:
 def pruned(tmp_path_factory):
     """A tiny pruned model, and the file of its page."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=12,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    model, dense = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
-    dense.load_state_dict(model.state_dict())
+    model, dense = (tiny_llama(num_hidden_layers=12) for _ in range(2))
     ids = list(torch.randint(3, 61, (4, 16)))
     sparsity = {rf"layers\.{i}": 0.3 + 0.05 * i for i in range(12)}
     report = hf_sparse.prune(model, SparseConfig(dataset=ids, sparsity=sparsity))

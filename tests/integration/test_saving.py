@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
+from conftest import logits
 from hf_sparse import SaveError, SparseConfig, SparseLinear
 
 
@@ -19,11 +20,6 @@ from hf_sparse import SaveError, SparseConfig, SparseLinear
 def sparse(tiny):
     hf_sparse.prune(tiny, SparseConfig(method="magnitude", sparsity=0.6))
     return tiny
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def files(folder):

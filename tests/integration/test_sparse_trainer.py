@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from short_runs import arguments, rows_of
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -32,27 +33,10 @@ def sparse(tiny, teacher):
 
 
 def make(model, folder, rows=None, teacher=None, changes=None, **kwargs):
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "logging_strategy": "no",
-    }
-    arguments = TrainingArguments(**(settings | (changes or {})))
+    settings = arguments(folder, **(changes or {}))
     return SparseTrainer(
-        model, arguments, train_dataset=rows, eval_dataset=rows, teacher=teacher, **kwargs
+        model, settings, train_dataset=rows, eval_dataset=rows, teacher=teacher, **kwargs
     )
-
-
-def rows_of(token_ids):
-    return [{"input_ids": ids, "labels": ids} for ids in token_ids]
 
 
 def expected_terms(student, teacher, inputs, chosen, temperature):

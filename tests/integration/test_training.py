@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from short_runs import arguments, rows_of
+from transformers import AutoModelForCausalLM, Trainer
 
 import hf_sparse
 from hf_sparse import SparseConfig, SparseLinear
@@ -16,19 +17,8 @@ def sparse(tiny):
 
 
 def train(model, token_ids, folder, steps=3):
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    rows = [{"input_ids": ids, "labels": ids} for ids in token_ids]
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    settings = arguments(folder, max_steps=steps)
+    trainer = Trainer(model=model, args=settings, train_dataset=rows_of(token_ids))
     trainer.train()
     return trainer
 

@@ -76,7 +76,7 @@ void one_case() {
   const int64_t n = uniform(1, 300), k = uniform(1, 300);
   // Now and then enough tokens for every level of blocking.
   const int64_t m = chance(0.04) ? uniform(71, 700) : uniform(0, 70);
-  // int4 is packed as int8 and then narrowed, as native.py does.
+  // int4 is packed as int8 and then narrowed, as packed.py does.
   const int32_t value_dtype = static_cast<int32_t>(uniform(0, 4));
   const int32_t dtype = value_dtype == kI4 ? kI8 : value_dtype;
   const int64_t top = value_dtype == kI4 ? 7 : 127;

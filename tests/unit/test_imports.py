@@ -19,15 +19,15 @@ ROOT = Path(__file__).parents[2]
 
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
-    {"errors", "logging", "names"},
+    {"errors", "logging", "names", "precision"},
     {"patterns", "quantization", "statistics", "lowrank", "records", "triton"},
     {"solvers", "formats", "allocation"},
     {"kernels"},
     {"layers"},
     {"calibration", "environment", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report", "tokenizer"},
-    {"facts", "files", "loading", "tracking"},
-    {"spread", "legacy", "evaluation"},
+    {"facts", "files", "jobs", "loading", "tracking"},
+    {"spread", "pruned", "legacy", "evaluation"},
     {"hub"},
     {"pipeline", "saving", "explain", "skeleton"},
     {"adapters", "reporting"},
@@ -40,7 +40,7 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # One file a method, layout or kernel; what they share is in these.
 PLUGIN_FOLDERS = {"solvers", "formats", "kernels"}
 SHARED = {"base", "refit", "descent", "lowrank", "bits", "native", "reference", "speed"}
-SHARED |= {"products", "panels", "gemv"}  # of kernels
+SHARED |= {"products", "packed", "panels", "gemv"}  # of kernels
 SHARED |= {"devices"}  # of kernels on GPUs
 
 MAY_IMPORT_TRANSFORMERS = {

@@ -1,7 +1,6 @@
 """The choice of kernels, the torch operator, and what a layer holds and gives back."""
 
 import copy
-import json
 import pickle
 
 import pytest
@@ -12,7 +11,8 @@ import hf_sparse
 from hf_sparse import SparseConfig, SparseLinear
 from hf_sparse.formats import Bitmask, choose_format
 from hf_sparse.formats.nm import NMPacked
-from hf_sparse.kernels import Stored, choose, native, panels, products, speed, t16
+from hf_sparse.kernels import Stored, choose, native, products, speed, t16
+from hf_sparse.kernels.packed import pack_dense
 from hf_sparse.kernels.products import Product, fastest
 from hf_sparse.kernels.t16 import T16Kernel
 from hf_sparse.patterns import NM, Unstructured
@@ -44,11 +44,6 @@ def without_binary(monkeypatch):
     t16._warn_once.cache_clear()
     yield
     t16._warn_once.cache_clear()
-
-
-def test_the_native_library_is_built_where_these_tests_run():
-    assert native.unavailable_reason() is None
-    assert "scalar" in native.paths()
 
 
 @pytest.mark.parametrize("fmt", [Bitmask(), NMPacked(2, 4)], ids=["bitmask", "n:m"])
@@ -241,25 +236,8 @@ def test_every_number_of_tokens_has_a_class(tokens, expected):
     assert products.class_of(tokens) == expected
 
 
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(36,), (3, 36), (2, 3, 36), (0, 36)])
-def test_products_by_panels_agree_with_float64(monkeypatch, x_dtype, shape):
-    monkeypatch.setattr(panels, "PANEL_BYTES", 16 * 36 * 2)  # 53 rows are then several panels
-    weight = pruned(53, 36, dtype=torch.bfloat16)
-    bias = torch.randn(53, generator=torch.Generator().manual_seed(1)).to(x_dtype)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x_dtype)
-    packed = native.pack_dense(weight)
-    for given in (None, bias):
-        y = panels.linear(x, packed, given)
-        other = None if given is None else given.double()
-        expected = F.linear(x.double(), weight.double(), other)
-        assert y.dtype == x_dtype
-        tolerance = {torch.bfloat16: 3e-2, torch.float16: 3e-3}.get(x_dtype, 1e-5)
-        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
-
-
 def test_the_operator_takes_the_way_of_the_weight_that_its_tensors_belong_to(monkeypatch):
-    kernel = T16Kernel(Product(native.pack_dense(pruned()), fastest({"1": {"panels": 1.0}})))
+    kernel = T16Kernel(Product(pack_dense(pruned()), fastest({"1": {"panels": 1.0}})))
     calls = []
     monkeypatch.setitem(products.WAYS, "panels", lambda x, w, b: calls.append(b) or x @ x.T)
     x = torch.randn(1, 36)
@@ -268,56 +246,6 @@ def test_the_operator_takes_the_way_of_the_weight_that_its_tensors_belong_to(mon
     assert len(calls) == 2
     t16.t16_linear(torch.randn(2, 36), *kernel.operands())
     assert len(calls) == 2
-
-
-def speeds_of(monkeypatch, tmp_path, answer):
-    """`speed.over_dense` with a cache of its own, and the classes that it measured."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(speed.SWITCH, "1")
-    measured = []
-    monkeypatch.setattr(
-        speed, "_measure", lambda weight, dtype, tokens: measured.append(tokens.name) or answer
-    )
-    return measured
-
-
-def test_measurements_are_kept_per_machine_shape_and_sparsity(monkeypatch, tmp_path):
-    measured = speeds_of(monkeypatch, tmp_path, {"packed": 1.5})
-    weight = native.pack_dense(pruned())
-    names = [each.name for each in products.CLASSES]
-    for _ in range(3):
-        assert speed.over_dense(weight, torch.float32) == {n: {"packed": 1.5} for n in names}
-    assert measured == names
-    speed.over_dense(native.pack_dense(pruned(24, 36)), torch.float32)
-    speed.over_dense(weight, torch.bfloat16)
-    assert measured == 3 * names
-    file = tmp_path / "hf_sparse" / "speed.json"
-    content = json.loads(file.read_text())
-    assert len(content) == 3 * len(names)
-    assert all("20x36" in key or "24x36" in key for key in content)
-    key = next(iter(content))
-    for damaged in ("{damaged", "[]", json.dumps({key: 1.5}), json.dumps({key: {"packed": "x"}})):
-        file.write_text(damaged)
-        assert speed.over_dense(weight, torch.float32)["1"] == {"packed": 1.5}
-    monkeypatch.setenv(speed.SWITCH, "0")
-    assert speed.over_dense(weight, torch.float32) == {}
-
-
-def test_what_is_slower_at_one_token_is_not_measured_further(monkeypatch, tmp_path):
-    measured = speeds_of(monkeypatch, tmp_path, {"packed": 0.9})
-    found = speed.over_dense(native.pack_dense(pruned()), torch.float32)
-    assert measured == list(found) == ["1"]
-
-
-def test_measurements_are_positive_ratios_for_every_way(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(speed.SWITCH, "1")
-    monkeypatch.setattr(speed, "WARM_WEIGHTS", 1)  # so that the first tile stands for all
-    weight = native.pack_dense(pruned(40, 36))
-    for each in products.CLASSES:
-        found = speed._measure(weight, torch.float32, each)
-        assert tuple(found) == each.ways
-        assert all(ratio > 0 for ratio in found.values())
 
 
 def test_every_kernel_that_was_turned_down_has_a_reason():

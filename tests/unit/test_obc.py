@@ -9,8 +9,10 @@ import heapq
 import math
 from fractions import Fraction
 
+import layer_oracle
 import pytest
 import torch
+from layer_oracle import damped, freeze, hessian_of, make_inputs, parsed
 
 import hf_sparse.solvers.obc as obc_module
 from hf_sparse.errors import SolveError
@@ -29,12 +31,8 @@ class Oracle:
 
     def __init__(self, weight: torch.Tensor, hessian: torch.Tensor, damp: float = 0.01) -> None:
         self.weight = weight.double()
-        self.hessian = hessian.double().clone()
+        self.hessian = damped(hessian, damp)
         self.dead = [j for j in range(len(hessian)) if hessian[j, j] == 0]
-        for j in self.dead:
-            self.hessian[j, j] = 1
-        mean = self.hessian.diagonal().mean()
-        self.hessian += damp * mean * torch.eye(len(hessian), dtype=torch.float64)
         self.margin = math.inf
 
     def run(self, pattern: str | tuple[int, int]) -> torch.Tensor:
@@ -87,35 +85,10 @@ class Oracle:
             self.margin = min(self.margin, 1 - chosen / next_best)
 
 
-def make_inputs(columns: int, dead: tuple[int, ...] = (), seed: int = 0) -> torch.Tensor:
-    """Correlated inputs, more tokens than columns, in double precision."""
-    generator = torch.Generator().manual_seed(1000 * seed + columns)
-    tokens = 2 * columns + 40
-    mixed = torch.randn(tokens, columns, generator=generator, dtype=torch.float64)
-    common = torch.randn(tokens, 1, generator=generator, dtype=torch.float64)
-    inputs = mixed + 0.5 * common
-    inputs[:, list(dead)] = 0
-    return inputs
-
-
 def make_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(77 * seed + 1000 * rows + columns)
-    # Rows of different sizes: as many zeros in each would be another result.
+    """Rows of different sizes: as many zeros in each would be another result."""
     scale = torch.linspace(0.5, 2, rows).unsqueeze(1)
-    return torch.randn(rows, columns, generator=generator) * scale
-
-
-def freeze(hessian: torch.Tensor) -> Statistics:
-    norms = hessian.diagonal().clamp(min=0).sqrt().float()
-    return Statistics(1, torch.ones(1, len(hessian)), norms, hessian.float())
-
-
-def hessian_of(inputs: torch.Tensor) -> torch.Tensor:
-    return inputs.T @ inputs / len(inputs)
-
-
-def parsed(pattern: str | tuple[int, int]) -> Unstructured | NM:
-    return Unstructured(float(pattern)) if isinstance(pattern, str) else NM(*pattern)
+    return layer_oracle.make_weight(rows, columns, seed) * scale
 
 
 def loss(before: torch.Tensor, after: torch.Tensor, hessian: torch.Tensor) -> float:

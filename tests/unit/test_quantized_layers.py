@@ -43,10 +43,8 @@ def layer_of(weight: QuantizedWeight, layout="bitmask", dtype=torch.float32, bia
     linear = nn.Linear(dense.shape[1], dense.shape[0], bias=bias, dtype=dtype)
     with torch.no_grad():
         linear.weight.copy_(dense)
-    model = nn.Sequential(linear)
     fmt = choose_format(dense, NM(2, 4), layout, weight)
-    layer = pack_linear(model, linear, dense, fmt, weight)
-    assert model[0] is layer
+    layer = pack_linear(linear, dense, fmt, weight)
     layer.resolve()
     return layer
 

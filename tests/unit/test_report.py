@@ -7,28 +7,10 @@ import pytest
 import torch
 
 import hf_sparse
+from conftest import layer_report as layer
 from hf_sparse import CheckpointError, Environment, PackageError, SparseConfig
 from hf_sparse.calibration.data import DataRecord
-from hf_sparse.report import LayerReport, PruningReport
-
-
-def layer(name: str = "layers.0.q_proj", **changes) -> LayerReport:
-    values = {
-        "name": name,
-        "shape": (4, 10),
-        "pattern": "unstructured",
-        "format": "bitmask",
-        "zeros": 20,
-        "sparsity": 0.5,
-        "relative_error": 0.123456,
-        "tokens": 77,
-        "seconds": 0.5,
-        "bytes_before": 160,
-        "bytes_after": 88,
-        "bytes_resident": 90,
-        "kernel": "t16",
-    }
-    return LayerReport(**(values | changes))
+from hf_sparse.report import PruningReport
 
 
 def two_layers() -> PruningReport:

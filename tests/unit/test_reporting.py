@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hf_sparse
-from conftest import ROOT
+from conftest import ROOT, layer_report
 from hf_sparse import PruningReport, SaveError, SparseConfig
 from hf_sparse.evaluation import Evaluation, Texts
 from hf_sparse.report import LayerReport
@@ -23,23 +23,7 @@ from hf_sparse.reporting.write import ASSETS, render
 
 
 def layer(name: str, block: str, **changes) -> LayerReport:
-    values = {
-        "name": name,
-        "shape": (4, 10),
-        "pattern": "unstructured",
-        "format": "bitmask",
-        "zeros": 20,
-        "sparsity": 0.5,
-        "relative_error": 0.1,
-        "tokens": 77,
-        "seconds": 0.5,
-        "bytes_before": 160,
-        "bytes_after": 88,
-        "bytes_resident": 90,
-        "kernel": "t16",
-        "block": block,
-    }
-    return LayerReport(**(values | changes))
+    return layer_report(name, block=block, **({"relative_error": 0.1} | changes))
 
 
 class Elements(HTMLParser):

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from layer_oracle import damped, make_weight
 
 from hf_sparse.errors import SolveError
 from hf_sparse.patterns import NM, Unstructured
@@ -36,22 +37,9 @@ def freeze(pruned: torch.Tensor, dense: torch.Tensor | None = None) -> Statistic
     return Statistics(len(pruned), pruned[:8].float(), norms, hessian, cross)
 
 
-def make_weight(rows: int, columns: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1000 * rows + columns)
-    return torch.randn(rows, columns, generator=generator)
-
-
-def damped(statistics: Statistics) -> torch.Tensor:
-    matrix = statistics.hessian.double().clone()
-    for j in range(len(matrix)):
-        if matrix[j, j] == 0:
-            matrix[j, j] = 1
-    return matrix + DAMP * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
-
-
 def loss(weight, target, statistics) -> float:
     difference = weight.double() - target.double()
-    return float((difference @ damped(statistics) * difference).sum())
+    return float((difference @ damped(statistics.hessian, DAMP) * difference).sum())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 8), (7, 33)], ids=str)
@@ -122,7 +110,7 @@ def test_mask_and_refit_see_the_dense_model_s_target_in_place_of_the_weight():
     order = target.abs().flatten().argsort()
     assert not found.mask.flatten()[order[:72]].any()
     assert found.mask.flatten()[order[72:]].all()
-    matrix = damped(statistics)
+    matrix = damped(statistics.hessian, DAMP)
     for i, kept in enumerate(found.mask):
         right = (matrix @ target[i].double())[kept]
         best = torch.linalg.solve(matrix[kept][:, kept], right)
@@ -138,7 +126,7 @@ def test_an_output_metric_is_refitted_in_after_the_inputs_metric():
     solver = LayerSolver(Magnitude(), 100, DAMP)
     found = solver.solve(weight, statistics, Unstructured(0.5), metric=metric)
     weighted = gram.double() / gram.diagonal().mean() + 0.02 * torch.eye(4, dtype=torch.float64)
-    system = torch.kron(weighted, damped(statistics))
+    system = torch.kron(weighted, damped(statistics.hessian, DAMP))
     kept = found.mask.flatten()
     best = torch.linalg.solve(system[kept][:, kept], (system @ weight.double().flatten())[kept])
     torch.testing.assert_close(found.weight[found.mask].double(), best, rtol=1e-3, atol=1e-3)

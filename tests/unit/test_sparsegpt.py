@@ -5,28 +5,20 @@ width (no blocks of updates, no strips) and takes U from the inverse itself.
 """
 
 import math
-from dataclasses import dataclass
 from fractions import Fraction
 
 import pytest
 import torch
+from layer_oracle import Expected, damped, freeze, hessian_of, make_inputs, make_weight, parsed
 
 from hf_sparse.errors import SolveError
-from hf_sparse.patterns import NM, Unstructured
+from hf_sparse.patterns import Unstructured
 from hf_sparse.solvers.sparsegpt import SparseGPT
-from hf_sparse.statistics import Needs, Statistics
+from hf_sparse.statistics import Needs
 
 SHAPES = [(1, 1), (5, 17), (9, 64), (3, 128), (6, 150), (4, 300)]
 # Unstructured sparsities as decimals, or n kept of m.
 PATTERNS = ["0.5", "0.29", "0.83", (2, 4), (4, 8), (1, 4), (3, 5)]
-
-
-@dataclass
-class Expected:
-    weight: torch.Tensor
-    mask: torch.Tensor
-    margin: float
-    """Smallest relative distance between a score that went and one that stayed."""
 
 
 class Oracle:
@@ -36,12 +28,8 @@ class Oracle:
         self.weight = weight.double().clone()
         self.mask = torch.ones_like(weight, dtype=torch.bool)
         self.margin = math.inf
-        matrix = hessian.double().clone()
-        self.dead = [j for j in range(len(matrix)) if matrix[j, j] == 0]
-        for j in self.dead:
-            matrix[j, j] = 1
-        matrix += damp * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
-        self.upper = torch.linalg.cholesky(torch.linalg.inv(matrix)).T
+        self.dead = [j for j in range(len(hessian)) if hessian[j, j] == 0]
+        self.upper = torch.linalg.cholesky(torch.linalg.inv(damped(hessian, damp))).T
 
     def run(self, pattern: str | tuple[int, int], block: int = 128) -> Expected:
         rows, columns = self.weight.shape
@@ -81,33 +69,6 @@ class Oracle:
             self.weight[:, j] -= error * self.upper[i, j]
 
 
-def make_inputs(columns: int, dead: tuple[int, ...] = (), seed: int = 0) -> torch.Tensor:
-    """Correlated inputs, more tokens than columns, in double precision."""
-    generator = torch.Generator().manual_seed(1000 * seed + columns)
-    tokens = 2 * columns + 40
-    mixed = torch.randn(tokens, columns, generator=generator, dtype=torch.float64)
-    common = torch.randn(tokens, 1, generator=generator, dtype=torch.float64)
-    inputs = mixed + 0.5 * common
-    inputs[:, list(dead)] = 0
-    return inputs
-
-
-def make_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(77 * seed + 1000 * rows + columns)
-    return torch.randn(rows, columns, generator=generator)
-
-
-def freeze(hessian: torch.Tensor, tokens: int = 1) -> Statistics:
-    sample = torch.ones(1, len(hessian))
-    return Statistics(
-        tokens, sample, hessian.diagonal().clamp(min=0).sqrt().float(), hessian.float()
-    )
-
-
-def parsed(pattern: str | tuple[int, int]) -> Unstructured | NM:
-    return Unstructured(float(pattern)) if isinstance(pattern, str) else NM(*pattern)
-
-
 def assert_solves(solver: SparseGPT, weight, hessian, pattern, expected: Expected) -> None:
     # A near tie could fall either way in single precision, and would say nothing.
     assert expected.margin > 1e-4, "undecidable case: take another seed"
@@ -123,7 +84,7 @@ def assert_solves(solver: SparseGPT, weight, hessian, pattern, expected: Expecte
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_masks_and_weights_are_those_of_the_published_algorithm(shape, pattern):
     weight, inputs = make_weight(*shape), make_inputs(shape[1])
-    hessian = inputs.T @ inputs / len(inputs)
+    hessian = hessian_of(inputs)
     expected = Oracle(weight, hessian.float()).run(pattern)
     assert_solves(SparseGPT(), weight, hessian, pattern, expected)
 
@@ -133,7 +94,7 @@ def test_masks_and_weights_are_those_of_the_published_algorithm(shape, pattern):
 def test_dead_inputs_lose_their_weights_first_and_what_stays_keeps_its_value(shape, pattern):
     dead = (1, 3, 4, 5, 6, 13)
     weight, inputs = make_weight(*shape), make_inputs(shape[1], dead)
-    hessian = inputs.T @ inputs / len(inputs)
+    hessian = hessian_of(inputs)
     expected = Oracle(weight, hessian.float()).run(pattern)
     assert_solves(SparseGPT(), weight, hessian, pattern, expected)
     solution = SparseGPT().solve(weight, freeze(hessian), parsed(pattern))
@@ -152,7 +113,7 @@ def test_all_weights_of_dead_inputs_go_while_there_is_room():
 @pytest.mark.parametrize("pattern", ["0.5", (2, 4), (3, 5)], ids=str)
 def test_the_block_size_sets_how_far_a_threshold_reaches_and_leaves_n_of_m_alone(pattern, block):
     weight, inputs = make_weight(5, 117, seed=1), make_inputs(117)
-    hessian = inputs.T @ inputs / len(inputs)
+    hessian = hessian_of(inputs)
     expected = Oracle(weight, hessian.float()).run(pattern, block)
     assert_solves(SparseGPT(block_size=block), weight, hessian, pattern, expected)
 
@@ -166,12 +127,12 @@ def test_the_hessian_s_scale_does_not_matter():
     inputs = torch.cat(sequences)
     weight = make_weight(6, 70)
     expected = Oracle(weight, hessian).run("0.5")
-    assert_solves(SparseGPT(), weight, inputs.T @ inputs / len(inputs), "0.5", expected)
+    assert_solves(SparseGPT(), weight, hessian_of(inputs), "0.5", expected)
 
 
 def test_the_damping_is_the_one_asked_for():
     weight, inputs = make_weight(6, 48), make_inputs(48)
-    hessian = inputs.T @ inputs / len(inputs)
+    hessian = hessian_of(inputs)
     expected = Oracle(weight, hessian.float(), damp=0.7).run("0.5")
     assert_solves(SparseGPT(damp_percent=0.7), weight, hessian, "0.5", expected)
     weak = SparseGPT().solve(weight, freeze(hessian), Unstructured(0.5))

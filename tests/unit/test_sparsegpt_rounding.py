@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from layer_oracle import damped
 
 from hf_sparse.patterns import NM, Unstructured
 from hf_sparse.quantization import Grid
@@ -45,12 +46,8 @@ def lowest(scores, drop):
 
 def oracle(weight, hessian, pattern, grid, block):
     """Codes and mask, column by column in float64."""
-    matrix = hessian.double().clone()
-    dead = {j for j in range(len(matrix)) if matrix[j, j] == 0}
-    for j in dead:
-        matrix[j, j] = 1
-    matrix += 0.01 * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
-    upper = torch.linalg.cholesky(torch.linalg.inv(matrix)).T
+    dead = {j for j in range(len(hessian)) if hessian[j, j] == 0}
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped(hessian, 0.01))).T
     work = weight.double().clone()
     rows, columns = work.shape
     size = grid.group_size or columns

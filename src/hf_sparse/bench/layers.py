@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import native
+from ..kernels.packed import T16Weight, linear, narrow, pack_dense
+from ..kernels.panels import decode
 from ..logging import get_logger, progress_bar
 from ..patterns import Unstructured
 
@@ -92,7 +94,7 @@ class LayerPoint:
 class _Weights:
     """Copies of one pruned weight, as each candidate holds it."""
 
-    sparse: list[native.T16Weight]
+    sparse: list[T16Weight]
     fp32: list[Tensor]
     bf16: list[Tensor]
     int8: list[nn.Module]
@@ -148,8 +150,8 @@ def _make(
     if dtype in native.INTEGERS:
         packed = _quantised(weight, dtype, settings.group_size or shape[1])
     else:
-        packed = native.pack_dense(weight.to(dtype))
-    dense = native.decode(packed, torch.float32)
+        packed = pack_dense(weight.to(dtype))
+    dense = decode(packed, torch.float32)
     engine = torch.backends.quantized.engine  # of dynamic int8; not every build of torch has one
 
     def copies(nbytes: int) -> range:
@@ -163,14 +165,14 @@ def _make(
     )
 
 
-def _quantised(weight: Tensor, dtype: torch.dtype, group_size: int) -> native.T16Weight:
+def _quantised(weight: Tensor, dtype: torch.dtype, group_size: int) -> T16Weight:
     """The weight with symmetric codes of 8 or 4 bits, rounded to the nearest."""
     top = 127 if dtype == torch.int8 else 7
     groups = torch.split(weight, group_size, dim=1)
     scales = torch.stack([group.abs().amax(1).clamp_min(1e-9) / top for group in groups], dim=1)
     codes = [(g / s[:, None]).round() for g, s in zip(groups, scales.unbind(1), strict=True)]
-    packed = native.pack_dense(torch.cat(codes, dim=1).to(torch.int8), scales, group_size)
-    return packed if dtype == torch.int8 else native.narrow(packed)
+    packed = pack_dense(torch.cat(codes, dim=1).to(torch.int8), scales, group_size)
+    return packed if dtype == torch.int8 else narrow(packed)
 
 
 def _dynamic_int8(dense: Tensor) -> nn.Module:
@@ -195,9 +197,9 @@ def _candidates(weights: _Weights, rows: int, path: str | None) -> dict[str, Cal
     other = sparse[len(sparse) // 2 :] + sparse[: len(sparse) // 2]
     candidates: dict[str, Call] = {
         "torch fp32": lambda i: F.linear(x, fp32[i % len(fp32)]),
-        "sparse, fp32 x": lambda i: native.linear(x, sparse[i % len(sparse)], path=path),
+        "sparse, fp32 x": lambda i: linear(x, sparse[i % len(sparse)], path=path),
         "torch bf16": lambda i: F.linear(half, bf16[i % len(bf16)]),
-        "sparse, bf16 x": lambda i: native.linear(half, other[i % len(other)], path=path),
+        "sparse, bf16 x": lambda i: linear(half, other[i % len(other)], path=path),
         INT8: lambda i: int8[i % len(int8)].forward(x),
     }
     return candidates if int8 else {k: v for k, v in candidates.items() if k != INT8}

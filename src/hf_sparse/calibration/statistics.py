@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import SolveError
+from ..precision import full_precision
 from ..statistics import Needs, Statistics
 
 # Rows kept of the inputs, to measure output errors on: enough for two digits, and small.
@@ -107,16 +104,3 @@ class StatisticsCollector:
             for start in range(0, rows.shape[1], strip):
                 end = min(start + strip, rows.shape[1])
                 self._hessian[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products of fp32 in fp32, also where the user has allowed TF32: its 10 bits of mantissa cost
-    a Hessian's small eigenvalues."""
-    matmul: Any = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

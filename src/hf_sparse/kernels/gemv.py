@@ -52,12 +52,37 @@ def _measure(x: Tensor, weight: Tensor) -> dict[str, float]:
     return {"gemv": seconds["dense"] / seconds["gemv"]}
 
 
+def product(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:
+    """F.linear of one row: x[..., K] with one row times a dense weight[N, K] of bf16 or fp16.
+
+    Summed in fp32, in x's dtype, fp32, bf16 or fp16. The result doesn't depend on the number of
+    threads.
+    """
+    native.check_tensor(x, "x", native.FLOATS)
+    native.check_tensor(weight, "weight", native.HALVES)
+    if weight.dim() != 2 or weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
+        raise ValueError(f"weight {tuple(weight.shape)} must have contiguous rows")
+    n, k = weight.shape
+    native.check_dims(n, k)
+    if x.numel() != k or x.shape[-1:] != (k,):
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected one row of {k}")
+    row = x.contiguous()
+    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
+    code = native.library().t16_gemv(
+        n, k, weight.data_ptr(), native.NUMBERS[weight.dtype], weight.stride(0),
+        native.path_number(path), row.data_ptr(), native.NUMBERS[x.dtype],
+        y.data_ptr(), native.NUMBERS[y.dtype], native.thread_pool(),
+    )  # fmt: skip
+    native.raise_on(code, f"product of x {tuple(x.shape)} and a dense weight of {n} x {k}")
+    return y
+
+
 @torch.library.custom_op(
     "hf_sparse::gemv", mutates_args=(), schema="(Tensor x, Tensor w) -> Tensor"
 )
 def gemv(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear(x, W) for one row x[..., in] and W[out, in], in x's dtype, summed in fp32."""
-    return native.gemv(x, weight)
+    return product(x, weight)
 
 
 @gemv.register_fake

@@ -1,8 +1,8 @@
-"""Products of many tokens by way of dense panels, for the library's matrix product.
+"""A packed weight decoded to dense panels, and products of many tokens by way of them.
 
-The weight is decoded a few megabytes at a time into one piece of memory, which the library's
-product reads while it is in the caches. Where that is fast at what the sparse kernels have to
-emulate (bf16 units, say), the decoding costs less than it gains.
+For a product the weight is decoded a few megabytes at a time into one piece of memory, which
+torch's product reads while it is in the caches. Where that is fast at what the sparse kernels have
+to emulate (bf16 units, say), the decoding costs less than it gains.
 """
 
 from __future__ import annotations
@@ -11,23 +11,60 @@ import torch
 from torch import Tensor
 
 from . import native
+from .packed import ROWS, T16Weight
 
 PANEL_BYTES = 4 << 20
 
 
-def linear(x: Tensor, weight: native.T16Weight, bias: Tensor | None = None) -> Tensor:
-    """`native.linear`, panel by panel; codes times scales are rounded to x's dtype first."""
+def decode(
+    weight: T16Weight,
+    dtype: torch.dtype | None = None,
+    tiles: tuple[int, int] | None = None,
+    path: str | None = None,
+    transposed: bool = False,
+    memory: Tensor | None = None,
+) -> Tensor:
+    """The dense rows of tiles [begin, end), all of them by default, in fp32, bf16 or fp16.
+
+    Scales are applied. The dtype is the values' own, or fp32 for int8 and int4. The result is
+    (rows, K), or (K, rows) if `transposed`, which takes less time; it lies at the beginning of
+    `memory`, a contiguous tensor of the dtype with at least as many elements, if that is given.
+    """
+    n, k = weight.shape
+    begin, end = tiles if tiles is not None else (0, -(-n // ROWS))
+    if not 0 <= begin <= end <= -(-n // ROWS):
+        raise ValueError(f"tiles {begin} to {end} of a weight that has {-(-n // ROWS)}")
+    if dtype is None:
+        dtype = torch.float32 if weight.dtype in native.INTEGERS else weight.dtype
+    if dtype not in native.FLOATS:
+        raise TypeError(f"a panel can be {native.FLOATS}, not {dtype}")
+    rows = max(min(n, end * ROWS) - begin * ROWS, 0)
+    if memory is None:
+        memory = torch.empty(rows * k, dtype=dtype)
+    native.check_tensor(memory, "memory", (dtype,))
+    if memory.numel() < rows * k or not memory.is_contiguous():
+        raise ValueError(f"memory of {memory.numel()} elements, {rows * k} are needed in a piece")
+    code = native.library().t16_decode_panel(
+        weight.address, native.path_number(path), begin, end, memory.data_ptr(),
+        native.NUMBERS[dtype], rows if transposed else k, transposed, native.thread_pool(),
+    )  # fmt: skip
+    native.raise_on(code, "decoding")
+    return memory.view(-1)[: rows * k].view((k, rows) if transposed else (rows, k))
+
+
+def linear(x: Tensor, weight: T16Weight, bias: Tensor | None = None) -> Tensor:
+    """`packed.linear`, panel by panel; codes times scales are rounded to x's dtype first."""
     n, k = weight.shape
     rows = x.reshape(-1, k)
     y = x.new_empty(rows.shape[0], n)
     own_bias = None if bias is None else bias.to(x.dtype)
-    tiles = -(-n // native.ROWS)
+    tiles = -(-n // ROWS)
     step = -(-tiles // -(-n * k * x.dtype.itemsize // PANEL_BYTES))  # panels of equal size
-    memory = x.new_empty(step * native.ROWS * k)
+    memory = x.new_empty(step * ROWS * k)
     for begin in range(0, tiles, step):
         end = min(begin + step, tiles)
-        panel = native.decode(weight, x.dtype, (begin, end), transposed=True, memory=memory)
-        outputs = slice(begin * native.ROWS, end * native.ROWS)
+        panel = decode(weight, x.dtype, (begin, end), transposed=True, memory=memory)
+        outputs = slice(begin * ROWS, end * ROWS)
         if own_bias is None:
             torch.mm(rows, panel, out=y[:, outputs])
         else:

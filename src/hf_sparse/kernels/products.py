@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from . import native, panels
+from . import packed, panels
 
-WAYS: dict[str, Callable[[Tensor, native.T16Weight, Tensor | None], Tensor]] = {
-    "packed": native.linear,
+WAYS: dict[str, Callable[[Tensor, packed.T16Weight, Tensor | None], Tensor]] = {
+    "packed": packed.linear,
     "panels": panels.linear,
 }
 DEFAULT = "packed"
@@ -93,9 +93,9 @@ def fastest(
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """A weight and the ways to multiply it; called as `native.linear` is."""
+    """A weight and the ways to multiply it; called as `packed.linear` is."""
 
-    weight: native.T16Weight
+    weight: packed.T16Weight
     ways: tuple[Way, ...] = fastest({})
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
+from .packed import ROWS, T16Weight
+from .panels import decode
 from .products import CLASSES, WAYS, TokenClass
 
 SWITCH = "HF_SPARSE_MEASURE"
@@ -46,7 +49,7 @@ def enabled() -> bool:
     return os.environ.get(SWITCH, "1") != "0"
 
 
-def over_dense(weight: native.T16Weight, dtype: torch.dtype) -> dict[str, Speeds]:
+def over_dense(weight: T16Weight, dtype: torch.dtype) -> dict[str, Speeds]:
     """Speed over the dense product with x of `dtype`, by class and way; empty if switched off."""
     sparsity = round(20 * (1 - weight.count / (weight.shape[0] * weight.shape[1]))) * 5
     group = weight.group_size if weight.scales is not None else 0
@@ -116,12 +119,12 @@ def copies_of(nbytes: int) -> int:
     return max(2, min(16, -(-COLD_BYTES // nbytes)))
 
 
-def _measure(weight: native.T16Weight, dtype: torch.dtype, tokens: TokenClass) -> Speeds:
+def _measure(weight: T16Weight, dtype: torch.dtype, tokens: TokenClass) -> Speeds:
     """Speed over dense of each way that the class may take."""
     cold = tokens.measured <= COLD_TOKENS
     if not cold:
         weight = _first_rows(weight, WARM_WEIGHTS * torch.get_num_threads())
-    dense = native.decode(weight).to(dtype)
+    dense = decode(weight).to(dtype)
     x = torch.randn(tokens.measured, weight.shape[1]).to(dtype)
     copies = copies_of(dense.nbytes) if cold else 1
     weights = [weight, *(_copy(weight) for _ in range(copies - 1))]
@@ -136,38 +139,33 @@ def _measure(weight: native.T16Weight, dtype: torch.dtype, tokens: TokenClass) -
     return {way: seconds["dense"] / seconds[way] for way in tokens.ways}
 
 
-def _call(way: Callable[..., Tensor], x: Tensor, weight: native.T16Weight) -> Tensor:
+def _call(way: Callable[..., Tensor], x: Tensor, weight: T16Weight) -> Tensor:
     return way(x, weight, None)
 
 
-def _copy(weight: native.T16Weight) -> native.T16Weight:
-    return native.T16Weight(
-        weight.shape,
-        weight.dtype,
-        weight.masks.clone(),
-        weight.tile_base.clone(),
-        weight.block_off.clone(),
-        weight.values.clone(),
-        weight.scales,
-        weight.group_size,
+def _copy(weight: T16Weight) -> T16Weight:
+    return replace(
+        weight,
+        masks=weight.masks.clone(),
+        tile_base=weight.tile_base.clone(),
+        block_off=weight.block_off.clone(),
+        values=weight.values.clone(),
     )
 
 
-def _first_rows(weight: native.T16Weight, weights: int) -> native.T16Weight:
+def _first_rows(weight: T16Weight, weights: int) -> T16Weight:
     """A view of the first tiles with about that many weights."""
     rows, columns = weight.shape
-    tiles = max(1, weights // (columns * native.ROWS))
-    if tiles * native.ROWS >= rows:
+    tiles = max(1, weights // (columns * ROWS))
+    if tiles * ROWS >= rows:
         return weight
-    return native.T16Weight(
-        (tiles * native.ROWS, columns),
-        weight.dtype,
-        weight.masks[:tiles],
-        weight.tile_base[: tiles + 1],
-        weight.block_off[:tiles],
-        weight.values,
-        None if weight.scales is None else weight.scales[:tiles],
-        weight.group_size,
+    return replace(
+        weight,
+        shape=(tiles * ROWS, columns),
+        masks=weight.masks[:tiles],
+        tile_base=weight.tile_base[: tiles + 1],
+        block_off=weight.block_off[:tiles],
+        scales=None if weight.scales is None else weight.scales[:tiles],
     )
 
 

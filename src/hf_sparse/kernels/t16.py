@@ -28,13 +28,13 @@ from ..logging import get_logger
 from ..quantization import Grid, QuantizedWeight, Scales
 from . import native, speed
 from .base import Considered, Kernel, Stored, Verdict
+from .packed import T16Weight, narrow, pack, pack_dense, unpack
+from .panels import decode
 from .products import Product, fastest
 
 logger = get_logger(__name__)
 
-# The numbers of `csrc/t16.h`.
-_VALUES = dict(enumerate((*native.FLOATS, *native.INTEGERS)))
-_NUMBERS = {dtype: number for number, dtype in _VALUES.items()}
+_VALUES = {number: dtype for dtype, number in native.NUMBERS.items()}
 
 _alive: weakref.WeakValueDictionary[int, Product] = weakref.WeakValueDictionary()
 
@@ -54,7 +54,7 @@ class T16Kernel(Kernel):
         self.__init__(state["_product"], state["_zeros"])  # type: ignore[misc]
 
     @property
-    def _weight(self) -> native.T16Weight:
+    def _weight(self) -> T16Weight:
         return self._product.weight
 
     @classmethod
@@ -70,13 +70,13 @@ class T16Kernel(Kernel):
             if low < -128 or high > 127:
                 reason = f"takes codes of 8 bits with sign, these are {low} to {high}"
                 return Considered(Verdict(cls.name, False, reason))
-            weight = _pack_codes(codes, narrow=low >= -8 and high <= 7)
+            weight = _pack_codes(codes, four_bits=low >= -8 and high <= 7)
         elif isinstance(stored.format, Bitmask):
             tensors = stored.tensors
             mask, values = tensors["weight_bitmask"].contiguous(), tensors["weight"].contiguous()
-            weight = native.pack(mask, values, stored.shape)
+            weight = pack(mask, values, stored.shape)
         else:
-            weight = native.pack_dense(stored.dense(stored.values_dtype))
+            weight = pack_dense(stored.dense(stored.values_dtype))
         ways = fastest(speed.over_dense(weight, stored.dtype))
         speedup = ways[0].speedup
         if speedup is not None and speedup < 1:
@@ -119,7 +119,7 @@ class T16Kernel(Kernel):
         """The weight as the operator `hf_sparse::t16_linear` takes it, behind x."""
         weight = self._weight
         tensors = weight.masks, weight.tile_base, weight.block_off, weight.values, weight.scales
-        return *tensors, *weight.shape, _NUMBERS[weight.dtype], weight.group_size
+        return *tensors, *weight.shape, native.NUMBERS[weight.dtype], weight.group_size
 
     def linear(
         self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
@@ -140,7 +140,7 @@ class T16Kernel(Kernel):
         if isinstance(fmt, Quantized):
             return fmt.pack(self._codes(fmt.grid))
         if isinstance(fmt, Bitmask):
-            bitmask, values = native.unpack(self._weight)
+            bitmask, values = unpack(self._weight)
             return {"weight": values.to(dtype), "weight_bitmask": bitmask}
         return pack_weight(fmt, self.weight(dtype))
 
@@ -149,7 +149,7 @@ class T16Kernel(Kernel):
         weight = self._weight
         assert weight.scales is not None
         rows = weight.shape[0]
-        bitmask, values = native.unpack(weight)
+        bitmask, values = unpack(weight)
         packed = {"weight": values, "weight_bitmask": bitmask}
         codes = Bitmask().unpack(packed, weight.shape, torch.int16)
         scale = weight.scales.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
@@ -157,12 +157,12 @@ class T16Kernel(Kernel):
         return QuantizedWeight(codes, Scales(grid, scale, zero))
 
 
-def _pack_codes(weight: QuantizedWeight, narrow: bool) -> native.T16Weight:
-    """Codes of at most 8 bits, or 4 if `narrow`, in the kernels' layout."""
+def _pack_codes(weight: QuantizedWeight, four_bits: bool) -> T16Weight:
+    """Codes of at most 8 bits, or 4 if `four_bits`, in the kernels' layout."""
     codes, scales = weight.codes.to(torch.int8), weight.scales
     size = scales.grid.width(codes.shape[1])
-    packed = native.pack_dense(codes, scales.scale, size)
-    return native.narrow(packed) if narrow else packed
+    packed = pack_dense(codes, scales.scale, size)
+    return narrow(packed) if four_bits else packed
 
 
 @functools.cache
@@ -170,10 +170,10 @@ def _warn_once(reason: str) -> None:
     logger.warning("sparse layers are decoded to dense, the saving is on disk only: %s", reason)
 
 
-def _decode(weight: native.T16Weight, dtype: torch.dtype) -> Tensor:
+def _decode(weight: T16Weight, dtype: torch.dtype) -> Tensor:
     if dtype in native.FLOATS:
-        return native.decode(weight, dtype)
-    return native.decode(weight, torch.float32).to(dtype)
+        return decode(weight, dtype)
+    return decode(weight, torch.float32).to(dtype)
 
 
 def _find(
@@ -196,7 +196,7 @@ def _find(
         same = (known.shape, known.dtype, known.group_size) == (shape, dtype, group_size)
         if same and _addresses(own) == _addresses(found):
             return product
-    return Product(native.T16Weight(shape, dtype, *found, group_size))
+    return Product(T16Weight(shape, dtype, *found, group_size))
 
 
 def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int | None]:

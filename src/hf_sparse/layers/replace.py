@@ -6,8 +6,6 @@ successor is offloaded the same way, with its (packed) tensors in CPU memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import align_module_device
@@ -42,17 +40,15 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
 
 
 def pack_linear(
-    model: nn.Module,
     module: nn.Module,
     weight: Float[Tensor, "out in"],
     fmt: Format,
     quantized: QuantizedWeight | None = None,
     low_rank: LowRank | None = None,
 ) -> SparseLinear:
-    """Replace a dense layer by a `SparseLinear` with the same weight, not resolved yet.
+    """A `SparseLinear` to replace a dense layer by: with the same weight, not resolved yet.
 
     Args:
-        model: where the layer is.
         module: the dense layer.
         weight: its weight, (out, in); the sparse part if there is a low-rank one.
         fmt: what `choose_format` chose for the weight and the codes.
@@ -63,10 +59,7 @@ def pack_linear(
     packed = pack_weight(fmt, weight, quantized)
     axes = Axes.of(module)
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-    cls = sparse_class(axes)
-    sparse = cls(fmt, packed, shape, weight.dtype, bias, axes, low_rank)
-    replace_module(model, module, sparse)
-    return sparse
+    return sparse_class(axes)(fmt, packed, shape, weight.dtype, bias, axes, low_rank)
 
 
 def unpack_linear(sparse: SparseLinear, original: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -78,31 +71,32 @@ def unpack_linear(sparse: SparseLinear, original: nn.Module, dtype: torch.dtype)
     return original
 
 
-def surroundings(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """For each module what holds all its uses: its parent, or the model if it has several.
+class Places:
+    """Where a model has its modules, to put others there; it is looked through once for all."""
 
-    To replace many modules, ask once: looking through the whole model for each takes time that
-    grows with its square.
-    """
-    found: dict[nn.Module, nn.Module] = {}
-    for parent in model.modules():
-        for child in parent.children():
-            found[child] = model if child in found else parent
-    return found
+    def __init__(self, model: nn.Module) -> None:
+        self._found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if child is not None:
+                    self._found.setdefault(child, []).append((parent, name))
+
+    def put(self, old: nn.Module, new: nn.Module) -> None:
+        """Put `new` wherever the model has `old`."""
+        places = self._found.pop(old, [])
+        for parent, name in places:
+            setattr(parent, name, new)
+        self._found[new] = places
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """`put`, and mode and accelerate's hook go with it."""
+        self.put(old, new)
+        inherit(old, new)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `model` has `old`; mode and accelerate's hook go with it."""
-    put_modules(model, {old: new})
-    inherit(old, new)
-
-
-def put_modules(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> None:
-    """Put other modules in the places of some, wherever `model` has them."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in successors:
-                setattr(parent, name, successors[child])
+    """`Places.replace` for one module."""
+    Places(model).replace(old, new)
 
 
 def inherit(old: nn.Module, new: nn.Module) -> None:

@@ -25,7 +25,7 @@ from ..config import SparseConfig
 from ..errors import AdapterError, ConfigError, SolveError
 from ..formats import pack_weight
 from ..layers import SparseLinear
-from ..layers.replace import inherit, put_modules
+from ..layers.replace import Places, inherit
 from ..loading import load_calibration
 from ..logging import get_logger, progress_bar
 from ..quantizer import load_tokenizer
@@ -246,11 +246,14 @@ class _Merge:
 
     def finish(self, model: Any) -> Any:
         """Put the merged layers in their places for good, and have PEFT merge the rest."""
-        put_modules(self._base, self._merged)
+        places = Places(self._base)
+        for tuner, layer in self._merged.items():
+            places.put(tuner, layer)
         try:
             return model.merge_and_unload(safe_merge=True)
         except BaseException:
-            put_modules(self._base, {layer: tuner for tuner, layer in self._merged.items()})
+            for tuner, layer in self._merged.items():
+                places.put(layer, tuner)
             raise
 
 
