@@ -111,6 +111,13 @@ def test_inputs_that_are_not_contiguous_are_multiplied(kernel):
     torch.testing.assert_close(kernel.linear(x, None), expected, rtol=2e-2, atol=2e-2)
 
 
+def test_autocast_to_the_other_half_type_changes_nothing(kernel):
+    x = torch.randn(3, 128).bfloat16()
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = kernel.linear(x, None)
+    assert torch.equal(found, kernel.linear(x, None))
+
+
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda k: pickle.loads(pickle.dumps(k))])
 def test_copies_have_tensors_of_their_own(kernel, copy_of):
     copied = copy_of(kernel)

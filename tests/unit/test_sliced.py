@@ -337,6 +337,12 @@ def test_the_operator_multiplies_in_the_dtype_of_x(x_dtype, shape):
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_inputs_on_another_device_are_refused():
+    product = kernel_of(pruned(20, 36, 0.5))._product
+    with pytest.raises(ValueError, match="on meta, the sparse weight on"):
+        product(torch.randn(2, 36, device="meta"))
+
+
 def test_gradients_of_the_operator_pass_gradcheck():
     kernel = kernel_of(pruned(20, 36, 0.5))
     x = torch.randn(3, 36, dtype=torch.float64, device=DEVICE, requires_grad=True)

@@ -94,7 +94,10 @@ class SemiWeight:
         if x.dtype != self.tensor.dtype:
             return F.linear(x, self.dense().to(x.dtype))
         rows = x.reshape(-1, self.shape[1]).contiguous()
-        y = F.linear(rows, self.tensor) if len(rows) else x.new_empty(0, self.shape[0])
+        y = x.new_empty(0, self.shape[0])
+        if len(rows):
+            with torch.autocast(x.device.type, enabled=False):  # torch can't cast its own tensor
+                y = F.linear(rows, self.tensor)
         return y.view(*x.shape[:-1], self.shape[0])
 
     def dense(self) -> Float[Tensor, "out in"]:

@@ -51,6 +51,11 @@ class _Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x W' for x [..., in] on a GPU, in x's dtype."""
+        if x.device != self.weight.values.device:
+            raise ValueError(
+                f"the input is on {x.device}, the sparse weight on {self.weight.values.device}: "
+                "move one of them; in place of nn.DataParallel start a process for each GPU"
+            )
         rows = x.reshape(-1, x.shape[-1])
         if x.dtype not in FLOATS:
             return F.linear(x, self.weight.dense(x.dtype))
