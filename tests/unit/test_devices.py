@@ -131,6 +131,7 @@ def test_rows_are_as_many_as_a_grid_has_places_for(monkeypatch, rows, taken):
     tensors = fmt.pack(torch.ones(1, 1))
     monkeypatch.setattr(Stored, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(sliced.trial, "obstacle", lambda device: None)
     obstacle = sliced.SlicedKernel._obstacle(Stored(fmt, tensors, (rows, 1), torch.float32))
     assert obstacle is None if taken else "2097120 rows" in obstacle
 

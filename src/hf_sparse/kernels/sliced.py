@@ -12,7 +12,6 @@ depends on data, so that both can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import importlib.util
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor
 from ..formats import Format, Quantized, pack_weight
 from ..formats.base import Packed
 from ..quantization import Grid, QuantizedWeight, Scales
+from ..triton import trial
 from ..triton.layout import FLOATS, LANES, SlicedWeight, same_tensors, sliced
 from . import devices
 from .base import Considered, Kernel, Stored, Verdict
@@ -121,8 +121,8 @@ class SlicedKernel(Kernel):
     def _obstacle(stored: Stored) -> str | None:
         if stored.device.type != "cuda" or torch.version.cuda is None:
             return f"runs on NVIDIA GPUs, the weight is on {stored.device}"
-        if importlib.util.find_spec("triton") is None:
-            return "needs triton (pip install triton)"
+        if (reason := trial.obstacle(stored.device)) is not None:
+            return reason
         if isinstance(stored.format, Quantized):
             codes = stored.format.quantized(stored.tensors, stored.shape).codes
             low, high = (int(code) for code in codes.aminmax())

@@ -26,7 +26,6 @@ have updated, for what the pattern would keep of the group as it then is.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,6 +36,7 @@ from torch import Tensor
 from ..patterns import NM, Pattern, keep_highest
 from ..quantization import Grid, QuantizedWeight, Scales
 from ..statistics import InverseFactor, Needs, Statistics
+from ..triton import trial
 from .base import Solution, Solver
 
 STRIP = 32
@@ -181,7 +181,7 @@ def _fits_kernel(weights: Float[Tensor, "block out"]) -> bool:
     return (
         weights.is_cuda
         and len(weights) <= LARGEST_KERNEL_BLOCK
-        and importlib.util.find_spec("triton") is not None
+        and trial.obstacle(weights.device) is None
     )
 
 
