@@ -87,6 +87,16 @@ def test_memory_that_torch_holds_and_uses_no_more_is_room(gpu, stored, monkeypat
     assert sliced.SlicedKernel.consider(stored).kernel is None
 
 
+def test_without_room_to_measure_it_stays_packed(gpu, stored, monkeypatch):
+    def full(*alternatives):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(devices, "graph_seconds", full)
+    considered = sliced.SlicedKernel.consider(stored)
+    assert considered.kernel is not None
+    assert considered.verdict.reason == "not measured"
+
+
 def test_nothing_is_timed_where_that_is_switched_off(gpu, stored, monkeypatch):
     monkeypatch.setenv("HF_SPARSE_MEASURE", "0")
     considered = sliced.SlicedKernel.consider(stored)

@@ -47,7 +47,8 @@ def gpu() -> str:
 def over_dense(
     dense: Tensor, weight: Weight, ways: Mapping[str, Way], classes: Sequence[TokenClass], what: str
 ) -> dict[str, speed.Speeds]:
-    """Speed over `F.linear` of a dense weight, by class and way; empty if switched off.
+    """Speed over `F.linear` of a dense weight, by class and way; empty if switched off, or if the
+    GPU has no room for it.
 
     The ways multiply `weight`, which `what` describes. Takes up to three times COLD_BYTES.
     """
@@ -57,8 +58,11 @@ def over_dense(
     for each in classes:
         measure = functools.partial(_measure, dense, weight, ways, each)
         name = f"{what}, {kept} % kept, {each.name} tokens"
-        with torch.cuda.device_of(dense):  # type: ignore[no-untyped-call]
-            speeds = speed.remembered(shape, dense.dtype, name, measure, gpu())
+        try:
+            with torch.cuda.device_of(dense):  # type: ignore[no-untyped-call]
+                speeds = speed.remembered(shape, dense.dtype, name, measure, gpu())
+        except torch.OutOfMemoryError:
+            speeds = None
         if speeds is None:
             return {}
         found[each.name] = speeds
