@@ -27,12 +27,12 @@ LAYERS = [
     {"calibration", "environment", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report", "tokenizer"},
     {"facts", "files", "jobs", "loading", "tracking"},
-    {"spread", "pruned", "legacy", "evaluation"},
+    {"spread", "pruned", "evaluation"},
     {"hub"},
-    {"pipeline", "saving", "explain", "skeleton"},
+    {"pipeline", "saving", "explain"},
     {"adapters", "reporting"},
     {"quantizer"},
-    {"bench", "comparison", "convert", "merging", "training"},
+    {"bench", "comparison", "conversion", "merging", "training"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -46,10 +46,10 @@ SHARED |= {"devices"}  # of kernels on GPUs
 MAY_IMPORT_TRANSFORMERS = {
     "adapters",
     "config",
-    "convert",
+    "conversion.plan",
+    "conversion.skeleton",
     "quantizer",
     "saving",
-    "skeleton",
     "logging",
     "tokenizer",
     "hub.card",
