@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
     {"errors", "logging", "names"},
-    {"patterns", "quantization", "statistics", "lowrank", "records", "triton"},
+    {"arguments", "patterns", "quantization", "statistics", "lowrank", "records", "triton"},
     {"solvers", "formats", "allocation"},
     {"kernels"},
     {"layers"},

@@ -25,8 +25,8 @@ from ..errors import CalibrationError
 from ..layers.axes import Axes
 from ..logging import progress_bar
 from ..statistics import OutputMetric
-from .blocks import call_model, without_cache
 from .data import Batch
+from .forward import call_model, without_cache
 from .stages import stream_input
 from .units import Unit
 
