@@ -26,7 +26,7 @@ LAYERS = [
     {"layers"},
     {"calibration", "environment", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report", "tokenizer"},
-    {"facts", "files", "jobs", "loading", "tracking"},
+    {"facts", "files", "jobs", "loading", "reloading", "tracking"},
     {"spread", "pruned", "evaluation"},
     {"hub"},
     {"pipeline", "saving", "explain"},
