@@ -17,7 +17,7 @@ from .config import QUANT_METHOD, SparseConfig
 from .errors import CheckpointError, ConfigError
 from .evaluation import Evaluation
 from .facts import DenseFacts
-from .layers import SparseLinear
+from .layers import SparseLinear, sparse_layers
 from .layers.conv import dense_twin
 from .layers.experts import SparseExperts, fuse, unfused_experts
 from .layers.head import restore_head, speed_up_head
@@ -33,7 +33,6 @@ from .saving import (
     install_saving,
     remove_saving,
     saved_report,
-    sparse_layers,
     sparse_state_dict,
 )
 from .targets import find_routers

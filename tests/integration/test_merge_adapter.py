@@ -21,8 +21,8 @@ from transformers import (
 import hf_sparse
 from conftest import logits
 from hf_sparse import AdapterError, CalibrationError, ConfigError, SparseConfig, SparseLinear
+from hf_sparse.layers import sparse_layers
 from hf_sparse.merging import run
-from hf_sparse.saving import sparse_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

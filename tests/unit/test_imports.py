@@ -29,6 +29,7 @@ LAYERS = [
     {"facts", "files", "jobs", "loading", "reloading", "tracking"},
     {"spread", "pruned", "evaluation"},
     {"hub"},
+    {"writing"},
     {"pipeline", "saving", "explain"},
     {"adapters", "reporting"},
     {"quantizer"},

@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate.utils import convert_file_size_to_int
 
 from ..errors import ConfigError, SaveError
-from ..saving import write_folder
+from ..writing import write_folder
 from .files import read_parameters, weight_files
 from .plan import Number, plan
 from .skeleton import empty_model
