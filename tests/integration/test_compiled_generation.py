@@ -10,7 +10,7 @@ from transformers import CompileConfig
 
 import hf_sparse
 from hf_sparse import SparseConfig, SparseLinear
-from hf_sparse.kernels import KERNELS, Stored
+from hf_sparse.kernels import Stored
 from hf_sparse.kernels.sliced import SlicedKernel
 
 
