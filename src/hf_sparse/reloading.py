@@ -45,6 +45,7 @@ def build_layers(
         if own is not None:
             places.replace(modules[own], _empty_layer(modules[own], layer, dtype))
             built[own] = layer
+    _untie(model, built)
     return built
 
 
@@ -101,6 +102,14 @@ def _unfuse_described(model: nn.Module, described: Iterable[str], prefix: str) -
     wanted = {own for parent in parents for own in _spellings(parent, prefix) if own in fused}
     for name in wanted:
         unfuse(model, fused[name])
+
+
+def _untie(model: nn.Module, built: Mapping[str, PackedLayer]) -> None:
+    """What a config calls tied, though its checkpoint held two weights, was pruned as two."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for pair in list(ties.items()):
+        if any(key.removesuffix(".weight") in built for key in pair):
+            del ties[pair[0]]
 
 
 def _finish_stored(module: SparseLinear, layer: PackedLayer) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .errors import SolveError
 from .patterns import Pattern
+from .precision import full_precision
 from .quantization import Grid
 from .solvers import Solution, Solver
 from .solvers.descent import quantize
@@ -46,6 +47,7 @@ class LayerSolver:
     grid: Grid | None = None
     low_rank: int = 0
 
+    @full_precision()
     def solve(
         self,
         weight: Float[Tensor, "out in"],

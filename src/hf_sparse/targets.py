@@ -27,6 +27,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .errors import TargetError
 from .layers import SparseLinear
 from .layers.axes import Axes
+from .layers.ties import tied_parameters
 from .names import matches, near_names
 
 ROUTER_CLASS = re.compile(r"Router|TopK(Gate|Gating)|MoE\w*Gate|Moe\w*Gate")
@@ -140,9 +141,9 @@ def select_targets(
     names = list(layers)
     for pattern in (*(targets or ()), *(modules_to_not_convert or ())):
         require_match(pattern, names)
-    shared = _shared_weights(model)
+    ties = tied_parameters(model)
     chosen: list[Target] = []
-    left_dense = _fused_experts(model) | _convolutions(model)
+    left_dense = _fused_experts(model, ties) | _convolutions(model)
     for name, module in layers.items():
         wanted = targets is not None and any(matches(p, name) for p in targets)
         reason = None
@@ -153,8 +154,8 @@ def select_targets(
                 reason = "in modules_to_not_convert"
         elif name in default_dense and not wanted:
             reason = default_dense[name]
-        if reason is None and id(module.weight) in shared:
-            reason = f"its weight is tied to {_other(shared[id(module.weight)], name)}"
+        if reason is None and f"{name}.weight" in ties:
+            reason = f"its weight is tied to {ties[f'{name}.weight'].removesuffix('.weight')}"
             if wanted:
                 raise TargetError(
                     f"{name} can't be pruned: {reason}, which stays dense. Take it out of targets"
@@ -193,15 +194,19 @@ def find_routers(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _fused_experts(model: nn.Module) -> dict[str, str]:
+def _fused_experts(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
     """Expert weights that are one 3-D parameter still: no linear layers, so nothing prunes them."""
-    return {
-        name: "fused experts that are offloaded can't be taken apart"
-        if parameter.is_meta
-        else "fused experts are one 3-D parameter, not linear layers"
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and "experts" in name.split(".")
-    }
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.ndim != 3 or "experts" not in name.split("."):
+            continue
+        if name in ties:
+            found[name] = f"its weight is tied to {ties[name]}"
+        elif parameter.is_meta:
+            found[name] = "fused experts that are offloaded can't be taken apart"
+        else:
+            found[name] = "fused experts are one 3-D parameter, not linear layers"
+    return found
 
 
 def _convolutions(model: nn.Module) -> dict[str, str]:
@@ -230,16 +235,3 @@ def require_match(pattern: str, names: Iterable[str]) -> None:
 def layer_sparsity(sparsities: Mapping[str, float], name: str) -> float | None:
     """The sparsity of the first regex that matches a layer's name; None if none does."""
     return next((s for pattern, s in sparsities.items() if matches(pattern, name)), None)
-
-
-def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """The names of the modules that use one parameter between them, by the parameter's id."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    return {key: names for key, names in owners.items() if len(names) > 1}
-
-
-def _other(names: list[str], name: str) -> str:
-    return next(other for other in names if other != name)

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
 from transformers.utils import logging
 
 from conftest import ROOT
@@ -140,6 +140,35 @@ def test_experts_of_which_none_gets_smaller_stay_fused(stored, dense, tampered, 
     assert not isinstance(experts, SparseExperts)
     for name, weight in full.items():
         assert torch.equal(model.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["stored twice", "stored once"])
+def test_tied_experts_are_stored_dense_and_once(both, dense, tampered, monkeypatch, tmp_path):
+    """A second block that is like the first, whose experts it shares."""
+    expected = dense(BITMASK).state_dict()
+    ties = {"model.layers.1.mlp.experts": "model.layers.0.mlp.experts"}
+    monkeypatch.setattr(MixtralForCausalLM, "_tied_weights_keys", ties)
+
+    def change(tensors):
+        for name in [name for name in tensors if "layers.0." in name]:
+            if both or "experts" not in name:
+                tensors[name.replace("layers.0.", "layers.1.")] = tensors[name].clone()
+
+    source = tampered(BITMASK, change)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps(config))
+    done = convert_checkpoint(source, tmp_path / "out")
+    assert len(done.layers) == 8
+    assert not any("experts" in name for name in done.layers)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    experts = {name for name in stored if "experts" in name}
+    assert experts == {f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    for name in experts:
+        weight = model.get_parameter(name)
+        assert model.get_parameter(name.replace("layers.0.", "layers.1.")) is weight
+        assert torch.equal(weight, expected[name])
 
 
 def drop(key):

@@ -152,6 +152,32 @@ def test_experts_of_which_none_is_pruned_stay_fused(token_ids):
     assert torch.equal(model.state_dict()[name], before[name])
 
 
+def test_tied_experts_stay_dense_and_tied(monkeypatch, token_ids, tmp_path):
+    """Those of the last two blocks are one; the first block's are pruned."""
+    ties = {"model.layers.2.mlp.experts": "model.layers.1.mlp.experts"}
+    monkeypatch.setattr(MixtralForCausalLM, "_tied_weights_keys", ties)
+    sizes = SIZES | {"num_hidden_layers": 3, "tie_word_embeddings": True}
+    dense = build(lambda: MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4)))
+    dense.save_pretrained(tmp_path / "dense")
+    config = SparseConfig(dataset=token_ids, num_samples=12)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    report = model.hf_quantizer.report
+    assert len(report.layers) == 3 * 4 + 2 * 4
+    first, second = (f"model.layers.{block}.mlp.experts" for block in (1, 2))
+    for one, other in ((first, second), (second, first)):
+        for local in ("gate_up_proj", "down_proj"):
+            reason = report.left_dense[f"{one}.{local}"]
+            assert reason == f"its weight is tied to {other}.{local}"
+    model.save_pretrained(tmp_path / "sparse")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+    for found in (model, again):
+        weights = dict(found.named_parameters(remove_duplicate=False))
+        for local in ("gate_up_proj", "down_proj"):
+            assert weights[f"{first}.{local}"] is weights[f"{second}.{local}"]
+            assert torch.equal(weights[f"{first}.{local}"], dense.state_dict()[f"{first}.{local}"])
+
+
 @pytest.mark.parametrize("bad", ["weights", "data"])
 def test_after_an_error_the_model_is_as_it_was(bad, token_ids):
     model = build(gpt_oss)

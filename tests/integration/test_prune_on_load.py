@@ -1,5 +1,6 @@
 """The main job through transformers: prune while loading, save, reload, use."""
 
+import json
 import math
 
 import pytest
@@ -149,6 +150,20 @@ def test_tied_heads_stay_dense_and_tied(tiny, token_ids, tmp_path):
     model.save_pretrained(tmp_path / "sparse")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
     assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+def test_weights_that_are_tied_by_name_alone_are_pruned_and_reloaded(
+    dense_folder, token_ids, tmp_path
+):
+    # The config says tied, the checkpoint holds two weights: transformers leaves them two.
+    written = json.loads((dense_folder / "config.json").read_text())
+    (dense_folder / "config.json").write_text(json.dumps({**written, "tie_word_embeddings": True}))
+    model = load_pruned(dense_folder, token_ids, modules_to_not_convert=[])
+    assert isinstance(model.lm_head, SparseLinear)
+    model.save_pretrained(tmp_path / "sparse")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert isinstance(again.lm_head, SparseLinear)
     assert torch.equal(logits(again, token_ids), logits(model, token_ids))
 
 

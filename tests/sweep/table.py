@@ -22,7 +22,7 @@ and reloads to the same bits of its outputs, and still generates where the dense
 """
 
 PIECES = """
-It is put together from several runs, between which the code went on.
+It is put together from several runs.
 """
 
 COUNTS = """
@@ -40,8 +40,8 @@ with nothing to prune: networks without linear layers besides the head, such as 
 aren't pointwise.
 
 Experts that transformers keeps fused count as layers of their own where its functions for experts
-compute with them, else they stay dense. "Never called" are layers that the random inputs did not
-reach: cross-attention of decoders without an encoder, a video tower.
+compute with them, else they stay dense, and so do tied weights. "Never called" are layers that the
+random inputs did not reach: cross-attention of decoders without an encoder, a video tower.
 """
 
 

@@ -12,7 +12,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from hf_sparse.formats import Bitmask
 from hf_sparse.layers import SparseExperts
-from hf_sparse.layers.experts import fuse, is_fused, unfuse, unfused_experts
+from hf_sparse.layers.experts import fuse, is_fused, tied_experts, unfuse, unfused_experts
 from hf_sparse.layers.replace import pack_linear, replace_module
 
 TOKENS, HIDDEN, INNER, EXPERTS, K = 11, 6, 5, 4, 2
@@ -200,6 +200,25 @@ def test_experts_with_a_packed_layer_stay_apart_and_free_the_fused_memory():
     assert isinstance(model.experts, SparseExperts)
     assert storage not in {p.untyped_storage().data_ptr() for p in model.parameters()}
     torch.testing.assert_close(model.experts(*inputs), expected)
+
+
+@pytest.mark.parametrize("shared", ["gate_up_proj", "down_proj_bias"])
+def test_experts_that_share_a_parameter_stay_fused(shared):
+    model = nn.ModuleDict({name: block(gpt_oss) for name in "abc"})
+    setattr(model["b"].experts, shared, getattr(model["a"].experts, shared))
+    assert tied_experts(model) == {"a.experts", "b.experts"}
+    with unfused_experts(model):
+        apart = [isinstance(model[name].experts, SparseExperts) for name in "abc"]
+    assert apart == [False, False, True]
+    assert getattr(model["b"].experts, shared) is getattr(model["a"].experts, shared)
+
+
+def test_experts_in_two_places_are_not_tied():
+    model = nn.ModuleDict({"a": block(mixtral)})
+    model["b"] = model["a"]
+    assert not tied_experts(model)
+    with unfused_experts(model):
+        assert isinstance(model["b"].experts, SparseExperts)
 
 
 def test_what_the_contract_does_not_describe_is_not_fused():

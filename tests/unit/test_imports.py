@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
-    {"errors", "logging", "names"},
+    {"errors", "logging", "names", "precision"},
     {"arguments", "patterns", "quantization", "statistics", "lowrank", "records", "triton"},
     {"solvers", "formats", "allocation"},
     {"kernels"},

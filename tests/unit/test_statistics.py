@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hf_sparse.calibration import statistics
 from hf_sparse.calibration.statistics import StatisticsCollector
 from hf_sparse.errors import SolveError
 from hf_sparse.statistics import Needs, Statistics
@@ -70,6 +71,29 @@ def test_half_precision_inputs_are_added_up_in_fp32(needs):
     norms = collect([inputs], needs).column_norms
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms, torch.tensor(loop_norms(inputs)), rtol=1e-5, atol=0)
+
+
+def test_large_batches_are_counted_in_tiles(monkeypatch):
+    monkeypatch.setattr(statistics, "TILE_ROWS", 64)
+    inputs, dense = random_inputs(650, 6).bfloat16(), random_inputs(650, 6, 1).bfloat16()
+    collector = StatisticsCollector(6, Needs.HESSIAN, 1, CPU, cross=True)
+    most = []
+    add_tile = collector._add_tile
+
+    def watched(rows, twins):
+        most.append(len(rows))
+        add_tile(rows, twins)
+
+    monkeypatch.setattr(collector, "_add_tile", watched)
+    collector.add(inputs, dense)
+    found = collector.finish()
+    assert max(most) == 64
+    assert found.tokens == 650
+    torch.testing.assert_close(found.hessian.double(), loop_hessian(inputs), rtol=1e-5, atol=1e-6)
+    cross = sum(torch.outer(d, x) for d, x in zip(dense.double(), inputs.double(), strict=True))
+    torch.testing.assert_close(found.cross.double(), cross / 650, rtol=1e-5, atol=1e-6)
+    sample = {tuple(row) for row in inputs.float().tolist()}
+    assert all(tuple(row) in sample for row in found.sample.tolist())
 
 
 @pytest.mark.parametrize("needs", list(Needs))

@@ -364,4 +364,16 @@ def test_routers_stay_dense_by_default_and_other_layers_beside_experts_do_not(mo
     assert names(select_targets(model, ["mlp.gate"], None, routers)) == ["mlp.gate"]
 
 
+def test_fused_experts_with_one_weight_between_them_are_left_dense_as_tied():
+    model = nn.ModuleDict({name: Mixture(Fused()) for name in "abc"})
+    model["b"].experts.gate_up_proj = model["a"].experts.gate_up_proj
+    selection = select_targets(model, None, None, {})
+    fused = {name: why for name, why in selection.left_dense.items() if "experts" in name}
+    assert fused == {
+        "a.experts.gate_up_proj": "its weight is tied to b.experts.gate_up_proj",
+        "b.experts.gate_up_proj": "its weight is tied to a.experts.gate_up_proj",
+        "c.experts.gate_up_proj": FUSED,
+    }
+
+
 FUSED = "fused experts are one 3-D parameter, not linear layers"

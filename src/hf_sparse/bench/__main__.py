@@ -135,8 +135,8 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> None
     """
     given = _parse(arguments, program)
     if given.command == "gpu":
-        found = gpu.measure(given.parts, given.layers)
-        text = gpu.write(given.output, found)
+        for found in gpu.measure(given.parts, given.layers):
+            text = gpu.write(given.output, found)
         sys.stdout.write(json.dumps(found) + "\n" if given.json else text)
         return
     points: list[layers.LayerPoint] = []

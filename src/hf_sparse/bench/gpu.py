@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import json
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,19 @@ from ..formats.nm import NMPacked
 from ..kernels import Stored, devices
 from ..kernels.semi import SemiWeight
 from ..kernels.sliced import WAYS, SlicedKernel
+from ..logging import progress_bar
 from ..patterns import NM, Unstructured
 from ..quantizer import prune
 from ..solvers.sparsegpt import SparseGPT
 from ..statistics import Statistics
 
+DEVICE = "cuda"
+COPIED_BYTES = 4 << 30
 DECODE_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
 PREFILL_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
 PREFILL_TOKENS = 4096
 SOLVED = (4096, 11008)
+VOCABULARY = 32000
 LLAMA_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -51,11 +56,12 @@ LLAMA_7B = {
     "intermediate_size": 11008,
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
-    "vocab_size": 32000,
+    "vocab_size": VOCABULARY,
 }
 NEW_TOKENS = 128
 CALIBRATION = (128, 2048)
 FEW_BLOCKS = 4
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -80,27 +86,32 @@ class ProductPoint:
     difference: float
 
 
-def measure(parts: tuple[str, ...], layers: int) -> dict[str, Any]:
-    """The parts that are asked for, of `PARTS`; `layers` are those of the Llama-8B-shaped model.
+def measure(parts: tuple[str, ...], layers: int) -> Iterator[dict[str, Any]]:
+    """What is known after each part, of `PARTS`; `layers` are those of the Llama-8B-shaped model.
 
     Raises:
-        RuntimeError: there is no CUDA GPU.
+        RuntimeError: there is no CUDA GPU, or a sparse product is not the dense one.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("`bench gpu` needs a CUDA GPU")
     copied = copy_bandwidth()
     found: dict[str, Any] = {"machine": devices.gpu(), "copy_bandwidth": copied}
+    bar = progress_bar(len(parts), "bench gpu")
     for part in parts:
+        bar.set_postfix_str(part)
         found[part] = PARTS[part](copied, layers)
+        bar.update(1)
+        yield found
         torch.cuda.empty_cache()
-    return found
+    bar.close()
 
 
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a large copy."""
-    source = torch.randint(0, 255, (4 << 30,), dtype=torch.uint8, device="cuda")
+    source = torch.randint(0, 255, (COPIED_BYTES,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / devices.graph_seconds([functools.partial(target.copy_, source)])
+    [seconds] = devices.graph_seconds([functools.partial(target.copy_, source)])
+    return 2 * source.nbytes / seconds
 
 
 def _decode(copied: float, layers: int) -> list[dict[str, Any]]:
@@ -131,8 +142,8 @@ def _prefill(copied: float, layers: int) -> list[dict[str, Any]]:
 
 
 def _pruned(shape: tuple[int, int], pattern: Unstructured | NM) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(0)
-    weight = torch.randn(shape, generator=generator, device="cuda")
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    weight = torch.randn(shape, generator=generator, device=DEVICE)
     return (weight * pattern.mask(weight.abs())).bfloat16()
 
 
@@ -150,17 +161,18 @@ def _product(
     tokens: int,
     copied: float,
 ) -> dict[str, Any]:
-    x = torch.randn(tokens, dense.shape[1], device="cuda").bfloat16()
+    x = torch.randn(tokens, dense.shape[1], device=DEVICE).bfloat16()
     rows = x[: min(tokens, 64)]
     expected = rows.double() @ dense.double().T
     difference = (way(x, weight)[: len(rows)].double() - expected).norm() / expected.norm()
     if not float(difference) < 1e-2:
         raise RuntimeError(f"{what}, {tuple(dense.shape)}, {tokens} tokens is off by {difference}")
-    calls = devices.cold_copies(weight, lambda own: own.copy(), weight.nbytes)
-    seconds = devices.graph_seconds([functools.partial(way, x, each) for each in calls])
-    del calls
+    weights = devices.cold_copies(weight, lambda own: own.copy(), weight.nbytes)
     matrices = devices.cold_copies(dense, torch.clone, dense.nbytes)
-    reference = devices.graph_seconds([functools.partial(F.linear, x, each) for each in matrices])
+    seconds, reference = devices.graph_seconds(
+        [functools.partial(way, x, each) for each in weights],
+        [functools.partial(F.linear, x, each) for each in matrices],
+    )
     return asdict(
         ProductPoint(
             what,
@@ -182,7 +194,7 @@ def _model(copied: float, layers: int) -> dict[str, Any]:
     found: dict[str, Any] = {"layers": layers}
     config = LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": layers}, max_position_embeddings=4096)
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     for kind in ("dense", "sparse"):
         if kind == "sparse":
@@ -191,21 +203,19 @@ def _model(copied: float, layers: int) -> dict[str, Any]:
             found["kernels"] = str(explanation)
             found["sparse_layers_bytes"] = explanation.bytes_resident / explanation.bytes_dense
         torch.compiler.reset()
-        prompt = torch.randint(1000, (1, 64), device="cuda")
-        seconds = []
-        for tokens in (1, NEW_TOKENS, 1, NEW_TOKENS):  # the first two compile
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=False,
-                min_new_tokens=tokens,
-                max_new_tokens=tokens,
-                cache_implementation="static",
-            )
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
+        prompt = torch.randint(VOCABULARY, (1, 64), device=DEVICE)
+        generate = functools.partial(
+            model.generate,
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            cache_implementation="static",
+        )
+        # The first two compile.
+        seconds = [
+            _seconds(functools.partial(generate, min_new_tokens=tokens, max_new_tokens=tokens))
+            for tokens in 2 * (1, NEW_TOKENS)
+        ]
         found[kind] = {
             "tokens_per_second": (NEW_TOKENS - 1) / (seconds[3] - seconds[2]),
             "weight_bytes": weight_bytes(model),
@@ -219,25 +229,23 @@ def _model(copied: float, layers: int) -> dict[str, Any]:
 def _solve(copied: float, layers: int) -> list[dict[str, Any]]:
     """SparseGPT on one layer, against a loop over its columns in torch."""
     rows, columns = SOLVED
-    weight = torch.randn(rows, columns, device="cuda")
-    inputs = torch.randn(4096, columns, device="cuda") @ torch.randn(
-        columns, columns, device="cuda"
+    weight = torch.randn(rows, columns, device=DEVICE)
+    inputs = torch.randn(4096, columns, device=DEVICE) @ torch.randn(
+        columns, columns, device=DEVICE
     )
     hessian = inputs.T @ inputs / len(inputs)
     points = []
     for pattern in (Unstructured(0.5), NM(2, 4)):
-        seconds = {}
+        solve = {"ours": _ours, "torch loop": _torch_loop}
+        calls = {n: functools.partial(f, weight, hessian, pattern) for n, f in solve.items()}
         errors = {}
-        for name, solve in (("ours", _ours), ("torch loop", _torch_loop)):
-            for _ in range(2):  # the first compiles
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                started = time.perf_counter()
-                solved = solve(weight, hessian, pattern)
-                torch.cuda.synchronize()
-                seconds[name] = time.perf_counter() - started
-            change = solved - weight
+        for name, call in calls.items():  # compiles, too
+            change = call() - weight
             errors[name] = float(((change @ hessian) * change).sum())
+        rounds = [{name: _seconds(call) for name, call in calls.items()} for _ in range(ROUNDS)]
+        seconds = {n: statistics.median(found[n] for found in rounds) for n in calls}
+        torch.cuda.reset_peak_memory_stats()
+        calls["ours"]()
         peak = torch.cuda.max_memory_allocated()
         ratio = seconds["torch loop"] / seconds["ours"]
         points.append({"pattern": str(pattern), "seconds": seconds, "ratio": ratio,
@@ -246,8 +254,8 @@ def _solve(copied: float, layers: int) -> list[dict[str, Any]]:
 
 
 def _ours(weight: Tensor, hessian: Tensor, pattern: Unstructured | NM) -> Tensor:
-    statistics = Statistics(1, weight[:1], hessian=hessian.clone())
-    return SparseGPT().solve(weight, statistics, pattern).weight
+    known = Statistics(1, weight[:1], hessian=hessian)
+    return SparseGPT().solve(weight, known, pattern).weight
 
 
 def _torch_loop(weight: Tensor, hessian: Tensor, pattern: Unstructured | NM) -> Tensor:
@@ -286,22 +294,27 @@ def _prune(copied: float, layers: int) -> dict[str, Any]:
     """Pruning a few blocks shaped like Llama-7B's, and what 32 would take."""
     config = LlamaConfig(**LLAMA_7B, num_hidden_layers=FEW_BLOCKS, max_position_embeddings=4096)
     samples, length = CALIBRATION
-    data = [torch.randint(32000, (1, length)) for _ in range(samples)]
-    seconds = []
+    data = [torch.randint(VOCABULARY, (1, length)) for _ in range(samples)]
+    recipe = SparseConfig(sparsity=0.5, dataset=data, num_samples=samples, seq_len=length)
+    seconds: list[float] = []
     for _ in range(2):  # the first compiles
-        with torch.device("cuda"):
+        with torch.device(DEVICE):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        prune(model, SparseConfig(sparsity=0.5, dataset=data, num_samples=samples, seq_len=length))
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(_seconds(functools.partial(prune, model, recipe)))
     return {
         "seconds": seconds[-1],
         "minutes_of_32_blocks": seconds[-1] * 32 / FEW_BLOCKS / 60,
         "peak_bytes": torch.cuda.max_memory_allocated(),
     }
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 PARTS: dict[str, Callable[[float, int], Any]] = {

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import CalibrationError
 from ..layers.axes import Axes
 from ..logging import progress_bar
+from ..precision import full_precision
 from ..statistics import OutputMetric
 from .data import Batch
 from .forward import call_model, without_cache
@@ -75,6 +76,7 @@ class _Sums:
         self._diagonal = torch.zeros(outputs, device=device)
         self._moments = torch.zeros(outputs if self._exact else ROWS, outputs, device=device)
 
+    @full_precision()
     def add(self, gradient: Tensor) -> None:
         rows = gradient.reshape(-1, gradient.shape[-1]).float()
         self._diagonal += rows.square().sum(dim=0)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..errors import SolveError
 from ..layers.axes import Axes
 from ..layers.experts import SparseExperts, chosen_slots
+from ..precision import full_precision
 from ..statistics import Needs, Statistics
 from .blocks import Call, Visit
 from .padding import Padding
@@ -310,7 +311,8 @@ class _Collection:
                 rows = own.inputs[name][-1].float()
                 if name not in self._residuals:
                     self._residuals[name] = missing.new_zeros(missing.shape[1], rows.shape[1])
-                self._residuals[name].addmm_(missing.T, rows)
+                with full_precision():
+                    self._residuals[name].addmm_(missing.T, rows)
 
     def _regroup(self, own: _Pass) -> None:
         """Layers that no longer have the same inputs part, each with the sums so far."""

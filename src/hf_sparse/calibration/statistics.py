@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import SolveError
+from ..precision import full_precision
 from ..statistics import Needs, Statistics
 
 # Rows kept of the inputs, to measure output errors on: enough for two digits, and small.
 SAMPLE_ROWS = 512
+# Tokens that are in fp32 at once, of a batch in half precision.
+TILE_ROWS = 2048
 # Tokens gathered before H is updated: a rank-256 product runs near the library's peak.
 FLUSH_ROWS = 256
 # H is symmetric: only tiles on and below the diagonal are computed, in strips of this many rows.
@@ -49,10 +48,16 @@ class StatisticsCollector:
         """Count a batch's tokens; padding has been taken out before."""
         if inputs.shape[0] == 0:
             return
+        step = max(1, inputs.shape[0] // self._rows_per_batch)
+        # Copied: the model may go on to write into its activations.
+        self._sample.append(inputs[::step][: self._rows_per_batch].to(torch.float32, copy=True))
+        for start in range(0, inputs.shape[0], TILE_ROWS):
+            tile = slice(start, start + TILE_ROWS)
+            self._add_tile(inputs[tile], None if dense is None else dense[tile])
+
+    def _add_tile(self, inputs: Tensor, dense: Tensor | None) -> None:
         rows = inputs.float()
         self._tokens += rows.shape[0]
-        step = max(1, rows.shape[0] // self._rows_per_batch)
-        self._sample.append(rows[::step][: self._rows_per_batch].clone())
         if self._cross is not None:
             assert dense is not None
             with full_precision():
@@ -64,7 +69,7 @@ class StatisticsCollector:
         if sum(len(chunk) for chunk in self._pending) >= FLUSH_ROWS:
             self._flush()
         elif rows.data_ptr() == inputs.data_ptr():
-            self._pending[-1] = rows.clone()  # the model may go on to write into its activations
+            self._pending[-1] = rows.clone()
 
     def finish(self) -> Statistics:
         """The statistics of all tokens seen.
@@ -99,16 +104,3 @@ class StatisticsCollector:
             for start in range(0, rows.shape[1], strip):
                 end = min(start + strip, rows.shape[1])
                 self._hessian[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products of fp32 in fp32, also where the user has allowed TF32: its 10 bits of mantissa cost
-    a Hessian's small eigenvalues."""
-    matmul: Any = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

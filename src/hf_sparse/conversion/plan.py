@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..checkpoint import PackedLayer
 from ..errors import CheckpointError
 from ..formats import Dense, choose_format, pack_weight
-from ..layers.experts import SparseExperts, unfuse
+from ..layers.experts import SparseExperts, tied_experts, unfuse
 from ..logging import progress_bar
 from ..patterns import Unstructured
 from ..quantizer import default_dense
@@ -57,8 +57,7 @@ def plan(folder: Path, model: PreTrainedModel, parameters: Sequence[StoredParame
     """Name every parameter, check what is stored of it, and choose its format."""
     left_dense = find_routers(model) | default_dense(model)
     named, split = _named(model, parameters)
-    for name in split:
-        unfuse(model, model.get_submodule(name))
+    left_dense |= _take_apart(model, split)
     expected: dict[str, Tensor] = dict(model.state_dict())
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     chosen = select_targets(model, None, None, left_dense).targets
@@ -76,8 +75,9 @@ def plan(folder: Path, model: PreTrainedModel, parameters: Sequence[StoredParame
                 )
             items[name] = _item(name, parameter, targets.get(name))
     numbers = {f"{name}.{local}" for name in split for local in _projections(model, name)}
-    for name in expected.keys() - numbers:
-        found = name in items or tied.get(name) in items
+    there = items.keys() | numbers
+    for name in expected:
+        found = name in there or tied.get(name) in there
         if not found and not may_be_missing(model, name):
             raise CheckpointError(f"{folder}: no file has {name}")
     for name in split:
@@ -111,6 +111,18 @@ def _named(
             raise there[0].origin.error(f"is a part of {name}, whose other part no file has")
         named[name] = there[0] if len(there) == 1 else MergedParameter(there, stacked=False)
     return named, list(split)
+
+
+def _take_apart(model: PreTrainedModel, split: Sequence[str]) -> dict[str, str]:
+    """Make layers of fused experts that the files have one by one; gives those that stay dense."""
+    tied = tied_experts(model)
+    for name in split:
+        unfuse(model, model.get_submodule(name))
+    return {
+        layer: "its weight is tied"
+        for name in tied.intersection(split)
+        for layer, _ in model.get_submodule(name).named_modules(prefix=name)
+    }
 
 
 def _projections(model: PreTrainedModel, experts: str) -> dict[str, int]:

@@ -70,14 +70,12 @@ def _measure(
 ) -> speed.Speeds:
     x = torch.randn(tokens.measured, dense.shape[1], dtype=dense.dtype, device=dense.device)
     matrices = cold_copies(dense, torch.clone, dense.nbytes)
-    reference = graph_seconds([functools.partial(F.linear, x, each) for each in matrices])
-    del matrices
     weights = cold_copies(weight, lambda own: own.copy(), weight.nbytes)
-    return {
-        name: reference
-        / graph_seconds([functools.partial(ways[name], x, each) for each in weights])
-        for name in tokens.ways
-    }
+    reference, *others = graph_seconds(
+        [functools.partial(F.linear, x, each) for each in matrices],
+        *([functools.partial(ways[name], x, each) for each in weights] for name in tokens.ways),
+    )
+    return {name: reference / found for name, found in zip(tokens.ways, others, strict=True)}
 
 
 def cold_copies(first: Item, copy: Callable[[Item], Item], nbytes: int) -> list[Item]:
@@ -86,8 +84,29 @@ def cold_copies(first: Item, copy: Callable[[Item], Item], nbytes: int) -> list[
 
 
 @torch.no_grad()
-def graph_seconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Seconds of a call when all are replayed one after the other in a CUDA graph; the median."""
+def graph_seconds(*alternatives: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds of a call of each alternative, the median.
+
+    An alternative's calls are one CUDA graph; the graphs are replayed in turn.
+    """
+    graphs = [_captured(calls) for calls in alternatives]
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(REPLAYS):
+        for graph, found in zip(graphs, times, strict=True):
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) / 1e3)
+    return [
+        statistics.median(found[2:]) / len(calls)
+        for found, calls in zip(times, alternatives, strict=True)
+    ]
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -98,17 +117,7 @@ def graph_seconds(calls: Sequence[Callable[[], object]]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for _ in range(REPLAYS):
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    seconds: float = statistics.median(times[2:]) / len(calls)
-    return seconds
+    return graph
 
 
 def dense_cost(stored: Stored) -> str | None:

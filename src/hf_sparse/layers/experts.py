@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .linear import SparseLinear
 from .replace import replace_module
+from .ties import tied_parameters
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -151,6 +152,16 @@ def chosen_slots(top_k_index: Tensor, expert: int) -> Tensor:
     return (top_k_index.flatten() == expert).nonzero().flatten()
 
 
+def tied_experts(model: nn.Module) -> set[str]:
+    """Names of fused experts that share a weight: layers made of it would go their own ways."""
+    ties = tied_parameters(model)
+    return {
+        name
+        for name, module in model.named_modules()
+        if is_fused(module) and any(f"{name}.{own}" in ties for own in module._parameters)
+    }
+
+
 def unfuse(model: nn.Module, fused: nn.Module) -> None:
     """Put a `SparseExperts` in a fused module's place."""
     replace_module(model, fused, SparseExperts(fused))
@@ -165,10 +176,11 @@ def fuse(model: nn.Module, experts: SparseExperts, dtype: torch.dtype | None = N
 def unfused_experts(model: nn.Module) -> Iterator[None]:
     """While this lasts, all experts in memory are linear layers; it leaves those with packed ones.
 
-    Fused experts that accelerate has offloaded stay as they are.
+    Fused experts that accelerate has offloaded, or whose weights are tied, stay as they are.
     """
-    for module in [m for m in model.modules() if m is not model and is_fused(m)]:
-        if not any(parameter.is_meta for parameter in module.parameters()):
+    tied = tied_experts(model)
+    for name, module in [(n, m) for n, m in model.named_modules() if n and is_fused(m)]:
+        if name not in tied and not any(parameter.is_meta for parameter in module.parameters()):
             unfuse(model, module)
     try:
         yield

@@ -10,18 +10,21 @@ with gaps of `width` bits.
              int4: int32[groups, 32]    entry j of a group is nibble j, two's complement
     gaps     int32[units, width, 32]    a unit is 4 groups: 32 gaps of `width` bits, `width` words,
                                         one string with the lowest bit first
-    anchors  int16 or int32[segments, 32]
-                                        c_(e-1) + 1 at the first entry of a segment of
-                                        `segment_units` units: where the row can be split
+    anchors  int8, int16 or int32[segments, 32]
+                                        where a row can be split, every `segment_units` units
     slices   int32[slices + 1, 3]       first group, unit and segment of each slice
     order    int32[slices * 32]         the row of each lane, or `out` where there is none
     scales   fp32[column groups, slices * 32], of codes only; `group_size` columns share one
+
+A segment starts anew: the gap of its first entry are the lowest `width` bits of its column, and its
+anchor the others, less those of a row whose entries lie evenly (`_even`). So an anchor of a weight
+pruned at random takes 8 bits.
 
 Rows change their order only inside a window of `window` rows, which is what is decoded at once in
 front of a dense product. Columns are counted up to `padded`, in rounded up to 8, so that a row can
 always be filled to a whole group.
 
-Bytes a weight at sparsity s: about (1 - s) (b + w / 8) for b-byte values and gaps of w bits, and 2
+Bytes a weight at sparsity s: about (1 - s) (b + w / 8) for b-byte values and gaps of w bits, and 1
 for every segment; a bit mask takes 1/8 more than (1 - s) b. The width is the one that takes least:
 3 bits between 50 and 70 %.
 
@@ -54,6 +57,7 @@ MAX_ENTRIES = 1 << 31
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 DTYPES = (*FLOATS, torch.int8, INT4)
+ANCHORS = (torch.int8, torch.int16, torch.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,9 +159,7 @@ class SlicedWeight:
                 and bool((found[len(expected) :] == rows).all())
             ):
                 raise ValueError(f"order: rows {first} to {last} do not occur once each")
-        if bool((self.anchors < 0).any()) or any(
-            bool((found >= self.padded).any()) for _, found in self.columns()
-        ):
+        if any(bool(((c < 0) | (c >= self.padded)).any()) for _, c in self.columns()):
             raise ValueError(f"gaps or anchors lead beyond column {self.padded}")
 
     def _check_shapes(self) -> None:
@@ -176,11 +178,10 @@ class SlicedWeight:
         if self.window < LANES or self.window % LANES:
             raise ValueError(f"window is {self.window}, expected a multiple of {LANES}")
         slots = -(-rows // LANES) * LANES
-        small = self.padded <= torch.iinfo(torch.int16).max
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "values": (self.dtype, (len(self.values), LANES, GROUP)),
             "gaps": (torch.int32, (len(self.gaps), self.width, LANES)),
-            "anchors": (torch.int16 if small else torch.int32, (len(self.anchors), LANES)),
+            "anchors": (self.anchors.dtype, (len(self.anchors), LANES)),
             "slices": (torch.int32, (slots // LANES + 1, 3)),
             "order": (torch.int32, (slots,)),
         }
@@ -192,6 +193,8 @@ class SlicedWeight:
             if self.group_size < 1:
                 raise ValueError(f"group_size is {self.group_size}, expected at least 1")
             expected["scales"] = (torch.float32, (-(-columns // self.group_size), slots))
+        if self.anchors.dtype not in ANCHORS:
+            raise ValueError(f"anchors are in {self.anchors.dtype}, expected one of {ANCHORS}")
         for name, (dtype, shape) in expected.items():
             tensor = getattr(self, name)
             found = tensor.dtype, tuple(tensor.shape)
@@ -218,12 +221,14 @@ class SlicedWeight:
         unit = (table[:-1, 1][owner] + inside // UNIT).to(device)
         segment_groups = UNIT * self.segment_units
         segment = (table[:-1, 2][owner] + inside // segment_groups).to(device)
+        even = _even(inside // segment_groups * segment_groups, groups[owner], self.padded)
         start = torch.arange(len(owner)) - inside % segment_groups
         gaps = _unpack_gaps(self.gaps[int(table[0, 1]) : int(table[-1, 1])], self.width)
         gaps = gaps[unit - int(table[0, 1]), (inside % UNIT).to(device)] + 1
         ends = gaps.cumsum(dim=2)
         total = ends[:, :, -1].cumsum(dim=0) - ends[:, :, -1]
-        base = self.anchors[segment].long() + total - total[start.to(device)]
+        anchor = self.anchors[segment].long() + (even >> self.width).unsqueeze(1).to(device)
+        base = (anchor << self.width) + total - total[start.to(device)]
         return base.unsqueeze(2) + ends - 1
 
     def codes(self) -> Tensor:
@@ -293,13 +298,14 @@ def sliced(
     total = table[-1].tolist()
     values = weight.new_zeros(total[0], LANES, GROUP)
     gaps = torch.zeros(total[1] * UNIT, LANES, GROUP, dtype=torch.uint8, device=weight.device)
-    anchor = torch.int16 if padded <= torch.iinfo(torch.int16).max else torch.int32
-    anchors = torch.zeros(total[2], LANES, dtype=anchor, device=weight.device)
+    anchors = torch.zeros(total[2], LANES, dtype=torch.int32, device=weight.device)
+    # Lanes without a row hold the shortest one once more: an anchor of zeros alone takes 16 bits.
+    source = order.clone()
+    source[rows:] = order[rows - 1]
     for index, part in enumerate(parts):
         first = index * window // LANES
-        lanes = order[first * LANES : (first + -(-len(part) // LANES)) * LANES] - index * window
-        padding = (0, padded - columns, 0, len(lanes) - len(part))
-        dense = torch.nn.functional.pad(part, padding)[lanes.clamp(max=len(lanes) - 1)]
+        lanes = source[first * LANES : (first + -(-len(part) // LANES)) * LANES] - index * window
+        dense = torch.nn.functional.pad(part, (0, padded - columns))[lanes]
         _fill(dense, table[first : first + len(lanes) // LANES + 1], width, segment_units,
               values, gaps, anchors)  # fmt: skip
     tiled = None
@@ -319,7 +325,7 @@ def sliced(
         (group_size or columns) if scales is not None else 0,
         _join_nibbles(values) if narrow else values,
         _pack_gaps(gaps.view(-1, UNIT, LANES, GROUP), width),
-        anchors,
+        _narrowed(anchors),
         table.int(),
         order.int(),
         tiled,
@@ -400,11 +406,27 @@ def _fill(
     lane, place = lanes[row] % LANES, table[:-1][row // LANES]
     group, inside = entry // GROUP, entry % GROUP
     values[place[:, 0] + group, lane, inside] = dense[row, column]
-    gaps[place[:, 1] * UNIT + group, lane, inside] = (column - before - 1).to(torch.uint8)
     size = segment_units * UNIT * GROUP
     starts = entry % size == 0
-    where = (place[:, 2] + entry // size)[starts], lane[starts]
-    anchors[where] = (before[starts] + 1).to(anchors.dtype)
+    gap = (column - before - 1).where(~starts, column & ((1 << width) - 1))
+    gaps[place[:, 1] * UNIT + group, lane, inside] = gap.to(torch.uint8)
+    even = _even(group[starts], lengths[row[starts]] // GROUP, dense.shape[1])
+    anchor = (column[starts] >> width) - (even >> width)
+    anchors[(place[:, 2] + entry // size)[starts], lane[starts]] = anchor.int()
+
+
+def _even(group: Tensor, groups: Tensor, padded: int) -> Tensor:
+    """The column of the first entry of a group if a row's entries lay evenly."""
+    return group * padded // groups.clamp(min=1)
+
+
+def _narrowed(anchors: Tensor) -> Tensor:
+    """In the smallest type that holds them."""
+    low, high = (int(anchor) for anchor in anchors.aminmax()) if anchors.numel() else (0, 0)
+    for dtype in ANCHORS:
+        if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
+            break
+    return anchors.to(dtype)
 
 
 def _pack_gaps(gaps: Tensor, width: int) -> Tensor:

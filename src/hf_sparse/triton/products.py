@@ -122,6 +122,14 @@ def _spread(stored, NIBBLES: tl.constexpr):
 
 
 @triton.jit
+def _first_column(anchor, unit, groups, padded, WIDTH: tl.constexpr):
+    """Where a segment that begins with a unit begins, but for its first gap."""
+    # In 64 bits: with 131072 columns the product needs more than 31.
+    even = (unit * 4 + groups * 0).to(tl.int64) * padded // tl.maximum(groups, 1)
+    return (anchor.to(tl.int32) + (even >> WIDTH).to(tl.int32)) << WIDTH
+
+
+@triton.jit
 def _product(
     x,
     values,
@@ -161,8 +169,8 @@ def _product(
     slot = slice_ * 32 + lane
     start = segment * SEGMENT_UNITS
     there = (start * 4 < groups) & (lane >= 0)
-    column = tl.load(anchors + (first_segment + segment) * 32 + lane, mask=there, other=0)
-    column = column.to(tl.int32)
+    anchor = tl.load(anchors + (first_segment + segment) * 32 + lane, mask=there, other=0)
+    column = _first_column(anchor, start, groups, padded, WIDTH)
     own_x = x + block.to(tl.int64) * padded * TOKENS
     sums = tl.zeros((SEGMENTS, 32, TOKENS), tl.float32)
     first = split * SEGMENTS * SEGMENT_UNITS  # of the program's first warp, which has most to do
@@ -239,10 +247,10 @@ def _panel(
     entry = tl.arange(0, 8)
     start = segment * SEGMENT_UNITS
     row = tl.load(order + slice_ * 32 + lane)
-    column = tl.load(
+    anchor = tl.load(
         anchors + (first_segment + segment) * 32 + lane, mask=start * 4 + lane * 0 < groups, other=0
     )
-    column = column.to(tl.int32)
+    column = _first_column(anchor, start, groups, tl.cdiv(columns, 8) * 8, WIDTH)
     line = (row - first_row).to(tl.int64) * columns
     if SCALED and GROUP_SIZE == 0:
         scale = tl.load(scales + slice_ * 32 + lane)[:, None]
