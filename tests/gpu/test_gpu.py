@@ -4,10 +4,13 @@ The property tests of the kernels, tests/unit/test_sliced.py and test_block.py, 
 themselves where there is one.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation.configuration_utils import CompileConfig
 
 import hf_sparse
 from hf_sparse import SparseConfig, SparseLinear
@@ -78,6 +81,7 @@ def test_2_4_weights_take_torch_s_form_and_come_back():
     for tokens in (1, 7, 128):
         x = torch.randn(tokens, 1024, device="cuda").bfloat16()
         assert relative(layer(x), x.double() @ weight.double().T) < 4e-3
+    assert layer(x[:0]).shape == (0, 512)
     x = torch.randn(8, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     layer(x).sum().backward()
     expected = torch.ones(8, 512, device="cuda").double() @ weight.double()
@@ -106,14 +110,14 @@ def test_generation_compiles_with_a_static_cache_and_no_break():
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
     )  # fmt: skip
     with torch.device("cuda"):
-        model = LlamaForCausalLM(config).bfloat16().eval()
+        model = LlamaForCausalLM(config).eval()  # fp32: compiled bf16 rounds elsewhere
     hf_sparse.prune(model, SparseConfig(method="magnitude"))
     prompt = torch.randint(512, (1, 16), device="cuda")
-    arguments = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
+    arguments = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": -1}
     eager = model.generate(prompt, **arguments, max_new_tokens=8)
-    torch._dynamo.utils.counters.clear()
-    compiled = model.generate(prompt, **arguments, max_new_tokens=8, cache_implementation="static")
-    assert not torch._dynamo.utils.counters["graph_break"]
+    arguments |= {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True)}
+    compiled = model.generate(prompt, **arguments, max_new_tokens=8)
+    assert hasattr(model, "_compiled_call")
     assert torch.equal(compiled, eager)
 
 
@@ -143,7 +147,7 @@ def test_what_was_measured_is_remembered_by_the_gpu_s_name(monkeypatch, tmp_path
 
 
 def test_the_hessian_is_summed_without_tf32():
-    inputs = torch.randn(4096, 512, device="cuda").bfloat16()
+    inputs = torch.randn(4096, 512, device="cuda")  # TF32 would round them
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
@@ -154,7 +158,7 @@ def test_the_hessian_is_summed_without_tf32():
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     expected = inputs.double().T @ inputs.double() / len(inputs)
-    assert relative(hessian, expected) < 1e-6
+    assert relative(hessian, expected) < 1e-5
 
 
 def test_2_4_products_agree_with_f_linear_in_both_half_types():
@@ -163,3 +167,31 @@ def test_2_4_products_agree_with_f_linear_in_both_half_types():
         x = torch.randn(9, 128, device="cuda", dtype=dtype)
         found = semi.SemiWeight.of(weight).linear(x)
         torch.testing.assert_close(found, F.linear(x, weight), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)])
+def test_layers_are_saved_from_a_gpu_by_way_of_the_cpu_and_copied_on_it(pattern):
+    fmt = NMPacked(2, 4) if isinstance(pattern, NM) else Bitmask()
+    weight = pruned((512, 1024), pattern)
+    layer = layer_of(weight, fmt)
+    state = layer.state_dict()
+    assert {tensor.device.type for tensor in state.values()} == {"cpu"}
+    assert torch.equal(fmt.unpack(layer.packed, (512, 1024), weight.dtype), weight)
+    before = torch.cuda.memory_allocated()
+    copied = copy.deepcopy(layer)
+    assert torch.cuda.memory_allocated() - before < 1.1 * layer.resident_bytes()
+    x = torch.randn(3, 1024, device="cuda").bfloat16()
+    assert torch.equal(copied(x), layer(x))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)])
+def test_layers_on_another_gpu_than_the_current_one_multiply(pattern):
+    fmt = NMPacked(2, 4) if isinstance(pattern, NM) else Bitmask()
+    weight = pruned((512, 1024), pattern).to("cuda:1")
+    layer = layer_of(weight, fmt)
+    for tokens in (1, 300):
+        x = torch.randn(tokens, 1024, device="cuda:1").bfloat16()
+        assert relative(layer(x), x.double() @ weight.double().T) < 4e-3
+    with pytest.raises((ValueError, RuntimeError)):
+        layer(x.to("cuda:0"))

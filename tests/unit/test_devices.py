@@ -79,6 +79,14 @@ def test_without_room_it_stays_packed_and_says_what_dense_would_cost(gpu, stored
     assert "5120 of 24576 MB" in considered.verdict.reason
 
 
+def test_memory_that_torch_holds_and_uses_no_more_is_room(gpu, stored, monkeypatch):
+    gpu.sparse = 2.0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB, 24 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GB)
+    assert sliced.SlicedKernel.consider(stored).kernel is None
+
+
 def test_nothing_is_timed_where_that_is_switched_off(gpu, stored, monkeypatch):
     monkeypatch.setenv("HF_SPARSE_MEASURE", "0")
     considered = sliced.SlicedKernel.consider(stored)
@@ -99,6 +107,9 @@ def test_2_4_is_taken_only_where_it_is_not_slower(gpu, monkeypatch, seconds, tak
         def copy(self):
             return self
 
+        def linear(self, x):
+            return x @ self.own.T
+
         def tensors(self):
             return {"semi_values": self.own}
 
@@ -112,6 +123,16 @@ def test_2_4_is_taken_only_where_it_is_not_slower(gpu, monkeypatch, seconds, tak
     considered = semi.SemiStructuredKernel.consider(Stored(fmt, packed, (32, 64), torch.bfloat16))
     assert (considered.kernel is not None) == taken
     assert considered.verdict.speedup == pytest.approx(1 / seconds, abs=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "taken"), [(65535 * 32, True), (65535 * 32 + 1, False)])
+def test_rows_are_as_many_as_a_grid_has_places_for(monkeypatch, rows, taken):
+    fmt = Bitmask()
+    tensors = fmt.pack(torch.ones(1, 1))
+    monkeypatch.setattr(Stored, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    obstacle = sliced.SlicedKernel._obstacle(Stored(fmt, tensors, (rows, 1), torch.float32))
+    assert obstacle is None if taken else "2097120 rows" in obstacle
 
 
 def test_on_a_cpu_the_kernels_of_gpus_stand_back_and_say_so(stored):

@@ -192,9 +192,21 @@ def test_products_of_codes_apply_the_scale_of_each_group(products, bits, group):
     codes, scales = coded(35, 100, bits, group)
     x = torch.randn(2, 100, device=DEVICE)
     packed = layout.sliced(codes, scales, group)
-    expected = x.double() @ scaled(codes, scales, group).T
+    weight = scaled(codes, scales, group)
     y = products.product(x, packed)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    rounding = 1e-6 * float((x.double().abs() @ weight.abs().T).max())
+    torch.testing.assert_close(y.double(), x.double() @ weight.T, rtol=0, atol=rounding)
+
+
+def test_columns_that_pad_a_row_read_no_scale_behind_the_last(products):
+    codes, scales = coded(33, 34, 8, 7)
+    packed = layout.sliced(codes.clamp(min=1), scales, 7)  # no zero, so that all are listed
+    assert scales.shape[1] * 7 < packed.padded
+    memory = torch.full((2 * packed.scales.numel(),), float("nan"), device=DEVICE)
+    own = memory[: packed.scales.numel()].view_as(packed.scales).copy_(packed.scales)
+    y = products.product(torch.ones(1, 34, device=DEVICE), dataclasses.replace(packed, scales=own))
+    expected = scaled(codes.clamp(min=1), scales, 7).sum(dim=1)
+    torch.testing.assert_close(y[0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_that_is_split_between_programs_adds_up(products, monkeypatch):
@@ -233,6 +245,36 @@ def test_windows_are_decoded_into_the_room_that_is_given(products, monkeypatch, 
     for first, last in products.windows(packed):
         found = products.panel(packed, first, last, room)
         torch.testing.assert_close(found.double(), expected[first:last], rtol=1e-6, atol=0)
+
+
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(products, monkeypatch):
+    launched, guarded = [], []
+
+    class DeviceOf:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            guarded.append(self.tensor)
+
+        def __exit__(self, *_):
+            guarded.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.append(guarded[-1].shape)
+
+    from hf_sparse.triton import block
+
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    for module, name in ((products, "_product"), (products, "_panel"), (block, "_solve_block")):
+        monkeypatch.setattr(module, name, Kernel())
+    packed = layout.sliced(pruned(40, 44, 0.5))
+    products.product(torch.randn(3, 44, device=DEVICE), packed)
+    products.panel(packed, 0, 40, torch.empty(64, 44, device=DEVICE))
+    kept = torch.ones(4, 8, dtype=torch.bool)
+    block.solve_block(torch.randn(4, 8), kept, torch.eye(4), torch.zeros(4).bool(), 0, 0, 0)
+    assert launched == [(3, 44), (64, 44), (4, 8)]
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 5])
@@ -293,6 +335,12 @@ def test_the_operator_multiplies_in_the_dtype_of_x(x_dtype, shape):
     tolerance = 3e-2 if x_dtype == torch.bfloat16 else 1e-5
     expected = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_inputs_on_another_device_are_refused():
+    product = kernel_of(pruned(20, 36, 0.5))._product
+    with pytest.raises(ValueError, match="on meta, the sparse weight on"):
+        product(torch.randn(2, 36, device="meta"))
 
 
 def test_gradients_of_the_operator_pass_gradcheck():

@@ -124,6 +124,8 @@ def dense_cost(stored: Stored) -> str | None:
     """Why the dense weight can't stand beside the rest on its GPU; None if it can."""
     needed = math.prod(stored.shape) * stored.dtype.itemsize
     free, total = torch.cuda.mem_get_info(stored.device)
+    # What torch holds and uses no more, as after measuring, is free, too.
+    free += torch.cuda.memory_reserved(stored.device) - torch.cuda.memory_allocated(stored.device)
     if free - needed >= FREE_SHARE * total:
         return None
     return (

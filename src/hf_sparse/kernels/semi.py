@@ -15,7 +15,9 @@ decodes the weight for the call.
 
 from __future__ import annotations
 
+import copy
 import functools
+import warnings
 import weakref
 from typing import Any, ClassVar
 
@@ -37,7 +39,7 @@ from .base import Considered, Kernel, Stored, Verdict
 from .products import TokenClass, fastest
 
 HALVES = (torch.bfloat16, torch.float16)
-OLDEST = (8, 0)  # compute capability with sparse matrix units
+OLDEST = (8, 0)  # compute capability with sparse matrix units; torch's CUTLASS takes 8.x only
 DECODED_COLUMNS = 1024  # at once
 _WAY = "semi-structured"
 CLASSES = (
@@ -48,14 +50,30 @@ CLASSES = (
 
 
 class SemiWeight:
-    """A 2:4 weight in torch's form, of one backend."""
+    """A 2:4 weight in torch's form, of one backend.
+
+    Attributes:
+        tensor: a subclass of Tensor, which only products see: torch.compile is given what it holds.
+        values, meta: the tensors that it holds; cuSPARSELt's has both in one, `values`.
+        shape: (out, in).
+    """
 
     def __init__(self, tensor: SparseSemiStructuredTensor) -> None:
         self.tensor = tensor
+        self.values, self.meta = tensor.packed, tensor.meta
+        self.shape = (tensor.shape[0], tensor.shape[1])
 
     @classmethod
     def of(cls, dense: Float[Tensor, "out in"]) -> SemiWeight:
-        return cls(_backend().from_dense(dense.contiguous()))
+        with warnings.catch_warnings():  # that torch may change its tensors is our concern
+            warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor")
+            return cls(_backend().from_dense(dense.contiguous()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SemiWeight:
+        names, rest = self.tensor.__tensor_flatten__()
+        inner = {name: copy.deepcopy(getattr(self.tensor, name), memo) for name in names}
+        tensor: Any = self.tensor.__tensor_unflatten__(inner, rest, None, None)
+        return SemiWeight(tensor)
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +82,7 @@ class SemiWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is resident, by name."""
-        found = {"semi_values": self.tensor.packed, "semi_meta": self.tensor.meta}
+        found = {"semi_values": self.values, "semi_meta": self.meta}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def copy(self) -> SemiWeight:
@@ -75,11 +93,16 @@ class SemiWeight:
         """x W' for x [..., in]; in the weight's dtype by the matrix units, else decoded."""
         if x.dtype != self.tensor.dtype:
             return F.linear(x, self.dense().to(x.dtype))
-        return F.linear(x.contiguous(), self.tensor)
+        rows = x.reshape(-1, self.shape[1]).contiguous()
+        y = x.new_empty(0, self.shape[0])
+        if len(rows):
+            with torch.autocast(x.device.type, enabled=False):  # torch can't cast its own tensor
+                y = F.linear(rows, self.tensor)
+        return y.view(*x.shape[:-1], self.shape[0])
 
     def dense(self) -> Float[Tensor, "out in"]:
         """The dense weight: its product with the unit matrix, which is exact."""
-        rows, columns = self.tensor.shape
+        rows, columns = self.shape
         dense = torch.empty(rows, columns, dtype=self.tensor.dtype, device=self.tensor.device)
         for start in range(0, columns, DECODED_COLUMNS):
             unit = dense.new_zeros(columns, min(DECODED_COLUMNS, columns - start))
@@ -103,13 +126,21 @@ class SemiStructuredKernel(Kernel):
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self._weight.dense(),)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SemiStructuredKernel:
+        return SemiStructuredKernel(copy.deepcopy(self._weight, memo))
+
     @classmethod
     def consider(cls, stored: Stored) -> Considered:
         reason = obstacle(stored)
         if reason is not None:
             return Considered(Verdict(cls.name, False, reason))
         dense = stored.dense(stored.dtype)
-        weight = SemiWeight.of(dense)
+        try:
+            weight = SemiWeight.of(dense)
+            weight.linear(dense[:1])
+        except RuntimeError as error:  # cuSPARSELt knows its GPUs, and no other way to ask for them
+            refused = f"torch refuses: {str(error).strip().splitlines()[0]}"
+            return Considered(Verdict(cls.name, False, refused))
         ways = {_WAY: _linear}
         speedups = devices.over_dense(dense, weight, ways, CLASSES, f"2:4 {_backend().BACKEND}")
         found = fastest(speedups, CLASSES)
@@ -133,7 +164,7 @@ class SemiStructuredKernel(Kernel):
             y = self._weight.linear(x)
         else:
             tensors = self._weight.tensors()
-            operands = tensors["semi_values"], tensors.get("semi_meta"), *self._weight.tensor.shape
+            operands = tensors["semi_values"], tensors.get("semi_meta"), *self._weight.shape
             y = semi_linear(x, *operands)
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -153,9 +184,12 @@ def obstacle(stored: Stored) -> str | None:
         return f"takes fp16 and bf16, this is {stored.values_dtype} in a layer of {stored.dtype}"
     if stored.device.type != "cuda" or torch.version.cuda is None:
         return f"runs on NVIDIA GPUs, the weight is on {stored.device}"
-    if torch.cuda.get_device_capability(stored.device) < OLDEST:
+    capability, backend = torch.cuda.get_device_capability(stored.device), _backend()
+    if capability < OLDEST:
         return f"{torch.cuda.get_device_name(stored.device)} has no sparse matrix units"
-    return misfit(stored.shape, stored.dtype, _backend())
+    if backend is SparseSemiStructuredTensorCUTLASS and capability[0] != OLDEST[0]:
+        return f"this torch has no cuSPARSELt, and its CUTLASS takes no {capability[0]}.x GPUs"
+    return misfit(stored.shape, stored.dtype, backend)
 
 
 def misfit(

@@ -27,11 +27,12 @@ from torch import Tensor
 from ..formats import Format, Quantized, pack_weight
 from ..formats.base import Packed
 from ..quantization import Grid, QuantizedWeight, Scales
-from ..triton.layout import FLOATS, SlicedWeight, same_tensors, sliced
+from ..triton.layout import FLOATS, LANES, SlicedWeight, same_tensors, sliced
 from . import devices
 from .base import Considered, Kernel, Stored, Verdict
 from .products import TokenClass, Way, class_of, fastest
 
+MOST_ROWS = 65535 * LANES  # as many slices as CUDA lets the second number of a grid be
 CLASSES = (
     TokenClass("1", 1, 1, ("direct",)),
     TokenClass("2-4", 4, 4, ("direct",)),
@@ -50,6 +51,11 @@ class _Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x W' for x [..., in] on a GPU, in x's dtype."""
+        if x.device != self.weight.values.device:
+            raise ValueError(
+                f"the input is on {x.device}, the sparse weight on {self.weight.values.device}: "
+                "move one of them; in place of nn.DataParallel start a process for each GPU"
+            )
         rows = x.reshape(-1, x.shape[-1])
         if x.dtype not in FLOATS:
             return F.linear(x, self.weight.dense(x.dtype))
@@ -124,8 +130,8 @@ class SlicedKernel(Kernel):
                 return f"takes codes of 8 bits with sign, these are {low} to {high}"
         elif stored.values_dtype not in FLOATS:
             return f"has no kernel for values in {stored.values_dtype}"
-        if stored.shape[0] * stored.shape[1] >= 1 << 31:
-            return f"takes fewer than {1 << 31} weights"
+        if stored.shape[0] * stored.shape[1] >= 1 << 31 or stored.shape[0] > MOST_ROWS:
+            return f"takes fewer than {1 << 31} weights in at most {MOST_ROWS} rows"
         return None
 
     def _label(self) -> str:

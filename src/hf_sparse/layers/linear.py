@@ -329,7 +329,8 @@ class SparseLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kernel is not None:
             for key, tensor in self.packed.items():
-                destination[prefix + self.buffer_name(key)] = tensor
+                # A GPU that holds the kernels' form may have no room for the stored one beside it.
+                destination[prefix + self.buffer_name(key)] = tensor.cpu()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load the stored form and check it before a kernel sees it.

@@ -140,6 +140,7 @@ def _product(
     scales,
     out,
     rows,
+    columns,
     padded,
     tokens,
     WIDTH: tl.constexpr,
@@ -196,7 +197,10 @@ def _product(
                 value = found[entry].to(tl.float32)
                 if GROUP_SIZE > 0:
                     at = (column // GROUP_SIZE) * slots + slot
-                    value *= tl.load(scales + at, mask=inside, other=0.0)
+                    own = inside
+                    if GROUP_SIZE % 8 != 0:  # columns that only pad a row may have no scale
+                        own = inside & (column < columns)
+                    value *= tl.load(scales + at, mask=own, other=0.0)
                 at = (column * TOKENS)[:, :, None] + token
                 taken = tl.load(own_x + at, mask=inside[:, :, None], other=0.0)
                 sums += value[:, :, None] * taken.to(tl.float32)
@@ -297,11 +301,12 @@ def product(x: Tensor, weight: SlicedWeight) -> Tensor:
     out = torch.empty(splits, tokens, rows, dtype=dtype, device=x.device)
     slices = len(weight.slices) - 1
     if tokens:
-        _product[(blocks, slices, splits)](
-            own, *_tensors(weight), out, rows, weight.padded, tokens,
-            SEGMENTS=weight.warps, TOKENS=block, num_warps=weight.warps,
-             **_constants(weight),
-        )  # fmt: skip
+        with torch.cuda.device_of(x):  # Triton launches on the current GPU, whatever the tensors'
+            _product[(blocks, slices, splits)](
+                own, *_tensors(weight), out, *weight.shape, weight.padded, tokens,
+                SEGMENTS=weight.warps, TOKENS=block, num_warps=weight.warps,
+                **_constants(weight),
+            )  # fmt: skip
     return out[0] if splits == 1 else out.sum(dim=0).to(x.dtype)
 
 
@@ -316,10 +321,11 @@ def panel(weight: SlicedWeight, first: int, last: int, out: Tensor) -> Tensor:
     dense = out[: last - first].zero_()
     start, end = first // LANES, -(-last // LANES)
     rows, columns = weight.shape
-    _panel[(end - start, weight.warps * weight.splits)](
-        *_tensors(weight), dense, start, first, (len(weight.slices) - 1) * LANES, rows, columns,
-        num_warps=1, **_constants(weight),
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _panel[(end - start, weight.warps * weight.splits)](
+            *_tensors(weight), dense, start, first, (len(weight.slices) - 1) * LANES, rows, columns,
+            num_warps=1, **_constants(weight),
+        )  # fmt: skip
     return dense
 
 
