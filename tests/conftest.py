@@ -22,7 +22,14 @@ with install_import_hook([f"hf_sparse.{name}" for name in CHECKED], "beartype.be
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from hf_sparse.report import LayerReport
@@ -73,6 +80,20 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
         "eos_token_id": 2,
     }
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
+
+
+def tiny_bert(cls: type[PreTrainedModel], **changes) -> PreTrainedModel:
+    """A random two-block encoder of one of BERT's classes, in eval mode."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    return cls(BertConfig(**(sizes | changes))).eval()
 
 
 def save_with_tokenizer(folder: Path, **changes) -> Path:

@@ -9,7 +9,7 @@ from .adapters import export_low_rank, split_low_rank
 from .calibration.data import DataRecord
 from .comparison import Comparison, ComparisonPoint, compare
 from .config import SparseConfig
-from .convert import Conversion, convert_checkpoint
+from .conversion import Conversion, convert_checkpoint
 from .environment import Environment
 from .errors import (
     AdapterError,

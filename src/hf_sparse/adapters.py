@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import ConfigError
-from .saving import sparse_layers, write_folder
+from .layers import sparse_layers
+from .writing import write_folder
 
 
 def split_low_rank(model: PreTrainedModel) -> PeftModel:

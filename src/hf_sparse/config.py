@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from fractions import Fraction
@@ -12,6 +11,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .arguments import choice, fraction, from_pairs, group_width, integer, positive, regexes
 from .calibration.data import DataRecord
 from .errors import ConfigError
 from .formats import check_format_name
@@ -128,46 +128,34 @@ class SparseConfig(QuantizationConfigMixin):
         self.sparsity = _resolve_sparsity(sparsity, pattern, method)
         self.dataset = DataRecord(**dataset) if _is_record(dataset) else dataset
         self.tokenizer = tokenizer
-        self.num_samples = _integer("num_samples", num_samples, 1)
-        self.seq_len = None if seq_len is None else _integer("seq_len", seq_len, 1)
-        self.batch_size = _integer("batch_size", batch_size, 1)
-        self.seed = _integer("seed", seed, 0)
-        self.modules_to_not_convert = _regexes("modules_to_not_convert", modules_to_not_convert)
-        self.targets = _regexes("targets", targets)
-        self.blocks = _regexes("blocks", blocks)
-        self.damp_percent = _positive("damp_percent", damp_percent)
-        self.block_size = _integer("block_size", block_size, 1)
+        self.num_samples = integer("num_samples", num_samples, 1)
+        self.seq_len = None if seq_len is None else integer("seq_len", seq_len, 1)
+        self.batch_size = integer("batch_size", batch_size, 1)
+        self.seed = integer("seed", seed, 0)
+        self.modules_to_not_convert = regexes("modules_to_not_convert", modules_to_not_convert)
+        self.targets = regexes("targets", targets)
+        self.blocks = regexes("blocks", blocks)
+        self.damp_percent = positive("damp_percent", damp_percent)
+        self.block_size = integer("block_size", block_size, 1)
         recipe = get_recipe(method)
-        self.refit = _integer("refit", _default(refit, recipe.refit), 0)
-        self.target = _choice("target", _default(target, recipe.target), ("layer", "dense"))
+        self.refit = integer("refit", _default(refit, recipe.refit), 0)
+        self.target = choice("target", _default(target, recipe.target), ("layer", "dense"))
         # Without stages all layers of a block would make up for the same error of its inputs.
-        self.stages = _choice("stages", _default(stages, self.target == "dense"), (True, False))
-        self.metric = _choice("metric", _default(metric, recipe.metric), ("inputs", "fisher"))
+        self.stages = choice("stages", _default(stages, self.target == "dense"), (True, False))
+        self.metric = choice("metric", _default(metric, recipe.metric), ("inputs", "fisher"))
         self.allocation = _resolve_allocation(allocation, recipe.allocation, self)
-        self.low_rank = _integer("low_rank", low_rank, 0)
-        self.bits = _choice("bits", bits, (None, 8, 4, 3))
-        self.group_size = _group_size(group_size)
-        self.sym = _choice("sym", sym, (True, False))
-        least = None if moe_min_tokens is None else _integer("moe_min_tokens", moe_min_tokens, 0)
+        self.low_rank = integer("low_rank", low_rank, 0)
+        self.bits = choice("bits", bits, (None, 8, 4, 3))
+        self.group_size = group_width(group_size)
+        self.sym = choice("sym", sym, (True, False))
+        least = None if moe_min_tokens is None else integer("moe_min_tokens", moe_min_tokens, 0)
         self.moe_min_tokens = least
-        self.calibrate_all_experts = _choice(
+        self.calibrate_all_experts = choice(
             "calibrate_all_experts", calibrate_all_experts, (True, False)
         )
         self._check_combination()
         self.format = format if format == "auto" else check_format_name(format)
-        if self.format == "dense" and self.low_rank and self.bits is None:
-            raise ConfigError(
-                "format='dense' holds no low-rank part beside the weight: leave format out, or "
-                "low_rank"
-            )
-        if self.format == "n:m" and pattern == "unstructured" and method != "keep":
-            raise ConfigError("format='n:m' stores n:m patterns only: pass pattern='n:m', e.g. 2:4")
-        parsed = parse_pattern(pattern, DEFAULT_SPARSITY)
-        if self.format == "n:m" and isinstance(parsed, NM) and parsed.m > LARGEST_M:
-            raise ConfigError(
-                f"format='n:m' takes groups of at most {LARGEST_M}, pattern={pattern!r} has "
-                f"m = {parsed.m}: pass format='auto' or 'bitmask'"
-            )
+        self._check_format()
 
     @property
     def solver(self) -> str:
@@ -206,6 +194,21 @@ class SparseConfig(QuantizationConfigMixin):
             raise ConfigError(
                 f"method={self.method!r} changes no weight: it takes neither refit, stages, "
                 "target, low_rank nor bits"
+            )
+
+    def _check_format(self) -> None:
+        if self.format == "dense" and self.low_rank and self.bits is None:
+            raise ConfigError(
+                "format='dense' holds no low-rank part beside the weight: leave format out, or "
+                "low_rank"
+            )
+        if self.format == "n:m" and self.pattern == "unstructured" and self.method != "keep":
+            raise ConfigError("format='n:m' stores n:m patterns only: pass pattern='n:m', e.g. 2:4")
+        parsed = parse_pattern(self.pattern, DEFAULT_SPARSITY)
+        if self.format == "n:m" and isinstance(parsed, NM) and parsed.m > LARGEST_M:
+            raise ConfigError(
+                f"format='n:m' takes groups of at most {LARGEST_M}, pattern={self.pattern!r} has "
+                f"m = {parsed.m}: pass format='auto' or 'bitmask'"
             )
 
     def check_data(self) -> None:
@@ -343,7 +346,7 @@ def _resolve_sparsity(
                 f"nor pattern, found sparsity={sparsity!r}, pattern={pattern!r}"
             )
         return None
-    sparsity = _from_pairs(sparsity)
+    sparsity = from_pairs(sparsity)
     parsed = parse_pattern(pattern, DEFAULT_SPARSITY)
     implied = parsed.sparsity
     if sparsity is None:
@@ -351,10 +354,10 @@ def _resolve_sparsity(
     if isinstance(sparsity, Mapping):
         if not sparsity:
             raise ConfigError("sparsity={} prunes nothing: pass {regex: fraction} or a fraction")
-        _regexes("sparsity", list(sparsity))
-        values = {k: _fraction(f"sparsity[{k!r}]", v) for k, v in sparsity.items()}
+        regexes("sparsity", list(sparsity))
+        values = {k: fraction(f"sparsity[{k!r}]", v) for k, v in sparsity.items()}
     else:
-        values = {"": _fraction("sparsity", sparsity)}
+        values = {"": fraction("sparsity", sparsity)}
     for key, value in values.items():
         # A layer may be left alone (0); any other value must be what n:m gives.
         allowed = (implied, 0.0) if isinstance(sparsity, Mapping) else (implied,)
@@ -380,74 +383,14 @@ def _resolve_allocation(given: Any, default: str, config: SparseConfig) -> str |
         return "uniform" if obstacle else default
     if given != "uniform" and obstacle:
         raise ConfigError(f"allocation={given!r} can't be met: {obstacle}. Leave allocation out")
-    given = _from_pairs(given)
+    given = from_pairs(given)
     if not isinstance(given, Mapping):
-        return str(_choice("allocation", given, ("uniform", "owl", "fisher")))
+        return str(choice("allocation", given, ("uniform", "owl", "fisher")))
     if not given:
         raise ConfigError("allocation={} names no layer: pass {regex: fraction} or 'uniform'")
-    _regexes("allocation", list(given))
-    return {k: _fraction(f"allocation[{k!r}]", v) for k, v in given.items()}
-
-
-def _from_pairs(value: Any) -> Any:
-    """`{regex: s}` is written as a list of pairs in JSON, which sorts an object's keys."""
-    pairs = isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value)
-    return dict(value) if pairs else value
+    regexes("allocation", list(given))
+    return {k: fraction(f"allocation[{k!r}]", v) for k, v in given.items()}
 
 
 def _default(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    if not any(value is a if isinstance(a, bool) else value == a for a in allowed):
-        options = " or ".join(map(repr, allowed))
-        raise ConfigError(f"{name}={value!r} does not exist: pass {options}")
-    return value
-
-
-def _fraction(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        percent = isinstance(value, (int, float)) and 1 < value < 100
-        hint = f"; for {value} % pass {value / 100}" if percent else ""  # type: ignore[operator]
-        raise ConfigError(
-            f"{name}={value!r} must be the fraction of zeros, a number with 0 <= s < 1{hint}"
-        )
-    return float(value)
-
-
-def _integer(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
-    return value
-
-
-def _group_size(value: object) -> int:
-    if value == -1 and not isinstance(value, bool):
-        return -1
-    if isinstance(value, bool) or not isinstance(value, int) or value < 8 or value % 8:
-        raise ConfigError(
-            f"group_size={value!r} must be a multiple of 8, e.g. 128, or -1 for one scale a row"
-        )
-    return value
-
-
-def _positive(name: str, value: object) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:  # type: ignore[operator]
-        raise ConfigError(f"{name}={value!r} must be a positive number")
-    return float(value)  # type: ignore[arg-type]
-
-
-def _regexes(name: str, patterns: Sequence[str] | None) -> list[str] | None:
-    if patterns is None:
-        return None
-    listed = isinstance(patterns, (list, tuple, set, frozenset))
-    if not listed or not all(isinstance(p, str) for p in patterns):
-        raise ConfigError(f"{name}={patterns!r} must be a list of regexes, e.g. ['q_proj', 'mlp']")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"{name} holds {pattern!r}, no valid regex: {error}") from None
-    return list(patterns)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration.blocks import BlockWalk, Visit, input_device
+from .calibration.blocks import BlockWalk, Visit
 from .calibration.experts import observe
+from .calibration.forward import input_device
 from .calibration.inputs import DensePath, Observed
 from .calibration.stages import find_stages, residual_writers
 from .calibration.units import Unit, find_units

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from .checkpoint import PackedLayer, read_layers
 from .config import QUANT_METHOD, SparseConfig
-from .errors import CalibrationError, CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError
 from .evaluation import Evaluation
 from .facts import DenseFacts
-from .layers import SparseLinear
-from .layers.axes import Axes
-from .layers.conv import dense_twin, sparse_class
-from .layers.experts import SparseExperts, fuse, is_fused, unfuse, unfused_experts
+from .layers import SparseLinear, sparse_layers
+from .layers.conv import dense_twin
+from .layers.experts import SparseExperts, fuse, unfused_experts
 from .layers.head import restore_head, speed_up_head
 from .layers.replace import Places, unpack_linear
 from .loading import load_calibration
 from .logging import get_logger
-from .lowrank import KEY_A, KEY_B, LowRank
 from .pipeline import run
+from .reloading import build_layers, finish_layers
 from .report import PAGE_FILE, PruningReport
 from .reporting import write_report
 from .saving import (
@@ -34,10 +33,10 @@ from .saving import (
     install_saving,
     remove_saving,
     saved_report,
-    sparse_layers,
     sparse_state_dict,
 )
-from .targets import find_routers, is_prunable
+from .targets import find_routers
+from .tokenizer import load_tokenizer
 
 logger = get_logger(__name__)
 
@@ -69,7 +68,7 @@ def prune(
         raise ConfigError(f"prune needs a SparseConfig, found {type(config).__name__}")
     if not isinstance(model, PreTrainedModel):
         with unfused_experts(model):
-            return run(model, config, lambda: load_tokenizer(config, model), {}, facts)
+            return run(model, config, lambda: load_tokenizer(config.tokenizer, model), {}, facts)
     require_dense(model)
     quantizer = SparseQuantizer(config, pre_quantized=False)
     configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
@@ -101,7 +100,9 @@ def require_dense(model: nn.Module) -> None:
 
 def dense_facts(model: nn.Module, config: SparseConfig) -> DenseFacts:
     """The config's calibration data, tokenised for the model, and nothing measured yet."""
-    return DenseFacts(load_calibration(model, config, lambda: load_tokenizer(config, model)))
+    return DenseFacts(
+        load_calibration(model, config, lambda: load_tokenizer(config.tokenizer, model))
+    )
 
 
 @register_quantizer(QUANT_METHOD)
@@ -147,20 +148,7 @@ class SparseQuantizer(HfQuantizer):
         described = read_layers(checkpoint_files)
         self.report = saved_report(Path(checkpoint_files[0]).parent)
         self._renamed = frozenset(described)
-        prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-        _unfuse_described(model, described, prefix)
-        modules, places = dict(model.named_modules()), Places(model)
-        for name, layer in described.items():
-            own = next((n for n in _spellings(name, prefix) if n in modules), None)
-            if own is not None:
-                sparse = _empty_layer(modules[own], layer, dtype or torch.get_default_dtype())
-                places.replace(modules[own], sparse)
-                self._layers[own] = layer
-        # What a config calls tied, though its checkpoint held two weights, was pruned as two.
-        ties = getattr(model, "all_tied_weights_keys", None) or {}
-        for pair in list(ties.items()):
-            if any(key.removesuffix(".weight") in self._layers for key in pair):
-                del ties[pair[0]]
+        self._layers = build_layers(model, described, dtype or torch.get_default_dtype())
 
     def get_weight_conversions(self) -> list[Any]:
         return [ValuesRenaming.of(self._renamed)] if self._renamed else []
@@ -174,7 +162,8 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
-            self._take_over(model)
+            finish_layers(model, self._layers)
+            speed_up_head(model)
         else:
             self.prune(model)
         install_saving(model)
@@ -186,24 +175,13 @@ class SparseQuantizer(HfQuantizer):
         with unfused_experts(model):
             left_dense = routers | default_dense(model)
             self.report = run(
-                model, config, lambda: load_tokenizer(config, model), left_dense, facts
+                model, config, lambda: load_tokenizer(config.tokenizer, model), left_dense, facts
             )
         if self.report.data is not None:
             self.quantization_config = config.replaced(dataset=self.report.data)
         model.config.quantization_config = self.quantization_config
         speed_up_head(model)
         install_saving(model)
-
-    def _take_over(self, model: PreTrainedModel) -> None:
-        """Check the packed tensors and hand them to kernels, one layer after the other."""
-        modules = dict(model.named_modules())
-        for name, layer in self._layers.items():
-            module = modules[name]
-            assert isinstance(module, SparseLinear)
-            _finish_stored(module, layer)
-            layer.check(module.packed, module.low_rank)
-            module.resolve()
-        speed_up_head(model)
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
@@ -251,67 +229,6 @@ class SparseQuantizer(HfQuantizer):
         return True
 
 
-def _empty_layer(module: nn.Module, layer: PackedLayer, dtype: torch.dtype) -> SparseLinear:
-    """What takes a dense layer's place: a sparse one on meta, with the checkpoint's shapes."""
-    weight = getattr(module, "weight", None)
-    expected = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
-    axes = Axes.of(module)
-    same = expected == axes.own_shape(layer.shape) and layer.axes == axes
-    if not same or not is_prunable(module):
-        raise CheckpointError(
-            f"{layer.file}: {layer.name}.weight is packed from shape {layer.shape}, the model has "
-            f"{type(module).__name__} with weight {expected} there"
-        )
-    if module.bias is not None and not layer.has_bias:
-        raise CheckpointError(f"{layer.file}: {layer.name}.bias is missing")
-    tensors = {
-        key: torch.empty(shape, dtype=stored, device="meta")
-        for key, (shape, stored) in layer.layout.items()
-    }
-    low_rank = LowRank(tensors.pop(KEY_B), tensors.pop(KEY_A)) if layer.low_rank else None
-    bias: Any = module.bias
-    cls = sparse_class(axes)
-    sparse = cls(layer.format, tensors, layer.shape, dtype, bias, axes, low_rank)
-    # transformers would otherwise unpack each layer to initialise what isn't missing.
-    sparse._is_hf_initialized = True  # type: ignore[assignment]
-    return sparse
-
-
-def _spellings(name: str, prefix: str) -> tuple[str, str, str]:
-    """A base model reads a head model's checkpoint and the other way round."""
-    return name, name.removeprefix(prefix), prefix + name
-
-
-def _unfuse_described(model: nn.Module, described: Iterable[str], prefix: str) -> None:
-    """Experts that the checkpoint has layer by layer become layers; all is on meta yet."""
-    fused = {n: m for n, m in model.named_modules() if n and is_fused(m)}
-    parents = {name.rsplit(".", 2)[0] for name in described if name.count(".") > 1}
-    wanted = {own for parent in parents for own in _spellings(parent, prefix) if own in fused}
-    for name in wanted:
-        unfuse(model, fused[name])
-
-
-def _finish_stored(module: SparseLinear, layer: PackedLayer) -> None:
-    """Replace tensors that were loaded to the CPU by equal ones with files of their own.
-
-    transformers maps a file once, and every page of it that was read stays resident until the last
-    of its tensors is gone, which embeddings never are. A mapping per tensor ends with the tensor:
-    then only one layer at a time is resident both as stored and in its kernel's form.
-    """
-    low_rank = module.low_rank
-    factors = low_rank.tensors() if low_rank is not None else {}
-    for key, loaded in (module.packed | factors).items():
-        tensor = layer.read(key) if loaded.device.type == "cpu" else loaded
-        if key == "weight" or key in factors:
-            tensor = tensor.to(_values_dtype(tensor.dtype, module.weight_dtype))
-        setattr(module, module.buffer_name(key), tensor)
-
-
-def _values_dtype(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
-    """What values are kept in: as stored if the wanted dtype represents them exactly."""
-    return stored if torch.promote_types(stored, wanted) == wanted else wanted
-
-
 def _dense_twin(sparse: SparseLinear) -> nn.Module:
     """An empty module of the kind that a sparse layer replaced."""
     if not sparse.axes.transposed:
@@ -342,25 +259,3 @@ def default_dense(model: PreTrainedModel) -> dict[str, str]:
         if name in tied_names:
             reasons[name] = "its weight is tied"
     return reasons
-
-
-def load_tokenizer(config: SparseConfig, model: nn.Module) -> Any:
-    """What turns data into inputs: the config's tokenizer or processor, else the model's; None if
-    it names none."""
-    given = config.tokenizer
-    if given is not None and not isinstance(given, (str, Path)):
-        return given
-    source = given or getattr(getattr(model, "config", None), "name_or_path", None)
-    if not source:
-        return None
-    try:
-        return AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        logger.info("no processor could be loaded from %r: %s", str(source), error)
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise CalibrationError(
-            f"no tokenizer or processor could be loaded from {str(source)!r}: pass tokenizer= an "
-            f"id, a path or an object ({error})"
-        ) from error

@@ -7,11 +7,37 @@ from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer
 
+from .errors import CalibrationError
 from .logging import get_logger
 
 logger = get_logger(__name__)
 
 MISSING = (OSError, ValueError, KeyError, ImportError)
+
+
+def load_tokenizer(given: Any, model: Any) -> Any:
+    """What turns data into inputs: the tokenizer or processor given, as an id, a path or itself,
+    else the model's; None if the model names none.
+
+    Raises:
+        CalibrationError: there is nothing to be loaded where one is named.
+    """
+    if given is not None and not isinstance(given, (str, Path)):
+        return given
+    source = given or getattr(getattr(model, "config", None), "name_or_path", None)
+    if not source:
+        return None
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except MISSING as error:
+        logger.info("no processor could be loaded from %r: %s", str(source), error)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(
+            f"no tokenizer or processor could be loaded from {str(source)!r}: pass tokenizer= an "
+            f"id, a path or an object ({error})"
+        ) from error
 
 
 def known_processor(model: Any) -> Any:

@@ -1,30 +1,60 @@
-"""Generation compiles around the operator of a GPU kernel; on a CPU it decodes the weight."""
+"""`generate` with a static cache and compiled steps: one graph, and the tokens of the eager model.
+
+transformers compiles by itself on GPUs; here it is told to do so on the CPU. Every product is an
+operator there, so that the graph is the same whatever computes it.
+"""
 
 import pytest
 import torch
-from transformers.generation.configuration_utils import CompileConfig
+from transformers import CompileConfig
 
 import hf_sparse
-from hf_sparse import SparseConfig
-from hf_sparse.kernels import Verdict, devices, sliced, t16
-from hf_sparse.kernels.base import Considered
-from hf_sparse.layers import SparseLinear
+from hf_sparse import SparseConfig, SparseLinear
+from hf_sparse.kernels import Stored
+from hf_sparse.kernels.sliced import SlicedKernel
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_static_cache_and_no_break(tiny, monkeypatch):
-    refused = Considered(Verdict("t16", False, "not here"))
-    monkeypatch.setattr(t16.T16Kernel, "consider", classmethod(lambda cls, stored: refused))
-    monkeypatch.setattr(sliced.SlicedKernel, "_obstacle", staticmethod(lambda stored: None))
-    monkeypatch.setattr(devices, "gpu", lambda: "NVIDIA Made Up")
-    hf_sparse.prune(tiny, SparseConfig(method="magnitude"))
+def as_chosen(layer):
+    return layer.kernel
+
+
+def sliced(layer):
+    stored = Stored(layer.format, layer.packed, layer.shape, layer.weight_dtype)
+    return SlicedKernel.of(stored)
+
+
+@pytest.mark.parametrize("kernel", [as_chosen, sliced])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {},
+        {"pattern": "2:4"},
+        {"low_rank": 2},
+        {"bits": 4, "group_size": 8},
+    ],
+    ids=str,
+)
+def test_a_step_is_one_graph(tiny, token_ids, kernel, recipe):
+    data = {} if "low_rank" not in recipe else {"method": "sparsegpt", "dataset": list(token_ids)}
+    hf_sparse.prune(tiny, SparseConfig(**{"method": "magnitude", **recipe, **data}))
     layers = [module for module in tiny.modules() if isinstance(module, SparseLinear)]
-    assert {layer.kernel.name for layer in layers} == {"sliced"}
-    prompt = torch.randint(3, 61, (1, 8), generator=torch.Generator().manual_seed(0))
-    arguments = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": -1}
-    eager = tiny.generate(prompt, **arguments, max_new_tokens=6)
-    compiling = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
-    compiling._compile_all_devices = True  # else only on GPUs
-    arguments |= {"cache_implementation": "static", "compile_config": compiling}
-    assert torch.equal(tiny.generate(prompt, **arguments, max_new_tokens=6), eager)
-    assert hasattr(tiny, "_compiled_call")
+    for layer in layers:
+        layer.kernel = kernel(layer)
+    prompt = token_ids[:2, :5]
+    arguments = {
+        "attention_mask": torch.ones_like(prompt),
+        "do_sample": False,
+        "min_new_tokens": 6,
+        "max_new_tokens": 6,
+    }
+    eager = tiny.generate(prompt, **arguments)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    everywhere = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    everywhere._compile_all_devices = True
+    compiled = tiny.generate(
+        prompt, **arguments, cache_implementation="static", compile_config=everywhere
+    )
+    assert torch.equal(compiled, eager)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]

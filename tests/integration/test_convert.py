@@ -155,12 +155,12 @@ def test_shards_are_of_the_size_asked_for_and_the_same_tensors(tmp_path):
 
 
 def test_no_more_than_a_shard_is_held_at_once(tmp_path, monkeypatch):
-    from hf_sparse import convert
+    from hf_sparse.conversion import write
 
     written = []
-    save = convert.save_file
+    save = write.save_file
     monkeypatch.setattr(
-        convert, "save_file", lambda tensors, *a: (written.append(len(tensors)), save(tensors, *a))
+        write, "save_file", lambda tensors, *a: (written.append(len(tensors)), save(tensors, *a))
     )
     convert_checkpoint(DATA / "24-0.9.4", tmp_path / "out", max_shard_size=1)
     assert len(written) == 16  # one parameter a file, in two tensors if it is packed
@@ -290,12 +290,12 @@ def test_a_target_in_the_source_or_a_size_that_is_none_is_refused(copy, tmp_path
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    from hf_sparse import convert
+    from hf_sparse.conversion import write
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "save_file", full)
+    monkeypatch.setattr(write, "save_file", full)
     assert_fails(DATA / "24-0.9.4", tmp_path, "No space left", SaveError)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 import hf_sparse
 from conftest import FIXTURES
 from hf_sparse import SparseConfig
-from hf_sparse.saving import sparse_layers
+from hf_sparse.layers import sparse_layers
 from hf_sparse.training import SparseTrainer
 
 SEQUENCE = 256

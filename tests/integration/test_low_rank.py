@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import hf_sparse
 from conftest import logits
 from hf_sparse import CheckpointError, ConfigError, SaveError, SparseConfig, SparseLinear
+from hf_sparse.layers import sparse_layers
 from hf_sparse.layers.replace import replace_module
 from hf_sparse.lowrank import KEY_A, KEY_B, LowRank
-from hf_sparse.saving import sparse_layers, sparse_state_dict
+from hf_sparse.saving import sparse_state_dict
 
 UP = "model.layers.0.mlp.up_proj"
 quiet_peft = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -10,7 +10,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,10 +18,10 @@ from transformers import (
 )
 
 import hf_sparse
-from conftest import logits
+from conftest import logits, tiny_bert
 from hf_sparse import AdapterError, CalibrationError, ConfigError, SparseConfig, SparseLinear
+from hf_sparse.layers import sparse_layers
 from hf_sparse.merging import run
-from hf_sparse.saving import sparse_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -400,12 +399,7 @@ def test_a_failure_leaves_the_model_as_it_was(base, token_ids, ids, monkeypatch,
 
 
 def test_a_model_without_logits_reports_the_error_of_its_hidden_states(token_ids, ids):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64,
-    )  # fmt: skip
-    model = adapt(prune(BertModel(config).eval()), target_modules=["query", "value"])
+    model = adapt(prune(tiny_bert(BertModel)), target_modules=["query", "value"])
     with torch.no_grad():
         expected = model(input_ids=token_ids).last_hidden_state
         merged = hf_sparse.merge_adapter(model, dataset=ids, num_samples=12)

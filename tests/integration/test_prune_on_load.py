@@ -8,7 +8,6 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    BertConfig,
     BertForSequenceClassification,
     BertModel,
     GPT2Config,
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 import hf_sparse
-from conftest import logits
+from conftest import logits, tiny_bert
 from hf_sparse import SparseConfig, SparseLinear
 
 
@@ -193,16 +192,7 @@ def test_conv1d_layers_are_pruned_reloaded_and_restored(token_ids, tmp_path):
 
 
 def test_an_encoder_with_a_task_head_keeps_the_head_dense(token_ids, tmp_path):
-    config = BertConfig(
-        vocab_size=61,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=40,
-        max_position_embeddings=32,
-    )
-    torch.manual_seed(0)
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "dense")
+    tiny_bert(BertForSequenceClassification).save_pretrained(tmp_path / "dense")
     data = [{"input_ids": row.tolist(), "attention_mask": [1] * 16} for row in token_ids]
     model = load_pruned(
         tmp_path / "dense", token_ids, cls=BertForSequenceClassification, dataset=data
@@ -238,18 +228,7 @@ def test_an_encoder_decoder_is_walked_through_both_stacks(token_ids, tmp_path):
 def test_padding_does_not_count_in_the_statistics(tiny, token_ids):
     lengths = [5, 16, 9, 12]
     samples = [ids[:n] for ids, n in zip(token_ids, lengths, strict=False)]
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=61,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=40,
-        max_position_embeddings=32,
-    )
-    models = [BertModel(config).eval()]
-    models.append(BertModel(config).eval())
-    models[1].load_state_dict(models[0].state_dict())
+    models = [tiny_bert(BertModel) for _ in range(2)]
     reports = [
         hf_sparse.prune(m, SparseConfig(dataset=samples, batch_size=b, targets=["encoder"]))
         for m, b in zip(models, (1, 4), strict=True)

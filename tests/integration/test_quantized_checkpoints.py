@@ -16,10 +16,10 @@ import hf_sparse
 from conftest import logits
 from hf_sparse import CheckpointError, SparseConfig, SparseLinear
 from hf_sparse.formats import Quantized, choose_format
+from hf_sparse.layers import sparse_layers
 from hf_sparse.layers.replace import replace_module
 from hf_sparse.patterns import Unstructured
 from hf_sparse.quantization import Grid
-from hf_sparse.saving import sparse_layers
 
 GRIDS = {
     "8": Grid(8, 8, True), "4": Grid(4, 8, True), "3": Grid(3, None, True),

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BertConfig,
     BertForSequenceClassification,
     BertModel,
     LlamaForCausalLM,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 import hf_sparse
+from conftest import tiny_bert
 from hf_sparse import SparseConfig
 from hf_sparse.errors import CalibrationError, ConfigError, SolveError, TargetError
 from hf_sparse.recipes import RECIPES
@@ -351,27 +351,13 @@ def test_stages_prune_every_layer_to_its_count(tiny, token_ids, method):
     assert order[6] == "down_proj"
 
 
-def small_bert(cls, **changes):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        **changes,
-    )
-    return cls(config).eval()
-
-
 @every_recipe
 @pytest.mark.parametrize("stages", [False, True])
 def test_an_encoder_with_post_norm_is_pruned(token_ids, method, stages):
     models = [
-        small_bert(BertModel),
-        small_bert(BertForSequenceClassification, num_labels=3),
-        small_bert(BertForSequenceClassification, num_labels=1),
+        tiny_bert(BertModel),
+        tiny_bert(BertForSequenceClassification, num_labels=3),
+        tiny_bert(BertForSequenceClassification, num_labels=1),
     ]
     for model in models:
         report = prune(model, batches(token_ids), method=method, stages=stages)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from short_runs import arguments, rows_of
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     LlamaForCausalLM,
@@ -17,6 +16,7 @@ from transformers import (
 )
 
 import hf_sparse
+from conftest import tiny_bert
 from hf_sparse import SparseConfig, SparseLinear, TrainingError
 from hf_sparse.training import SparseTrainer
 
@@ -171,13 +171,8 @@ def test_a_batch_without_labels_to_learn_adds_nothing(sparse, teacher, token_ids
 
 @pytest.mark.parametrize("cls", [BertForMaskedLM, BertForSequenceClassification])
 def test_encoders_learn_at_their_own_positions(token_ids, tmp_path, cls):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, num_labels=3,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    student = cls(config).eval()
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    student = tiny_bert(cls, num_labels=3, **no_dropout)
     teacher = copy.deepcopy(student)
     hf_sparse.prune(student, SparseConfig(method="magnitude", sparsity=0.6))
     if cls is BertForMaskedLM:

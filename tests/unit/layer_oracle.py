@@ -59,3 +59,9 @@ def freeze(hessian: torch.Tensor) -> Statistics:
 def parsed(pattern: str | tuple[int, int]) -> Unstructured | NM:
     """A sparsity as a decimal, or n kept of m."""
     return Unstructured(float(pattern)) if isinstance(pattern, str) else NM(*pattern)
+
+
+def loss(before: torch.Tensor, after: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr((W - W^) H (W - W^)'), in double precision."""
+    change = before.double() - after.double()
+    return float((change @ hessian.double() * change).sum())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layer_oracle import loss
 
 from hf_sparse.quantization import Grid
 from hf_sparse.solvers.descent import BLOCK, SWEEPS, quantize
@@ -20,11 +21,6 @@ def problem(rows: int, columns: int, seed: int = 0):
     hessian = inputs.T @ inputs / len(inputs)
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     return weight * mask, mask, hessian
-
-
-def loss(weight: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor) -> float:
-    difference = (weight - target).double()
-    return float((difference @ hessian.double() * difference).sum())
 
 
 def loop(target, mask, scales, hessian):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
     BertModel,
     LlamaConfig,
@@ -13,6 +12,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from conftest import tiny_bert
 from hf_sparse.calibration.gradients import ROWS, collect_metrics
 from hf_sparse.calibration.units import find_units
 from hf_sparse.errors import CalibrationError
@@ -149,21 +149,8 @@ def test_an_encoder_s_padding_masks_no_label_of_the_decoder(token_ids):
     assert set(metrics) == set(names)
 
 
-def small_bert_config(**changes) -> BertConfig:
-    return BertConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        **changes,
-    )
-
-
 def test_a_model_without_logits_predicts_all_its_outputs(token_ids):
-    torch.manual_seed(0)
-    model = BertModel(small_bert_config()).eval()
+    model = tiny_bert(BertModel)
     metrics = measure(model, [{"input_ids": token_ids[:4]}])
     # The pooler's output is another than the blocks'.
     assert "pooler.dense" in metrics
@@ -180,8 +167,7 @@ def test_a_model_without_logits_predicts_all_its_outputs(token_ids):
 
 
 def test_a_regression_head_is_no_class(token_ids):
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(small_bert_config(num_labels=1)).eval()
+    model = tiny_bert(BertForSequenceClassification, num_labels=1)
     metrics = measure(model, [{"input_ids": token_ids[:4]}])
     assert all(bool(m.diagonal.any()) for m in metrics.values())
 

@@ -20,19 +20,20 @@ ROOT = Path(__file__).parents[2]
 # Modules and folders from the bottom up: each may import from lower ranks only.
 LAYERS = [
     {"errors", "logging", "names", "precision"},
-    {"patterns", "quantization", "statistics", "lowrank", "records", "triton"},
+    {"arguments", "patterns", "quantization", "statistics", "lowrank", "records", "triton"},
     {"solvers", "formats", "allocation"},
     {"kernels"},
     {"layers"},
     {"calibration", "environment", "recipes", "solving"},
     {"config", "targets", "checkpoint", "report", "tokenizer"},
-    {"facts", "files", "jobs", "loading", "tracking"},
-    {"spread", "pruned", "legacy", "evaluation"},
+    {"facts", "files", "jobs", "loading", "reloading", "tracking"},
+    {"spread", "pruned", "evaluation"},
     {"hub"},
-    {"pipeline", "saving", "explain", "skeleton"},
+    {"writing"},
+    {"pipeline", "saving", "explain"},
     {"adapters", "reporting"},
     {"quantizer"},
-    {"bench", "comparison", "convert", "merging", "training"},
+    {"bench", "comparison", "conversion", "merging", "training"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -46,10 +47,10 @@ SHARED |= {"devices"}  # of kernels on GPUs
 MAY_IMPORT_TRANSFORMERS = {
     "adapters",
     "config",
-    "convert",
+    "conversion.plan",
+    "conversion.skeleton",
     "quantizer",
     "saving",
-    "skeleton",
     "logging",
     "tokenizer",
     "hub.card",

@@ -12,7 +12,7 @@ from fractions import Fraction
 import layer_oracle
 import pytest
 import torch
-from layer_oracle import damped, freeze, hessian_of, make_inputs, parsed
+from layer_oracle import damped, freeze, hessian_of, loss, make_inputs, parsed
 
 import hf_sparse.solvers.obc as obc_module
 from hf_sparse.errors import SolveError
@@ -89,12 +89,6 @@ def make_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     """Rows of different sizes: as many zeros in each would be another result."""
     scale = torch.linspace(0.5, 2, rows).unsqueeze(1)
     return layer_oracle.make_weight(rows, columns, seed) * scale
-
-
-def loss(before: torch.Tensor, after: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr((W - W^) H (W - W^)')."""
-    change = (before - after).double()
-    return float((change @ hessian.double() * change).sum())
 
 
 def assert_solves(solver: OBC, weight, hessian, pattern, damp: float = 0.01) -> None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
+from conftest import tiny_bert
 from hf_sparse.calibration.blocks import BlockWalk
 from hf_sparse.calibration.stages import find_stages, residual_writers
 from hf_sparse.calibration.units import find_units
@@ -254,15 +255,7 @@ def test_an_output_of_another_shape_has_no_writers():
 
 
 def test_bert_has_the_same_stages_and_no_writers():
-    config = BertConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    model, seen = BertModel(config).eval(), 0
+    model, seen = tiny_bert(BertModel), 0
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
     for visit in BlockWalk(model, find_units(model, names), [{"input_ids": ids}]):

@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from ..config import SparseConfig
 from ..evaluation.generation import time_generation
 from ..evaluation.memory import peak_resident, resident, weight_bytes
+from ..layers import sparse_layers
 from ..logging import progress_bar
 from ..quantizer import prune
-from ..saving import export_dense, sparse_layers
+from ..saving import export_dense
 
 _SHAPE = (
     "hidden_size",

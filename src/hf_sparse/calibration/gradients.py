@@ -26,8 +26,8 @@ from ..layers.axes import Axes
 from ..logging import progress_bar
 from ..precision import full_precision
 from ..statistics import OutputMetric
-from .blocks import call_model, without_cache
 from .data import Batch
+from .forward import call_model, without_cache
 from .stages import stream_input
 from .units import Unit
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.data import DataRecord
-from ..saving import write_folder
+from ..writing import write_folder
 from .plot import draw, require_matplotlib
 from .point import ComparisonPoint
 

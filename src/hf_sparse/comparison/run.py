@@ -21,7 +21,8 @@ from ..evaluation.generation import machine
 from ..evaluation.perplexity import perplexity
 from ..facts import DenseFacts
 from ..logging import get_logger, progress_bar
-from ..quantizer import dense_facts, load_tokenizer, prune, require_dense
+from ..quantizer import dense_facts, prune, require_dense
+from ..tokenizer import load_tokenizer
 from .point import ComparisonPoint
 from .result import Comparison
 
@@ -217,7 +218,7 @@ def _perplexity(
     """A function that measures perplexity on data that are tokenised now, and their record."""
     loaded, seq_len = load_data(
         model,
-        lambda: load_tokenizer(config, model),
+        lambda: load_tokenizer(config.tokenizer, model),
         data,
         seq_len=config.seq_len,
         num_samples=samples,

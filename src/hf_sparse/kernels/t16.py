@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -117,9 +117,7 @@ class T16Kernel(Kernel):
 
     def operands(self) -> tuple[Any, ...]:
         """The weight as the operator `hf_sparse::t16_linear` takes it, behind x."""
-        weight = self._weight
-        tensors = weight.masks, weight.tile_base, weight.block_off, weight.values, weight.scales
-        return *tensors, *weight.shape, native.NUMBERS[weight.dtype], weight.group_size
+        return _Operands.of(self._weight)
 
     def linear(
         self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
@@ -176,27 +174,40 @@ def _decode(weight: T16Weight, dtype: torch.dtype) -> Tensor:
     return decode(weight, torch.float32).to(dtype)
 
 
-def _find(
-    masks: Tensor,
-    tile_base: Tensor,
-    block_off: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-    out_features: int,
-    in_features: int,
-    values_dtype: int,
-    group_size: int,
-) -> Product:
-    shape, dtype = (out_features, in_features), _VALUES[values_dtype]
-    found = (masks, tile_base, block_off, values, scales)
-    product = _alive.get(masks.data_ptr())
-    if product is not None:
-        known = product.weight
-        own = (known.masks, known.tile_base, known.block_off, known.values, known.scales)
-        same = (known.shape, known.dtype, known.group_size) == (shape, dtype, group_size)
-        if same and _addresses(own) == _addresses(found):
-            return product
-    return Product(T16Weight(shape, dtype, *found, group_size))
+class _Operands(NamedTuple):
+    """A weight as the operators take it behind x: tensors and numbers."""
+
+    masks: Tensor
+    tile_base: Tensor
+    block_off: Tensor
+    values: Tensor
+    scales: Tensor | None
+    out_features: int
+    in_features: int
+    values_dtype: int
+    group_size: int
+
+    @classmethod
+    def of(cls, weight: T16Weight) -> _Operands:
+        number = native.NUMBERS[weight.dtype]
+        return cls(*_tensors(weight), *weight.shape, number, weight.group_size)
+
+    def product(self) -> Product:
+        """Of the weight alive that these belong to; of a new one, checked, if there is none."""
+        tensors, shape = self[:5], (self.out_features, self.in_features)
+        dtype = _VALUES[self.values_dtype]
+        known = _alive.get(self.masks.data_ptr())
+        if known is not None:
+            weight = known.weight
+            described = (weight.shape, weight.dtype, weight.group_size)
+            same = described == (shape, dtype, self.group_size)
+            if same and _addresses(_tensors(weight)) == _addresses(tensors):
+                return known
+        return Product(T16Weight(shape, dtype, *tensors, self.group_size))
+
+
+def _tensors(weight: T16Weight) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    return weight.masks, weight.tile_base, weight.block_off, weight.values, weight.scales
 
 
 def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int | None]:
@@ -210,80 +221,33 @@ _SCHEMA = (
 
 
 @torch.library.custom_op("hf_sparse::t16_linear", mutates_args=(), schema=_SCHEMA)
-def t16_linear(
-    x: Tensor,
-    masks: Tensor,
-    tile_base: Tensor,
-    block_off: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-    out_features: int,
-    in_features: int,
-    values_dtype: int,
-    group_size: int,
-) -> Tensor:
+def t16_linear(x: Tensor, *weight: Any) -> Tensor:
     """x W' for a T16 weight of shape (out_features, in_features), in x's dtype.
 
-    `values_dtype` numbers the dtype of the values: 0 fp32, 1 bf16, 2 fp16, 3 int8, 4 int4; the
-    last two have scales, shared by `group_size` columns. fp64 x is multiplied with the decoded
-    weight, for gradcheck.
+    The weight is given as the schema has it. `values_dtype` numbers the dtype of the values: 0
+    fp32, 1 bf16, 2 fp16, 3 int8, 4 int4; the last two have scales, shared by `group_size` columns.
+    fp64 x is multiplied with the decoded weight, for gradcheck.
     """
-    found = (masks, tile_base, block_off, values, scales)
-    product = _find(*found, out_features, in_features, values_dtype, group_size)
+    product = _Operands(*weight).product()
     if x.dtype in native.FLOATS:
         return product(x)
     return F.linear(x, _decode(product.weight, x.dtype))
 
 
 @t16_linear.register_fake
-def _(
-    x: Tensor,
-    masks: Tensor,
-    tile_base: Tensor,
-    block_off: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-    out_features: int,
-    in_features: int,
-    values_dtype: int,
-    group_size: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+def _(x: Tensor, *weight: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _Operands(*weight).out_features))
 
 
 @torch.library.custom_op("hf_sparse::t16_linear_grad", mutates_args=(), schema=_SCHEMA)
-def t16_linear_grad(
-    x: Tensor,
-    masks: Tensor,
-    tile_base: Tensor,
-    block_off: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-    out_features: int,
-    in_features: int,
-    values_dtype: int,
-    group_size: int,
-) -> Tensor:
+def t16_linear_grad(x: Tensor, *weight: Any) -> Tensor:
     """x W for x (..., out): takes the gradient of x W' back to its x. Decodes W for the call."""
-    found = (masks, tile_base, block_off, values, scales)
-    product = _find(*found, out_features, in_features, values_dtype, group_size)
-    return x @ _decode(product.weight, x.dtype)
+    return x @ _decode(_Operands(*weight).product().weight, x.dtype)
 
 
 @t16_linear_grad.register_fake
-def _(
-    x: Tensor,
-    masks: Tensor,
-    tile_base: Tensor,
-    block_off: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-    out_features: int,
-    in_features: int,
-    values_dtype: int,
-    group_size: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], in_features))
+def _(x: Tensor, *weight: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _Operands(*weight).in_features))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -350,3 +350,8 @@ class SparseLinear(nn.Linear):
                 low_rank.check(self.shape)
         if resolved:
             self.resolve()
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """The sparse layers of a model, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}

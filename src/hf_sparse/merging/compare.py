@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.blocks import call_model
 from ..calibration.data import Batch
+from ..calibration.forward import call_model
 from ..evaluation.agreement import kl_divergence
 from ..evaluation.data import token_mask
 from ..logging import progress_bar

@@ -28,9 +28,9 @@ from ..layers import SparseLinear
 from ..layers.replace import Places, inherit
 from ..loading import load_calibration
 from ..logging import get_logger, progress_bar
-from ..quantizer import load_tokenizer
 from ..solvers import Solution
 from ..solving import dense_target
+from ..tokenizer import load_tokenizer
 from .adapted import Adapted, check_mergeable, find_adapted, merged_layer, stand_in, step_back
 from .compare import compare
 from .report import LayerMerge, MergeReport
@@ -89,7 +89,7 @@ def merge_adapter(
     adapted = find_adapted(model)
     adapters = tuple(model.base_model.active_adapters)
     base = model.get_base_model()
-    data = load_calibration(base, config, lambda: load_tokenizer(config, base))
+    data = load_calibration(base, config, lambda: load_tokenizer(config.tokenizer, base))
     batches = data.batches if data else ()
     training = base.training
     base.eval()

@@ -15,9 +15,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..checkpoint import PackedLayer, read_layers
-from ..layers import SparseLinear
+from ..layers import SparseLinear, sparse_layers
 from ..logging import progress_bar
-from ..saving import sparse_layers
 
 GRID = 48  # parts a side
 CORNER = 128  # weights a side

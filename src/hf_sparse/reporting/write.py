@@ -15,7 +15,7 @@ from torch import nn
 
 from ..evaluation import Evaluation
 from ..report import PruningReport
-from ..saving import write_file
+from ..writing import write_file
 from .masks import CORNER, GRID, LAYERS, MaskView, read_masks
 from .page import page_values
 

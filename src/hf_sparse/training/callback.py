@@ -14,10 +14,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import SparseConfig
 from ..errors import TrainingError
+from ..layers import sparse_layers
 from ..logging import get_logger
 from ..patterns import Pattern
 from ..quantizer import default_dense
-from ..saving import sparse_layers
 from ..targets import Target, find_routers, layer_sparsity, select_targets
 from .masks import Masks, stored_mask
 from .norms import InputNorms

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..errors import TrainingError
-from ..saving import sparse_layers
+from ..layers import sparse_layers
 from .distillation import hidden_loss, kl_loss
 from .values import prepare_for_training
 

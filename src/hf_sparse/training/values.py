@@ -11,8 +11,7 @@ from torch import nn
 
 from ..errors import TrainingError
 from ..formats import Quantized
-from ..layers import SparseLinear
-from ..saving import sparse_layers
+from ..layers import SparseLinear, sparse_layers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 

@@ -75,8 +75,8 @@ def prune(
     sparse_config = make_config(settings, config)
     sparse_config.check_data()
     check_dtype(dtype)
-    from hf_sparse.saving import write_folder
     from hf_sparse.tokenizer import find_processor
+    from hf_sparse.writing import write_folder
 
     processor = find_processor(model, revision)
     pruned, _ = load(model, revision, dtype, device_map, quantization_config=sparse_config)

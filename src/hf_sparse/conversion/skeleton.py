@@ -26,9 +26,9 @@ from transformers.core_model_loading import (
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from .errors import CheckpointError
-from .layers.experts import is_fused
-from .legacy import StoredParameter
+from ..errors import CheckpointError
+from ..layers.experts import is_fused
+from .parameters import StoredParameter
 
 # Buffers that files of older versions of transformers hold, and no longer needs.
 _FORMER_BUFFERS = r"(rotary_emb\.inv_freq|(^|\.)position_ids)$"

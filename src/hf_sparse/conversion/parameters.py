@@ -1,4 +1,4 @@
-"""The sparse checkpoints that compressed-tensors wrote before its version 0.15.
+"""What the sparse checkpoints hold that compressed-tensors wrote before its version 0.15.
 
 A weight is stored in parts, under its own name (versions up to 0.8, which store every parameter
 so) or under its module's (from 0.9 on, chosen modules only). With w its shape:
@@ -10,40 +10,27 @@ so) or under its module's (from 0.9 on, chosen modules only). With w its shape:
     sparse-24-bitmask   compressed   (out, in / 2)                  2 values of each 4 weights
                         bitmask      (out, ceil(in / 8))            groups of 4 in memory order,
                         shape        (2, 1)                         which may run across rows
-
-Nothing here is trusted: shapes and dtypes are checked from the headers before a tensor is read,
-contents right after. The parts of a weight may lie in different files.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import LARGEST_SIDE
-from .errors import CheckpointError
-from .formats.bits import padding_is_zero, unpack_bits
+from ..errors import CheckpointError
+from ..formats.bits import padding_is_zero, unpack_bits
 
 BITMASK, BITMASK_24 = "sparse-bitmask", "sparse-24-bitmask"
 PARTS = {
     BITMASK: ("compressed", "bitmask", "row_offsets", "shape"),
     BITMASK_24: ("compressed", "bitmask", "shape"),
 }
-# What only a weight in parts has; `shape` alone may be the end of any name.
-_TELLING = ("compressed", "bitmask", "row_offsets")
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_MOST_DIMENSIONS = 8
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -152,7 +139,7 @@ class PackedParameter:
     @property
     def dense_bytes(self) -> int:
         """What it takes as an ordinary tensor."""
-        return _bytes(self.shape, self.origin.dtype)
+        return tensor_bytes(self.shape, self.origin.dtype)
 
     @property
     def sparse(self) -> bool:
@@ -253,113 +240,7 @@ Parameter: TypeAlias = "PlainParameter | PackedParameter | MergedParameter"
 StoredParameter: TypeAlias = "PlainParameter | PackedParameter"
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint in their order, as its index or its one file says.
-
-    Raises:
-        CheckpointError: there are none, the index can't be read or names what is no file here.
-    """
-    index, single = folder / INDEX, folder / SINGLE
-    if not index.is_file():
-        if not single.is_file():
-            raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
-        return [single]
-    try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{index}: it can't be read: {error!r}") from None
-    for name in files:
-        plain = isinstance(name, str) and Path(name).name == name
-        if not plain or not name.endswith(".safetensors") or not (folder / name).is_file():
-            raise CheckpointError(f"{index}: it names {name!r}, which is no file beside it")
-    return [folder / name for name in files]
-
-
-def read_parameters(files: Iterable[Path], structure: str) -> list[StoredParameter]:
-    """All parameters of a checkpoint, from its files' headers, in the files' order.
-
-    Args:
-        files: see `weight_files`.
-        structure: a key of PARTS.
-
-    Raises:
-        CheckpointError: a file can't be read, a tensor is there twice, a part is missing, or its
-            shape or dtype is not what the others call for; names file and tensor.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for path in files:
-        for tensor in _headers(path):
-            if tensor.key in tensors:
-                raise tensor.error(f"is in {tensors[tensor.key].file}, too")
-            tensors[tensor.key] = tensor
-    stems = {key.rpartition(".")[0] for key in tensors if key.rpartition(".")[2] in _TELLING}
-    parameters: list[StoredParameter] = []
-    for key, tensor in tensors.items():
-        stem, _, part = key.rpartition(".")
-        if stem not in stems or part not in (*_TELLING, "shape"):
-            parameters.append(PlainParameter(tensor))
-        else:
-            found = {
-                p: tensors[f"{stem}.{p}"] for p in PARTS[structure] if f"{stem}.{p}" in tensors
-            }
-            if part not in found:
-                raise tensor.error(f"doesn't belong to format {structure!r}")
-            if missing := [p for p in PARTS[structure] if p not in found]:
-                raise tensor.error(f"is there, but {stem}.{missing[0]} is missing")
-            if part == "compressed":
-                parameters.append(_packed(stem, structure, found))
-    return parameters
-
-
-def _headers(path: Path) -> list[StoredTensor]:
-    """What one file holds; the library has checked that offsets stay within it."""
-    found = []
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                part = file.get_slice(key)
-                shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                found.append(StoredTensor(str(path), key, shape, dtype, _bytes(shape, dtype)))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: it can't be read: {error}") from None
-    return found
-
-
-def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
     """Bytes of a tensor; dtypes have their bits as their name's first number, BOOL takes 8."""
     digits = "".join(c if c.isdigit() else " " for c in dtype).split()
     return -(-math.prod(shape) * int(digits[0] if digits else 8) // 8)
-
-
-def _packed(stem: str, structure: str, parts: Mapping[str, StoredTensor]) -> PackedParameter:
-    """One weight in parts, once its headers agree with the shape that it claims."""
-    shape = _claimed_shape(parts["shape"], structure)
-    compressed, bitmask = parts["compressed"], parts["bitmask"]
-    if compressed.dtype not in _FLOATS:
-        raise compressed.error(
-            f"is {compressed.dtype}: quantised weights are not converted, expected "
-            f"{' or '.join(_FLOATS)}"
-        )
-    bitmask.require((*shape[:-1], -(-shape[-1] // 8)), "U8")
-    if structure == BITMASK:
-        parts["row_offsets"].require(shape[:-1], "I64")
-        compressed.require((math.prod(compressed.shape),), *_FLOATS)
-    else:
-        compressed.require((shape[0], shape[1] // 2), *_FLOATS)
-        if math.prod(shape) % 4:
-            raise parts["shape"].error(f"holds {list(shape)}, which is no whole number of fours")
-    return PackedParameter(stem, structure, parts, shape)
-
-
-def _claimed_shape(tensor: StoredTensor, structure: str) -> tuple[int, ...]:
-    dimensions = tensor.shape[0] if tensor.shape else 0
-    if structure == BITMASK_24:
-        tensor.require((2, 1), "I64")
-    elif not 1 <= dimensions <= _MOST_DIMENSIONS:
-        raise tensor.error(f"has shape {tensor.shape}, expected one number for each dimension")
-    else:
-        tensor.require((dimensions,), "I64")
-    sides: list[Any] = tensor.read().flatten().tolist()
-    if not all(1 <= side <= LARGEST_SIDE for side in sides):
-        raise tensor.error(f"holds {sides}, expected sides of 1 to {LARGEST_SIDE}")
-    return tuple(sides)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from hf_sparse import CheckpointError
-from hf_sparse.legacy import BITMASK, BITMASK_24, read_parameters, weight_files
+from hf_sparse.conversion.files import read_parameters, weight_files
+from hf_sparse.conversion.parameters import BITMASK, BITMASK_24
 
 DATA = ROOT / "tests" / "data"
 STEM = "model.layers.0.mlp.up_proj"
