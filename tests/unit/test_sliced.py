@@ -150,6 +150,13 @@ def test_tensors_that_lead_out_of_bounds_are_refused(name, change):
         packed.check()
 
 
+@pytest.mark.parametrize("number", ["segment_units", "splits"])
+def test_segments_beyond_what_kernels_count_are_refused(number):
+    packed = dataclasses.replace(layout.sliced(pruned(40, 40, 0.5)), **{number: 1 << 30})
+    with pytest.raises(ValueError, match="segments"):
+        packed.check()
+
+
 @pytest.mark.parametrize("name", ["values", "gaps", "anchors", "slices", "order"])
 def test_tensors_of_another_size_are_refused(name):
     packed = layout.sliced(pruned(40, 40, 0.5))

@@ -175,6 +175,9 @@ class SlicedWeight:
                 f"a weight of {rows} x {columns} with gaps of {self.width} bits in segments of "
                 f"{self.segment_units} units"
             )
+        reach = self.segment_units * self.warps * self.splits * UNIT * GROUP
+        if reach >= MAX_ENTRIES:
+            raise ValueError(f"segments reach to entry {reach}, expected less than {MAX_ENTRIES}")
         if self.window < LANES or self.window % LANES:
             raise ValueError(f"window is {self.window}, expected a multiple of {LANES}")
         slots = -(-rows // LANES) * LANES
