@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-PACKAGE = "hf_sparse.kernels"
+PACKAGE = "hf_sparse.kernels.cpu"
 SOURCE = Path("src", *PACKAGE.split("."), "csrc")
 
 
@@ -34,7 +34,7 @@ class PlatformWheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            f"{PACKAGE}._t16",
+            f"{PACKAGE}._tiles",
             sources=sorted(str(path) for path in SOURCE.glob("*.cpp")),
             depends=sorted(str(path) for path in SOURCE.glob("*.h")),
             language="c++",

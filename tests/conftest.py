@@ -1,6 +1,7 @@
 """What every test shares: checked shapes, no network, the models and texts of the project."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_SPARSE_MEASURE"] = "0"  # the choice of kernels must not depend on how busy we are
@@ -15,11 +16,11 @@ from jaxtyping import install_import_hook
 # The annotated shapes and dtypes are checked at every call while the tests run, wherever tensors
 # are handed over; what users pass is checked by the package itself. Layers and kernels are left
 # out: torch.compile can't see through the checks.
-CHECKED = ("formats", "patterns", "quantization", "solvers", "statistics")
+SOLVERS = Path(__file__).parents[1] / "src" / "hf_sparse" / "solvers"
+CHECKED = ["core.grids", "core.patterns", "core.statistics", "formats", "solvers.refinement"]
+CHECKED += [f"solvers.{p.stem}" for p in SOLVERS.glob("*.py") if p.stem != "sparsegpt_triton"]
 with install_import_hook([f"hf_sparse.{name}" for name in CHECKED], "beartype.beartype"):
     import hf_sparse  # noqa: F401
-
-from pathlib import Path
 
 import pytest
 from transformers import (
@@ -32,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_sparse.report import LayerReport
+from hf_sparse.pruning.report import LayerReport
 from hf_sparse_cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +125,7 @@ def layer_report(name: str = "layers.0.q_proj", **changes) -> LayerReport:
         "bytes_before": 160,
         "bytes_after": 88,
         "bytes_resident": 90,
-        "kernel": "t16",
+        "kernel": "tile",
     }
     return LayerReport(**(values | changes))
 

@@ -5,13 +5,11 @@ Importing the package registers the quantisation method `hf_sparse` with transfo
 
 from importlib.metadata import version as _version
 
-from .adapters import export_low_rank, split_low_rank
-from .calibration.data import DataRecord
-from .comparison import Comparison, ComparisonPoint, compare
-from .config import SparseConfig
-from .conversion import Conversion, convert_checkpoint
-from .environment import Environment
-from .errors import (
+from .checkpoint.compressed_tensors import Conversion, convert_checkpoint
+from .checkpoint.dense_export import export_dense
+from .config.sparse_config import SparseConfig
+from .core.data_record import DataRecord
+from .core.errors import (
     AdapterError,
     CalibrationError,
     CheckpointError,
@@ -39,13 +37,15 @@ from .evaluation import (
     generation_speed,
     perplexity,
 )
-from .explain import Explanation, explain
+from .evaluation.comparison import Comparison, ComparisonPoint, compare
+from .kernels.machine import Environment
 from .layers import SparseExperts, SparseLinear
-from .merging import LayerMerge, MergeReport, merge_adapter
+from .layers.explain import Explanation, explain
+from .pruning.report import LayerReport, PruningReport
+from .publish.html import write_report
 from .quantizer import SparseQuantizer, prune
-from .report import LayerReport, PruningReport
-from .reporting import write_report
-from .saving import export_dense
+from .training.lora_export import export_low_rank, split_low_rank
+from .training.merging import LayerMerge, MergeReport, merge_adapter
 
 __version__ = _version("hf_sparse")
 

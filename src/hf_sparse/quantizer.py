@@ -12,40 +12,31 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
-from .checkpoint import PackedLayer, read_layers
-from .config import QUANT_METHOD, SparseConfig
-from .errors import CheckpointError, ConfigError
+from .checkpoint.folder import PAGE_FILE
+from .checkpoint.headers import PackedLayer, read_layers
+from .checkpoint.load import build_layers, finish_layers
+from .checkpoint.state_dict import ValuesRenaming, sparse_state_dict
+from .config.sparse_config import QUANT_METHOD, SparseConfig
+from .core.errors import CheckpointError, ConfigError
+from .core.logging import get_logger
 from .evaluation import Evaluation
-from .facts import DenseFacts
 from .layers import SparseLinear, sparse_layers
 from .layers.conv import dense_twin
-from .layers.experts import SparseExperts, fuse, unfused_experts
+from .layers.experts import SparseExperts, fuse
 from .layers.head import restore_head, speed_up_head
 from .layers.replace import Places, unpack_linear
-from .loading import load_calibration
-from .logging import get_logger
-from .pipeline import run
-from .reloading import build_layers, finish_layers
-from .report import PAGE_FILE, PruningReport
-from .reporting import write_report
-from .saving import (
-    ValuesRenaming,
-    install_saving,
-    remove_saving,
-    saved_report,
-    sparse_state_dict,
-)
-from .targets import find_routers
-from .tokenizer import load_tokenizer
+from .pruning.prune import prune_in_place, require_dense
+from .pruning.report import PruningReport
+from .pruning.saved_report import saved_report
+from .publish.html import write_report
+from .publish.save import install_saving, remove_saving
 
 logger = get_logger(__name__)
 
 register_quantization_config(QUANT_METHOD)(SparseConfig)
 
 
-def prune(
-    model: nn.Module, config: SparseConfig, *, facts: DenseFacts | None = None
-) -> PruningReport:
+def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     """Prune a model that is already loaded, in place.
 
     Its pruned linear layers become `SparseLinear`s. A transformers model afterwards saves, pushes
@@ -55,54 +46,25 @@ def prune(
     Args:
         model: a transformers model, or any module tree with linear layers.
         config: what to do.
-        facts: from `dense_facts`, for runs over copies of one model with the same data.
 
     Returns:
         What was done to each layer.
 
     Raises:
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
-        HfSparseError: see `hf_sparse.errors`.
+        HfSparseError: see `hf_sparse.core.errors`.
     """
     if not isinstance(config, SparseConfig):
         raise ConfigError(f"prune needs a SparseConfig, found {type(config).__name__}")
-    if not isinstance(model, PreTrainedModel):
-        with unfused_experts(model):
-            return run(model, config, lambda: load_tokenizer(config.tokenizer, model), {}, facts)
     require_dense(model)
+    if not isinstance(model, PreTrainedModel):
+        return prune_in_place(model, config)
     quantizer = SparseQuantizer(config, pre_quantized=False)
-    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    for module_config in configs:  # before: some models compute with `.weight` unless it is set
-        module_config._is_quantized = True
-    try:
-        quantizer.prune(model, facts)
-    except BaseException:
-        for module_config in configs:
-            module_config._is_quantized = False
-        raise
+    report = quantizer.prune(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
-    assert quantizer.report is not None
-    return quantizer.report
-
-
-def require_dense(model: nn.Module) -> None:
-    """Raise a ConfigError if a model is quantised or sparse already."""
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        raise ConfigError(
-            f"{type(model).__name__} is quantised with "
-            f"{quantizer.quantization_config.quant_method!r} already: call "
-            "model.dequantize() first, or load the original"
-        )
-
-
-def dense_facts(model: nn.Module, config: SparseConfig) -> DenseFacts:
-    """The config's calibration data, tokenised for the model, and nothing measured yet."""
-    return DenseFacts(
-        load_calibration(model, config, lambda: load_tokenizer(config.tokenizer, model))
-    )
+    return report
 
 
 @register_quantizer(QUANT_METHOD)
@@ -164,24 +126,18 @@ class SparseQuantizer(HfQuantizer):
         if self.pre_quantized:
             finish_layers(model, self._layers)
             speed_up_head(model)
+            install_saving(model)
         else:
             self.prune(model)
-        install_saving(model)
 
-    def prune(self, model: PreTrainedModel, facts: DenseFacts | None = None) -> None:
+    def prune(self, model: PreTrainedModel) -> PruningReport:
         """Prune a loaded dense model and keep the report; the config then describes the data."""
-        config = self.quantization_config
-        routers = find_routers(model)
-        with unfused_experts(model):
-            left_dense = routers | default_dense(model)
-            self.report = run(
-                model, config, lambda: load_tokenizer(config.tokenizer, model), left_dense, facts
-            )
+        self.report = prune_in_place(model, self.quantization_config)
         if self.report.data is not None:
-            self.quantization_config = config.replaced(dataset=self.report.data)
+            self.quantization_config = self.quantization_config.replaced(dataset=self.report.data)
         model.config.quantization_config = self.quantization_config
-        speed_up_head(model)
         install_saving(model)
+        return self.report
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
@@ -236,26 +192,3 @@ def _dense_twin(sparse: SparseLinear) -> nn.Module:
     with torch.device("meta"):
         conv: nn.Module = Conv1D(sparse.out_features, sparse.in_features)
         return conv
-
-
-def default_dense(model: PreTrainedModel) -> dict[str, str]:
-    """Layers that stay dense unless asked for: heads, tied weights, what needs fp32."""
-    reasons: dict[str, str] = {}
-    base = model.base_model
-    inside = {id(module) for module in base.modules()}
-    head = model.get_output_embeddings()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    tied_names = {key.removesuffix(".weight") for pair in tied.items() for key in pair}
-    fp32 = [
-        name
-        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-        for name in getattr(model, attribute, None) or ()
-    ]
-    for name, module in model.named_modules():
-        if any(part in name.split(".") or part in name for part in fp32):
-            reasons[name] = "the model keeps it in fp32"
-        if module is head or id(module) not in inside:
-            reasons[name] = "it belongs to the output head"
-        if name in tied_names:
-            reasons[name] = "its weight is tied"
-    return reasons

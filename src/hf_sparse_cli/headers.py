@@ -14,7 +14,7 @@ from typing import Any
 
 from .failures import Failure, sentence
 
-# As hf_sparse.checkpoint has them.
+# As hf_sparse.checkpoint.headers has them.
 METADATA_KEY = "hf_sparse"
 VERSION = 1
 

@@ -65,7 +65,7 @@ def load(model: str, revision: str | None, dtype: str, device_map: str | None, *
     """A model, of the kind that its config names, and its tokenizer, or None if it has none."""
     import transformers
 
-    from hf_sparse.tokenizer import find_tokenizer
+    from hf_sparse.calibration.tokenizers import find_tokenizer
 
     check_dtype(dtype)
     config = transformers.AutoConfig.from_pretrained(model, revision=revision)

@@ -89,7 +89,9 @@ def config_arguments() -> dict[str, Argument]:
     spec = find_spec("hf_sparse")
     assert spec is not None
     assert spec.origin is not None
-    tree = ast.parse((Path(spec.origin).parent / "config.py").read_text(encoding="utf-8"))
+    tree = ast.parse(
+        (Path(spec.origin).parent / "config" / "sparse_config.py").read_text(encoding="utf-8")
+    )
     found = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "SparseConfig")
     config = next(found)
     init = next(n for n in config.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from hf_sparse.errors import ConfigError, FormatError
+from hf_sparse.core.errors import ConfigError, FormatError
+from hf_sparse.core.patterns import NM, Pattern, Unstructured
 from hf_sparse.formats import (
     FORMATS,
     Accepted,
@@ -27,8 +28,7 @@ from hf_sparse.formats import (
     format_from_spec,
 )
 from hf_sparse.formats.base import check_packed, packed_bytes
-from hf_sparse.formats.nm import NMPacked
-from hf_sparse.patterns import NM, Pattern, Unstructured
+from hf_sparse.formats.n_of_m import NMPacked
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SHAPES = [(1, 1), (1, 3), (5, 4), (3, 8), (4, 13), (2, 33), (7, 64), (3, 130)]

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sparse.errors import ConfigError, FormatError
+from hf_sparse.core.errors import ConfigError, FormatError
+from hf_sparse.core.grids import Grid, QuantizedWeight, Scales
+from hf_sparse.core.patterns import NM, Unstructured
 from hf_sparse.formats import FORMATS, Accepted, Quantized, choose_format, format_from_spec
 from hf_sparse.formats.base import check_packed, packed_bytes
-from hf_sparse.patterns import NM, Unstructured
-from hf_sparse.quantization import Grid, QuantizedWeight, Scales
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SHAPES = [(1, 1), (1, 3), (5, 4), (4, 13), (3, 130)]

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from hf_sparse import SparseConfig
-from hf_sparse.calibration.statistics import StatisticsCollector
-from hf_sparse.errors import ConfigError
-from hf_sparse.patterns import NM, Pattern, Unstructured
-from hf_sparse.recipes import get_solver
+from hf_sparse.calibration.sums import StatisticsCollector
+from hf_sparse.config.recipes import get_solver
+from hf_sparse.core.errors import ConfigError
+from hf_sparse.core.patterns import NM, Pattern, Unstructured
+from hf_sparse.core.statistics import Needs, Statistics
 from hf_sparse.solvers import SOLVERS, Solution, Solver, make_solver
-from hf_sparse.statistics import Needs, Statistics
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (5, 17), (7, 40), (4, 131)]
 UNSTRUCTURED = [0.0, 0.29, 0.5, 0.95]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from hf_sparse.core.patterns import NM
 from hf_sparse.formats import FORMATS, Accepted
 from hf_sparse.layers.axes import Axes
 from hf_sparse.layers.conv import dense_twin, sparse_class
-from hf_sparse.patterns import NM
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 every_convolution = pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d])

@@ -1,7 +1,7 @@
 """What only a GPU shows: `python -m pytest -n 0 -m gpu tests/gpu`.
 
-The property tests of the kernels, tests/unit/test_sliced.py and test_block.py, run on a GPU by
-themselves where there is one.
+The property tests in tests/kernels/gpu/test_sliced_weight.py and
+tests/solvers/test_sparsegpt_triton.py run on a GPU by themselves where there is one.
 """
 
 import copy
@@ -14,12 +14,13 @@ from transformers.generation.configuration_utils import CompileConfig
 
 import hf_sparse
 from hf_sparse import SparseConfig, SparseLinear
-from hf_sparse.calibration.statistics import StatisticsCollector
+from hf_sparse.calibration.sums import StatisticsCollector
+from hf_sparse.core.patterns import NM, Unstructured
+from hf_sparse.core.statistics import Needs
 from hf_sparse.formats import Bitmask
-from hf_sparse.formats.nm import NMPacked
-from hf_sparse.kernels import Stored, dense, devices, semi, sliced
-from hf_sparse.patterns import NM, Unstructured
-from hf_sparse.statistics import Needs
+from hf_sparse.formats.n_of_m import NMPacked
+from hf_sparse.kernels import Stored, dense
+from hf_sparse.kernels.gpu import kernel, semi_structured, timing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,15 +54,15 @@ def test_every_way_multiplies_large_weights(shape, sparsity, tokens):
     weight = pruned(shape, Unstructured(sparsity))
     x = torch.randn(tokens, shape[1], device="cuda").bfloat16()
     expected = x.double() @ weight.double().T
-    packed = sliced.SlicedKernel.of(
+    packed = kernel.SlicedKernel.of(
         Stored(Bitmask(), Bitmask().pack(weight), shape, weight.dtype)
     )._weight
-    for way in sliced.WAYS.values():
+    for way in kernel.WAYS.values():
         found = way(x, packed)
         assert relative(found, expected) < 4e-3
         assert torch.equal(found, way(x, packed))  # the same every time
     grad = torch.randn(tokens, shape[0], device="cuda").bfloat16()
-    found = sliced._windows_transposed(grad, packed)
+    found = kernel._windows_transposed(grad, packed)
     assert relative(found, grad.double() @ weight.double()) < 1e-2
 
 
@@ -69,7 +70,7 @@ def test_a_layer_on_a_gpu_takes_the_sliced_kernel_and_says_so():
     layer = layer_of(pruned((512, 1024)))
     assert layer.kernel.name == "sliced"
     assert "sliced" in str(hf_sparse.explain(torch.nn.Sequential(layer)))
-    assert layer.to("cpu").kernel.name in ("t16", "dense")
+    assert layer.to("cpu").kernel.name in ("tile", "dense")
     assert layer.to("cuda").kernel.name == "sliced"
 
 
@@ -125,13 +126,13 @@ def test_dense_takes_over_only_where_there_is_room(monkeypatch):
     weight = pruned((256, 256))
     stored = Stored(Bitmask(), Bitmask().pack(weight), (256, 256), weight.dtype)
     monkeypatch.setenv("HF_SPARSE_MEASURE", "1")
-    slow = {each.name: dict.fromkeys(each.ways, 0.5) for each in sliced.CLASSES}
-    monkeypatch.setattr(devices, "over_dense", lambda *_: slow)
-    monkeypatch.setattr(devices, "FREE_SHARE", 0.0)
-    assert sliced.SlicedKernel.consider(stored).kernel is None
+    slow = {each.name: dict.fromkeys(each.ways, 0.5) for each in kernel.CLASSES}
+    monkeypatch.setattr(timing, "over_dense", lambda *_: slow)
+    monkeypatch.setattr(timing, "FREE_SHARE", 0.0)
+    assert kernel.SlicedKernel.consider(stored).kernel is None
     assert dense.DenseKernel.consider(stored).kernel is not None
-    monkeypatch.setattr(devices, "FREE_SHARE", 1.0)
-    considered = sliced.SlicedKernel.consider(stored)
+    monkeypatch.setattr(timing, "FREE_SHARE", 1.0)
+    considered = kernel.SlicedKernel.consider(stored)
     assert considered.kernel is not None
     assert "stays packed" in considered.verdict.reason
     assert dense.DenseKernel.consider(stored).kernel is None
@@ -162,10 +163,10 @@ def test_the_hessian_is_summed_without_tf32():
 
 
 def test_2_4_products_agree_with_f_linear_in_both_half_types():
-    for dtype in semi.HALVES:
+    for dtype in semi_structured.HALVES:
         weight = pruned((64, 128), NM(2, 4), dtype)
         x = torch.randn(9, 128, device="cuda", dtype=dtype)
-        found = semi.SemiWeight.of(weight).linear(x)
+        found = semi_structured.SemiWeight.of(weight).linear(x)
         torch.testing.assert_close(found, F.linear(x, weight), rtol=2e-2, atol=2e-2)
 
 

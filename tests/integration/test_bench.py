@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from hf_sparse.bench.__main__ import main
+from hf_sparse_cli.bench.__main__ import main
 
 
 def bench(folder, *arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "hf_sparse.bench", *arguments, "--output", str(folder)],
+        [sys.executable, "-m", "hf_sparse_cli.bench", *arguments, "--output", str(folder)],
         capture_output=True,
         text=True,
         timeout=300,

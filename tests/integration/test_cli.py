@@ -231,7 +231,7 @@ def test_explain_names_a_kernel_for_each_layer(cli, sparse):
     code, out, _ = cli("explain", sparse, "--json", "--dtype", "float32")
     values = json.loads(out)
     assert len(values["layers"]) == 14
-    assert {layer["kernel"] for layer in values["layers"]} <= {"t16", "dense", "reference"}
+    assert {layer["kernel"] for layer in values["layers"]} <= {"tile", "dense", "reference"}
     assert values["bytes_dense"] == sum(layer["bytes_dense"] for layer in values["layers"])
 
 
@@ -394,7 +394,7 @@ def test_wrong_arguments_are_one_sentence_and_write_nothing(
 def test_compare_refuses_mistakes_before_it_prunes_and_writes_nothing(
     fails, dense, text, tmp_path, monkeypatch, methods, sparsities, more, words
 ):
-    monkeypatch.setattr("hf_sparse.comparison.run.prune", pytest.fail)
+    monkeypatch.setattr("hf_sparse.evaluation.comparison.run.prune_in_place", pytest.fail)
     out = ["--no-plot", "--output", tmp_path / "out"]
     options = ["--methods", methods, "--sparsities", sparsities, *compare_options(text), *more]
     assert re.search(words, fails("compare", dense, *options, *out))

@@ -20,10 +20,10 @@ from hf_sparse import (
     SolveError,
     SparseConfig,
     compare,
-    facts,
     perplexity,
     prune,
 )
+from hf_sparse.pruning import dense_measurements
 
 
 @pytest.fixture
@@ -99,13 +99,13 @@ def test_of_loaded_models_only_one_is_in_memory_at_a_time(tiny, settings, held_o
 
 def counted(monkeypatch, name, calls):
     """Keep the names of the measurements that are called."""
-    measure = getattr(facts, name)
+    measure = getattr(dense_measurements, name)
 
     def wrapped(*args):
         calls.append(name)
         return measure(*args)
 
-    monkeypatch.setattr(facts, name, wrapped)
+    monkeypatch.setattr(dense_measurements, name, wrapped)
 
 
 def test_the_dense_model_is_measured_once(tiny, settings, held_out, monkeypatch):
@@ -136,14 +136,14 @@ def test_the_time_of_a_shared_measurement_counts_for_every_run(
     tiny, settings, held_out, monkeypatch
 ):
     now = [0.0]
-    monkeypatch.setattr(facts.time, "perf_counter", lambda: now[0])
-    measure = facts.collect_metrics
+    monkeypatch.setattr(dense_measurements.time, "perf_counter", lambda: now[0])
+    measure = dense_measurements.collect_metrics
 
     def slow(*args):
         now[0] += 3600
         return measure(*args)
 
-    monkeypatch.setattr(facts, "collect_metrics", slow)
+    monkeypatch.setattr(dense_measurements, "collect_metrics", slow)
     result = compare(tiny, ["wanda", "balanced"], [0.5, 0.6], held_out, **settings)
     assert [p.seconds for p in result.points] == [0, 0, 3600, 3600]
 
@@ -239,7 +239,7 @@ def test_a_bug_is_no_failed_run(tiny, settings):
 def test_mistakes_are_found_before_anything_runs(
     tiny, settings, held_out, monkeypatch, changes, words
 ):
-    monkeypatch.setattr("hf_sparse.comparison.run.prune", pytest.fail)
+    monkeypatch.setattr("hf_sparse.evaluation.comparison.run.prune_in_place", pytest.fail)
     given = {"model": tiny, "methods": ["wanda"], "sparsities": [0.5], **settings, **changes}
     with pytest.raises(ConfigError, match=words):
         compare(evaluation_data=held_out, **given)
@@ -248,7 +248,7 @@ def test_mistakes_are_found_before_anything_runs(
 def test_what_can_not_be_evaluated_is_found_before_anything_runs(
     tiny, settings, held_out, monkeypatch
 ):
-    monkeypatch.setattr("hf_sparse.comparison.run.prune", pytest.fail)
+    monkeypatch.setattr("hf_sparse.evaluation.comparison.run.prune_in_place", pytest.fail)
     given = (tiny, ["wanda"], [0.5])
     for more in ({}, {"evaluation_data": held_out, "evaluate": math.sin}):
         with pytest.raises(EvaluationError, match="either evaluation_data"):

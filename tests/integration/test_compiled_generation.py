@@ -11,7 +11,7 @@ from transformers import CompileConfig
 import hf_sparse
 from hf_sparse import SparseConfig, SparseLinear
 from hf_sparse.kernels import Stored
-from hf_sparse.kernels.sliced import SlicedKernel
+from hf_sparse.kernels.gpu.kernel import SlicedKernel
 
 
 def as_chosen(layer):

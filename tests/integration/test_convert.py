@@ -155,7 +155,7 @@ def test_shards_are_of_the_size_asked_for_and_the_same_tensors(tmp_path):
 
 
 def test_no_more_than_a_shard_is_held_at_once(tmp_path, monkeypatch):
-    from hf_sparse.conversion import write
+    from hf_sparse.checkpoint.compressed_tensors import write
 
     written = []
     save = write.save_file
@@ -290,7 +290,7 @@ def test_a_target_in_the_source_or_a_size_that_is_none_is_refused(copy, tmp_path
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    from hf_sparse.conversion import write
+    from hf_sparse.checkpoint.compressed_tensors import write
 
     def full(*args):
         raise OSError(28, "No space left on device")

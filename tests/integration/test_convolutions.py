@@ -10,11 +10,11 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_sparse
 from hf_sparse import CheckpointError, SparseConfig
-from hf_sparse.calibration.blocks import BlockWalk
-from hf_sparse.calibration.inputs import collect_statistics
-from hf_sparse.calibration.units import find_units
+from hf_sparse.calibration.block_walk import BlockWalk
+from hf_sparse.calibration.layer_inputs import collect_statistics
+from hf_sparse.core.statistics import Needs
+from hf_sparse.layers.blocks import find_blocks
 from hf_sparse.layers.conv import SparseConv2d
-from hf_sparse.statistics import Needs
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_they_are_pruned_saved_and_reloaded_to_the_same_bits(
 
 
 def test_their_statistics_are_those_of_the_channels_at_every_position(resnet, images):
-    units = find_units(resnet, list(pointwise(resnet)))
+    blocks = find_blocks(resnet, list(pointwise(resnet)))
     entering: dict[str, list[torch.Tensor]] = {name: [] for name in pointwise(resnet)}
     hooks = [
         module.register_forward_pre_hook(
@@ -107,8 +107,8 @@ def test_their_statistics_are_those_of_the_channels_at_every_position(resnet, im
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
-        for visit in BlockWalk(resnet, units, images):
-            layers = {name: resnet.get_submodule(name) for name in visit.unit.targets}
+        for visit in BlockWalk(resnet, blocks, images):
+            layers = {name: resnet.get_submodule(name) for name in visit.block.targets}
             for name, seen in collect_statistics(visit, layers, Needs.HESSIAN).items():
                 x = torch.cat(entering[name])
                 pixels = [

@@ -178,7 +178,7 @@ def test_a_run_that_is_resumed_ends_where_it_would_have(
         return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
 
     if shards > 1:
-        save = hf_sparse.saving.save_pretrained
+        save = hf_sparse.publish.save.save_pretrained
         monkeypatch.setattr(
             hf_sparse.quantizer,
             "install_saving",

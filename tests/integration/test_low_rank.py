@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import hf_sparse
 from conftest import logits
 from hf_sparse import CheckpointError, ConfigError, SaveError, SparseConfig, SparseLinear
+from hf_sparse.checkpoint.state_dict import sparse_state_dict
+from hf_sparse.core.low_rank import KEY_A, KEY_B, LowRank
 from hf_sparse.layers import sparse_layers
 from hf_sparse.layers.replace import replace_module
-from hf_sparse.lowrank import KEY_A, KEY_B, LowRank
-from hf_sparse.saving import sparse_state_dict
 
 UP = "model.layers.0.mlp.up_proj"
 quiet_peft = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -382,7 +382,7 @@ def test_an_adapter_appears_whole_or_not_at_all(pruned, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_sparse.adapters.save_file", full)
+        patch.setattr("hf_sparse.training.lora_export.save_file", full)
         with pytest.raises(SaveError, match="No space left"):
             hf_sparse.export_low_rank(pruned, tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,7 @@ import hf_sparse
 from conftest import logits, tiny_bert
 from hf_sparse import AdapterError, CalibrationError, ConfigError, SparseConfig, SparseLinear
 from hf_sparse.layers import sparse_layers
-from hf_sparse.merging import run
+from hf_sparse.training.merging import run
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 import hf_sparse
 from conftest import logits
 from hf_sparse import CheckpointError, SparseConfig, SparseLinear
+from hf_sparse.core.grids import Grid
+from hf_sparse.core.patterns import Unstructured
 from hf_sparse.formats import Quantized, choose_format
 from hf_sparse.layers import sparse_layers
 from hf_sparse.layers.replace import replace_module
-from hf_sparse.patterns import Unstructured
-from hf_sparse.quantization import Grid
 
 GRIDS = {
     "8": Grid(8, 8, True), "4": Grid(4, 8, True), "3": Grid(3, None, True),
@@ -194,7 +194,7 @@ def test_explain_tells_the_resident_bytes_and_the_grid(pruned):
     model = quantise(pruned, Grid(4, 8, True))
     explanation = hf_sparse.explain(model)
     layer = next(la for la in explanation.layers if la.name.endswith("0.mlp.up_proj"))
-    assert layer.kernel == "t16"
+    assert layer.kernel == "tile"
     held = model.model.layers[0].mlp.up_proj
     assert layer.bytes_resident == sum(b.nbytes for b in held.buffers())
     assert layer.format == f"4-bit {held.format.layout.name}"

@@ -20,8 +20,8 @@ from transformers import (
 import hf_sparse
 from conftest import tiny_bert
 from hf_sparse import SparseConfig
-from hf_sparse.errors import CalibrationError, ConfigError, SolveError, TargetError
-from hf_sparse.recipes import RECIPES
+from hf_sparse.config.recipes import RECIPES
+from hf_sparse.core.errors import CalibrationError, ConfigError, SolveError, TargetError
 
 RECIPE_NAMES = list(RECIPES)
 every_recipe = pytest.mark.parametrize("method", RECIPE_NAMES)
@@ -452,13 +452,13 @@ def test_statistics_and_inputs_of_a_unit_are_gone_when_the_next_one_is_reached(
 ):
     import weakref
 
-    from hf_sparse.calibration import blocks
-    from hf_sparse.statistics import Statistics
+    from hf_sparse.calibration import block_walk
+    from hf_sparse.core.statistics import Statistics
 
     alive: list[weakref.ref] = []
     seen: list[int] = []
 
-    class Watched(blocks.Visit):
+    class Watched(block_walk.Visit):
         def __init__(self, *args, **kwargs) -> None:
             seen.append(sum(ref() is not None for ref in alive))
             super().__init__(*args, **kwargs)
@@ -470,7 +470,7 @@ def test_statistics_and_inputs_of_a_unit_are_gone_when_the_next_one_is_reached(
         alive.append(weakref.ref(self))
         return original(self, damp_percent)
 
-    monkeypatch.setattr(blocks, "Visit", Watched)
+    monkeypatch.setattr(block_walk, "Visit", Watched)
     monkeypatch.setattr(Statistics, "inverse_factor", watched)
     prune(tiny, batches(token_ids), method="best")
     assert seen == [0, 0, 0, 0]  # two blocks, for the allocation and for the pruning

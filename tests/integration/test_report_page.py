@@ -11,7 +11,7 @@ import pytest
 import hf_sparse
 from conftest import tiny_llama
 from hf_sparse import SparseConfig
-from hf_sparse.reporting.masks import view_mask
+from hf_sparse.publish.html.masks import view_mask
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -107,7 +107,9 @@ def test_a_damaged_report_does_not_keep_a_model_from_loading(sparse, tmp_path, m
     sparse.save_pretrained(tmp_path)
     (tmp_path / "pruning_report.json").write_text('{"layers": 1}')
     said = []
-    monkeypatch.setattr(hf_sparse.saving.logger, "warning", lambda *args: said.append(args))
+    monkeypatch.setattr(
+        hf_sparse.pruning.saved_report.logger, "warning", lambda *args: said.append(args)
+    )
     assert AutoModelForCausalLM.from_pretrained(tmp_path).hf_quantizer.report is None
     assert "pruning_report.json, layers: 1 is no list" in said[0][1]
 

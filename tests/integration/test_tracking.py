@@ -87,6 +87,8 @@ def test_a_tracker_that_fails_does_not_cost_the_pruned_model(tiny, monkeypatch):
 
     said = []
     monkeypatch.setitem(sys.modules, "trackio", run_of(refuse))
-    monkeypatch.setattr(hf_sparse.tracking.logger, "warning", lambda *args: said.append(args))
+    monkeypatch.setattr(
+        hf_sparse.pruning.tracking.logger, "warning", lambda *args: said.append(args)
+    )
     assert hf_sparse.prune(tiny, MAGNITUDE).sparsity == 0.5
     assert said == [("the report was not logged to trackio: %s", "no server")]

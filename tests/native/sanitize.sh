@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 cases=${1:-300}
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-core=../../src/hf_sparse/kernels/csrc
+core=../../src/hf_sparse/kernels/cpu/csrc
 flags="-std=c++17 -g -I$core"
 
 for cxx in g++ clang++; do

@@ -15,24 +15,24 @@
 #include "abi.h"
 #include "convert.h"
 
-using namespace t16;
+using namespace tiles;
 
 extern "C" {
-int32_t t16_path_count();
-const char* t16_path_name(int32_t);
-int32_t t16_path_available(int32_t);
-int32_t t16_check(Weight*);
-int64_t t16_count_dense(int64_t, int64_t, const void*, int64_t, int32_t);
-int32_t t16_pack_dense(int64_t, int64_t, const void*, int64_t, int32_t, uint32_t*, uint64_t*,
+int32_t tile_path_count();
+const char* tile_path_name(int32_t);
+int32_t tile_path_available(int32_t);
+int32_t tile_check(Weight*);
+int64_t tile_count_dense(int64_t, int64_t, const void*, int64_t, int32_t);
+int32_t tile_pack_dense(int64_t, int64_t, const void*, int64_t, int32_t, uint32_t*, uint64_t*,
                        uint32_t*, void*, int64_t, ParallelFor);
-int32_t t16_pack_bitmask(int64_t, int64_t, const uint8_t*, const void*, int64_t, int32_t,
+int32_t tile_pack_bitmask(int64_t, int64_t, const uint8_t*, const void*, int64_t, int32_t,
                          uint32_t*, uint64_t*, uint32_t*, void*, int64_t, ParallelFor);
-int32_t t16_unpack(const Weight*, uint8_t*, void*, ParallelFor);
-int32_t t16_linear(const Weight*, int32_t, const void*, int32_t, int64_t, int64_t, const void*,
+int32_t tile_unpack(const Weight*, uint8_t*, void*, ParallelFor);
+int32_t tile_linear(const Weight*, int32_t, const void*, int32_t, int64_t, int64_t, const void*,
                    int32_t, void*, int32_t, int64_t, ParallelFor);
-int32_t t16_decode_panel(const Weight*, int32_t, int64_t, int64_t, void*, int32_t, int64_t,
+int32_t tile_decode_panel(const Weight*, int32_t, int64_t, int64_t, void*, int32_t, int64_t,
                          int32_t, ParallelFor);
-int32_t t16_gemv(int64_t, int64_t, const void*, int32_t, int64_t, int32_t, const void*, int32_t,
+int32_t tile_gemv(int64_t, int64_t, const void*, int32_t, int64_t, int32_t, const void*, int32_t,
                  void*, int32_t, ParallelFor);
 }
 
@@ -102,7 +102,7 @@ void one_case() {
   }
 
   const int64_t tiles = ceil_div(n, 16), pairs = (k + 1) / 2, blocks = ceil_div(pairs, 128);
-  const int64_t count = t16_count_dense(n, k, dense.data, k, dtype);
+  const int64_t count = tile_count_dense(n, k, dense.data, k, dtype);
   const int64_t value_bytes = count * item_size(dtype) + kValuePadding;
   Bytes masks(tiles * pairs * 4), base((tiles + 1) * 8), off(tiles * blocks * 4);
   Bytes values(value_bytes);
@@ -110,7 +110,7 @@ void one_case() {
   Bytes scales(tiles * groups * 16 * 4);
   auto* scale = reinterpret_cast<float*>(scales.data);
   for (int64_t i = 0; i < tiles * groups * 16; ++i) scale[i] = static_cast<float>(normal());
-  expect(t16_pack_dense(n, k, dense.data, k, dtype, reinterpret_cast<uint32_t*>(masks.data),
+  expect(tile_pack_dense(n, k, dense.data, k, dtype, reinterpret_cast<uint32_t*>(masks.data),
                         reinterpret_cast<uint64_t*>(base.data),
                         reinterpret_cast<uint32_t*>(off.data), values.data, value_bytes,
                         uneven) == kOk,
@@ -118,15 +118,15 @@ void one_case() {
   Weight w = {n, k, reinterpret_cast<uint32_t*>(masks.data),
               reinterpret_cast<uint64_t*>(base.data), reinterpret_cast<uint32_t*>(off.data),
               values.data, dtype == kI8 ? scale : nullptr, value_bytes, group, dtype, 0};
-  expect(t16_check(&w) == kOk, "check");
+  expect(tile_check(&w) == kOk, "check");
 
   // To the file's layout and back: the same bytes.
   Bytes bitmask(n * ceil_div(k, 8)), kept(count * item_size(dtype));
-  expect(t16_unpack(&w, bitmask.data, kept.data, uneven) == kOk, "unpack");
+  expect(tile_unpack(&w, bitmask.data, kept.data, uneven) == kOk, "unpack");
   {
     Bytes masks2(tiles * pairs * 4), base2((tiles + 1) * 8), off2(tiles * blocks * 4);
     Bytes values2(value_bytes);
-    expect(t16_pack_bitmask(n, k, bitmask.data, kept.data, count, dtype,
+    expect(tile_pack_bitmask(n, k, bitmask.data, kept.data, count, dtype,
                             reinterpret_cast<uint32_t*>(masks2.data),
                             reinterpret_cast<uint64_t*>(base2.data),
                             reinterpret_cast<uint32_t*>(off2.data), values2.data, value_bytes,
@@ -146,11 +146,11 @@ void one_case() {
     w.values = nibbles.data;
     w.value_bytes = values_size(kI4, count) + kValuePadding;
     w.value_dtype = kI4;
-    expect(t16_check(&w) == kOk, "check of int4");
+    expect(tile_check(&w) == kOk, "check of int4");
     w.value_bytes -= 1;
-    expect(t16_check(&w) == kBufferTooSmall, "check of a short buffer");
+    expect(tile_check(&w) == kBufferTooSmall, "check of a short buffer");
     w.value_bytes += 1;
-    expect(t16_unpack(&w, bitmask.data, kept.data, uneven) == kBadDType, "unpack of int4");
+    expect(tile_unpack(&w, bitmask.data, kept.data, uneven) == kBadDType, "unpack of int4");
   }
 
   std::vector<double> weight(static_cast<size_t>(n * k));
@@ -182,10 +182,10 @@ void one_case() {
   const double unit = x_dtype == kF32 ? 0x1p-24 : x_dtype == kBF16 ? 0x1p-8 : 0x1p-11;
   if (dtype == kI8 && group < k && group % 2 != 0) fail("the driver's groups are even");
 
-  for (int32_t path = 0; path < t16_path_count(); ++path) {
-    if (!t16_path_available(path)) continue;
-    const std::string name = t16_path_name(path);
-    const int32_t code = t16_linear(&w, path, x.data, x_dtype, m, x_stride,
+  for (int32_t path = 0; path < tile_path_count(); ++path) {
+    if (!tile_path_available(path)) continue;
+    const std::string name = tile_path_name(path);
+    const int32_t code = tile_linear(&w, path, x.data, x_dtype, m, x_stride,
                                     with_bias ? bias.data : nullptr, bias_dtype, y.data, x_dtype,
                                     y_stride, chance(0.5) ? uneven : nullptr);
     if (code == kBadPath && name == "amx") continue;
@@ -221,7 +221,7 @@ void one_case() {
     const int64_t rows = min64(n, end * 16) - min64(n, begin * 16);
     Bytes panel(rows * k * 4);
     for (const bool transposed : {false, true}) {
-      expect(t16_decode_panel(&w, path, begin, end, panel.data, kF32, transposed ? rows : k,
+      expect(tile_decode_panel(&w, path, begin, end, panel.data, kF32, transposed ? rows : k,
                               transposed, uneven) == kOk,
              name + ": decode");
       for (int64_t i = 0; i < rows * k; ++i) {
@@ -246,10 +246,10 @@ void one_gemv() {
   for (int64_t c = 0; c < k; ++c) {
     store_from_float(x.data, c, x_dtype, static_cast<float>(normal()));
   }
-  for (int32_t path = 0; path < t16_path_count(); ++path) {
-    if (!t16_path_available(path)) continue;
-    const std::string name = t16_path_name(path);
-    expect(t16_gemv(n, k, w.data, w_dtype, stride, path, x.data, x_dtype, y.data, kF32,
+  for (int32_t path = 0; path < tile_path_count(); ++path) {
+    if (!tile_path_available(path)) continue;
+    const std::string name = tile_path_name(path);
+    expect(tile_gemv(n, k, w.data, w_dtype, stride, path, x.data, x_dtype, y.data, kF32,
                     chance(0.5) ? uneven : nullptr) == kOk,
            name + ": gemv");
     for (int64_t r = 0; r < n; ++r) {
@@ -272,8 +272,8 @@ void one_gemv() {
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 300;
   std::printf("paths:");
-  for (int32_t path = 0; path < t16_path_count(); ++path) {
-    if (t16_path_available(path)) std::printf(" %s", t16_path_name(path));
+  for (int32_t path = 0; path < tile_path_count(); ++path) {
+    if (tile_path_available(path)) std::printf(" %s", tile_path_name(path));
   }
   std::printf("\n");
   for (int i = 0; i < cases; ++i) one_case();

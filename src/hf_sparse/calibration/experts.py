@@ -17,9 +17,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..statistics import Needs, shrink
-from .blocks import Visit
-from .inputs import DensePath, Observed, collect_statistics, find_experts
+from ..core.statistics import Needs, shrink
+from .block_walk import Visit
+from .layer_inputs import DensePath, Observed, collect_statistics, find_experts
 
 
 def observe(
@@ -38,7 +38,7 @@ def observe(
             norms are all that is needed, which a few tokens tell.
         everywhere: take all tokens for all experts, routed to them or not.
     """
-    experts = find_experts(visit.unit.module, layers)
+    experts = find_experts(visit.block.module, layers)
     if not experts:
         return collect_statistics(visit, layers, needs, dense)
     stay = replace(dense, leave=False) if dense else None

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CalibrationError, HfSparseError
-from .data import Batch
+from ..core.errors import CalibrationError, HfSparseError
+from .batches import Batch
 from .towers import lacking_inputs
 
 

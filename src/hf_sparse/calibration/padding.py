@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..errors import CalibrationError
+from ..core.errors import CalibrationError
 from ..layers.axes import Axes
-from .data import Batch
+from .batches import Batch
 
 # Each mask, and how the names of the inputs begin that it goes with.
 MASKS = {"attention_mask": "", "decoder_attention_mask": "decoder_"}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError
-from .rows import column_kinds
+from ..core.errors import CalibrationError
+from .processor_rows import column_kinds
 
 FILE_TYPES = (".txt", ".md", ".jsonl", ".json", ".parquet")
 # The names that the field's papers use, and where these data live on the Hub.

@@ -15,7 +15,7 @@ NO_DATA = re.compile(
 )
 
 
-def missing_input(model: nn.Module, unit: str, given: Iterable[str]) -> str | None:
+def missing_input(model: nn.Module, block: str, given: Iterable[str]) -> str | None:
     """The input that the data lack for a module that no data reached, and its tower, in words.
 
     A tower is a model inside the model: a module that declares its main input, as transformers'
@@ -24,12 +24,12 @@ def missing_input(model: nn.Module, unit: str, given: Iterable[str]) -> str | No
 
     Args:
         model: the model whose forward takes the data.
-        unit: the module's name.
+        block: the module's name.
         given: names of the inputs that the data have.
     """
     given, lacking = set(given), lacking_inputs(model, given)
-    dots = [i for i, letter in enumerate(unit) if letter == "."]
-    for name in (unit, *(unit[:i] for i in reversed(dots))):
+    dots = [i for i, letter in enumerate(block) if letter == "."]
+    for name in (block, *(block[:i] for i in reversed(dots))):
         tower = model.get_submodule(name)
         wanted = getattr(tower, "main_input_name", None)
         if wanted is not None and wanted not in given and lacking:

@@ -1,9 +1,9 @@
 """What a model is worth: perplexity, agreement with a dense model, speed, tasks."""
 
 from .agreement import Agreement, agreement
+from .evaluate import Evaluation, evaluate
 from .generation import GenerationSpeed, generation_speed
 from .perplexity import Perplexity, perplexity
-from .sides import Evaluation, evaluate
 from .tasks import TaskResults, evaluate_tasks
 from .texts import Texts
 

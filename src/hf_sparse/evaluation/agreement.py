@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.data import DataRecord
-from ..errors import EvaluationError
-from ..logging import progress_bar
+from ..core.data_record import DataRecord
+from ..core.errors import EvaluationError
+from ..core.logging import progress_bar
 from .data import evaluating, load_data, to_device, token_mask
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.data import Batch, CalibrationData, make_batches
-from ..errors import EvaluationError
-from ..loading import LONGEST_SEQUENCE, limits
+from ..calibration.batches import Batch, CalibrationData, make_batches
+from ..calibration.load import LONGEST_SEQUENCE, limits
+from ..core.errors import EvaluationError
 
 
 def load_data(

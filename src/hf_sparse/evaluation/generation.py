@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.speed import processor
-from ..logging import progress_bar
+from ..core.logging import progress_bar
+from ..kernels.machine import processor
 from .data import check_causal, check_positive, evaluating
 from .memory import peak, reset_peak, weight_bytes
 

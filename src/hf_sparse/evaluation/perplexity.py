@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibration.data import Batch, DataRecord
-from ..errors import EvaluationError
-from ..logging import progress_bar
+from ..calibration.batches import Batch
+from ..core.data_record import DataRecord
+from ..core.errors import EvaluationError
+from ..core.logging import progress_bar
 from .data import evaluating, load_data, to_device, token_mask
 
 

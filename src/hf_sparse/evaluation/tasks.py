@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import EvaluationError
+from ..core.errors import EvaluationError
 from .data import check_causal
 
 

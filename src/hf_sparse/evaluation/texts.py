@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import EvaluationError
+from ..core.errors import EvaluationError
 from .data import check_causal, check_positive, evaluating, load_data
 
 PROMPTS = 3  # taken from the data if none are given,

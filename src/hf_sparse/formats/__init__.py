@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ConfigError, FormatError
-from ..patterns import Pattern
-from ..quantization import QuantizedWeight
+from ..core.errors import ConfigError, FormatError
+from ..core.grids import QuantizedWeight
+from ..core.patterns import Pattern
 from .base import Accepted, Format, Layout, Packed, Rejected, TensorSpec
 from .bitmask import Bitmask
 from .dense import Dense
-from .nm import NMPacked
+from .n_of_m import NMPacked
 from .quantized import Quantized
 
 # Of equally small layouts the first is chosen.

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..errors import FormatError
-from ..patterns import Pattern
+from ..core.errors import FormatError
+from ..core.patterns import Pattern
 
 Packed = dict[str, Tensor]
 

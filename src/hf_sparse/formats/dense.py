@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from ..errors import FormatError
-from ..patterns import Pattern
+from ..core.errors import FormatError
+from ..core.patterns import Pattern
 from .base import Accepted, Layout, Packed, Rejected, TensorSpec, stored_bytes
 
 

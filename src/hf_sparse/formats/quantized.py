@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float, Int16
 from torch import Tensor
 
-from ..errors import FormatError
-from ..quantization import Grid, QuantizedWeight, Scales
+from ..core.errors import FormatError
+from ..core.grids import Grid, QuantizedWeight, Scales
 from .base import Format, Layout, Packed, TensorSpec
 from .bits import pack_numbers, padding_is_zero, unpack_numbers
 

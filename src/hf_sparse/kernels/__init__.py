@@ -7,13 +7,13 @@ form at every call, is always there and always valid.
 from __future__ import annotations
 
 from .base import Choice, Kernel, Stored, Verdict
+from .cpu.kernel import TileKernel
 from .dense import DenseKernel
-from .semi import SemiStructuredKernel
-from .sliced import SlicedKernel
-from .t16 import T16Kernel
+from .gpu.kernel import SlicedKernel
+from .gpu.semi_structured import SemiStructuredKernel
 
 KERNELS: tuple[type[Kernel], ...] = (
-    T16Kernel,
+    TileKernel,
     SemiStructuredKernel,
     SlicedKernel,
     DenseKernel,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formats import Format
 from ..formats.base import Packed
-from .products import Way
+from .token_classes import Way
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..formats import Format, Quantized, pack_weight
 from ..formats.base import Packed
-from . import devices
 from .base import Considered, Kernel, Stored, Verdict
+from .gpu.room import dense_cost
 
 
 class DenseKernel(Kernel):
@@ -27,7 +27,7 @@ class DenseKernel(Kernel):
 
     @classmethod
     def consider(cls, stored: Stored) -> Considered:
-        if stored.device.type == "cuda" and (cost := devices.dense_cost(stored)) is not None:
+        if stored.device.type == "cuda" and (cost := dense_cost(stored)) is not None:
             return Considered(Verdict(cls.name, False, cost))
         if stored.device.type not in ("cpu", "cuda"):
             reason = f"would take back the memory that packing saves on {stored.device}"

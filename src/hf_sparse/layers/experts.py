@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .linear import SparseLinear
 from .replace import replace_module
-from .ties import tied_parameters
+from .tied import tied_parameters
 
 
 def is_fused(module: nn.Module) -> bool:

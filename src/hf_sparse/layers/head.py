@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..kernels import gemv, native
+from ..kernels.cpu import dense_row, library
 
 # Below, one measurement's noise decides.
 LEAST = 1.05
@@ -24,9 +24,9 @@ class HeadLinear(nn.Linear):
     speedup: float
 
     def forward(self, input: Tensor) -> Tensor:
-        if not gemv.fits(input, self.weight):
+        if not dense_row.fits(input, self.weight):
             return super().forward(input)
-        y: Tensor = gemv.gemv(input, self.weight)
+        y: Tensor = dense_row.gemv(input, self.weight)
         return y if self.bias is None else y + self.bias
 
 
@@ -37,9 +37,9 @@ def speed_up_head(model: nn.Module) -> None:
     if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
         return
     weight = head.weight
-    if weight.device.type != "cpu" or weight.dtype not in native.HALVES:
+    if weight.device.type != "cpu" or weight.dtype not in library.HALVES:
         return
-    speedup = gemv.over_dense(weight)
+    speedup = dense_row.over_dense(weight)
     if speedup is not None and speedup >= LEAST:
         head.__class__ = HeadLinear
         head.__dict__["speedup"] = speedup

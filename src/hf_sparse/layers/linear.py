@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
-from ..errors import AdapterError, FormatError
+from ..core.errors import AdapterError, FormatError
+from ..core.low_rank import KEY_A, KEY_B, LowRank
 from ..formats import Dense, Format, Quantized, pack_weight
 from ..formats.base import Packed, check_packed, packed_bytes
 from ..kernels import Choice, Kernel, Stored, Verdict, choose
 from ..kernels.reference import sparse_linear
-from ..lowrank import KEY_A, KEY_B, LowRank
 from .axes import Axes
-from .weight import MERGED, UnpackedWeight, equal_but_rounding
+from .written_weight import MERGED, UnpackedWeight, equal_but_rounding
 
 # `weight` itself is a property, so the buffer with the values needs a name of its own.
 VALUES = "weight_values"

@@ -12,9 +12,9 @@ from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..core.grids import QuantizedWeight
+from ..core.low_rank import LowRank
 from ..formats import Format, pack_weight
-from ..lowrank import LowRank
-from ..quantization import QuantizedWeight
 from .axes import Axes
 from .conv import sparse_class
 from .linear import SparseLinear

@@ -25,8 +25,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..patterns import Pattern
-from ..statistics import Needs, Statistics
+from ..core.patterns import Pattern
+from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
 
 

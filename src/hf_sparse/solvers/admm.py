@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..patterns import Pattern, keep_highest
-from ..statistics import Needs, Statistics
+from ..core.patterns import Pattern, keep_highest
+from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
-from .refit import keep_better
+from .refinement.refit import keep_better
 
 ITERATIONS = 20
 GROWTH = 15

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import SolveError
-from ..patterns import Pattern
-from ..statistics import Needs, Statistics
+from ..core.errors import SolveError
+from ..core.patterns import Pattern
+from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
-from .refit import keep_better
+from .refinement.refit import keep_better
 
 ITERATIONS = 42
 CHECK_EVERY = 3

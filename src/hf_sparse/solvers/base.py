@@ -9,10 +9,10 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..lowrank import LowRank
-from ..patterns import Pattern
-from ..quantization import QuantizedWeight
-from ..statistics import Needs, Statistics
+from ..core.grids import QuantizedWeight
+from ..core.low_rank import LowRank
+from ..core.patterns import Pattern
+from ..core.statistics import Needs, Statistics
 
 
 @dataclass(frozen=True)

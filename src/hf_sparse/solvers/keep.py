@@ -12,8 +12,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from ..patterns import Pattern
-from ..statistics import Needs, Statistics
+from ..core.patterns import Pattern
+from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
 
 

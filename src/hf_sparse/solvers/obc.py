@@ -35,9 +35,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ..errors import SolveError
-from ..patterns import NM, Pattern, keep_highest
-from ..statistics import InverseFactor, Needs, Statistics
+from ..core.errors import SolveError
+from ..core.inverse_factor import InverseFactor
+from ..core.patterns import NM, Pattern, keep_highest
+from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
 
 STRIP = 32

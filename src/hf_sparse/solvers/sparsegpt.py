@@ -13,8 +13,7 @@ Memory layout: the loop runs on W' (in, out), so that a column of W is a contigu
 block, rank-1 updates touch only a strip of STRIP columns and the rest of the block follows by a
 matrix product: the same sums in another order, with a quarter of the memory traffic.
 
-On a GPU the columns of a block are one Triton kernel (`hf_sparse.triton.block`), unless they are
-rounded.
+On a GPU the columns of a block are one Triton kernel (`sparsegpt_triton`), unless they are rounded.
 
 Dead inputs (H_jj = 0) score 0 and so go first; what is kept of them keeps its value.
 
@@ -33,10 +32,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..patterns import NM, Pattern, keep_highest
-from ..quantization import Grid, QuantizedWeight, Scales
-from ..statistics import InverseFactor, Needs, Statistics
-from ..triton import trial
+from ..core.grids import Grid, QuantizedWeight, Scales
+from ..core.inverse_factor import InverseFactor
+from ..core.patterns import NM, Pattern, keep_highest
+from ..core.statistics import Needs, Statistics
+from ..kernels.gpu import triton_works
 from .base import Solution, Solver
 
 STRIP = 32
@@ -181,7 +181,7 @@ def _fits_kernel(weights: Float[Tensor, "block out"]) -> bool:
     return (
         weights.is_cuda
         and len(weights) <= LARGEST_KERNEL_BLOCK
-        and trial.obstacle(weights.device) is None
+        and triton_works.obstacle(weights.device) is None
     )
 
 
@@ -193,7 +193,7 @@ def _solve_at_once(
     pattern: Pattern,
 ) -> Float[Tensor, "block out"]:
     """`_solve_block` behind the choice of an unstructured mask, by the Triton kernel."""
-    from ..triton.block import solve_block
+    from .sparsegpt_triton import solve_block
 
     if not isinstance(pattern, NM):
         return solve_block(weights, kept, upper, dead, 0, 0, 0)

@@ -4,7 +4,7 @@ Not imported by `hf_sparse` itself: transformers' Trainer takes seconds to impor
 """
 
 from .callback import SparsityCallback
+from .kept_values import finish_training, prepare_for_training
 from .trainer import SparseTrainer
-from .values import finish_training, prepare_for_training
 
 __all__ = ["SparseTrainer", "SparsityCallback", "finish_training", "prepare_for_training"]

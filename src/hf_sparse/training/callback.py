@@ -12,15 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..config import SparseConfig
-from ..errors import TrainingError
+from ..config.sparse_config import SparseConfig
+from ..core.errors import TrainingError
+from ..core.logging import get_logger
+from ..core.patterns import Pattern
 from ..layers import sparse_layers
-from ..logging import get_logger
-from ..patterns import Pattern
-from ..quantizer import default_dense
-from ..targets import Target, find_routers, layer_sparsity, select_targets
+from ..layers.default_dense import default_dense
+from ..layers.select import Target, find_routers, layer_sparsity, select_targets
+from .input_norms import InputNorms
 from .masks import Masks, stored_mask
-from .norms import InputNorms
 from .schedule import Cubic, partial_mask
 
 logger = get_logger(__name__)

@@ -12,15 +12,15 @@ from jaxtyping import Bool
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..checkpoint import read_layers
-from ..errors import TrainingError
+from ..checkpoint.headers import read_layers
+from ..core.errors import TrainingError
+from ..core.logging import get_logger
 from ..formats import Format
 from ..formats.base import Layout
 from ..formats.bits import pack_bits, unpack_bits
 from ..layers import SparseLinear
 from ..layers.axes import Axes
-from ..logging import get_logger
-from ..targets import Target
+from ..layers.select import Target
 
 logger = get_logger(__name__)
 

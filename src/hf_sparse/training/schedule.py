@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..errors import TrainingError
-from ..patterns import NM, Pattern, keep_highest
+from ..core.errors import TrainingError
+from ..core.patterns import NM, Pattern, keep_highest
 
 
 @dataclass(frozen=True)

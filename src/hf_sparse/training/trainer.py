@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..errors import TrainingError
+from ..core.errors import TrainingError
 from ..layers import sparse_layers
 from .distillation import hidden_loss, kl_loss
-from .values import prepare_for_training
+from .kept_values import prepare_for_training
 
 
 class SparseTrainer(Trainer):

@@ -8,7 +8,7 @@ from ..command import Debug, one_sentence
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add the command; what follows it is read by `hf_sparse.bench`."""
+    """Add the command; what follows it is read by `hf_sparse_cli.bench`."""
     everything = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
     @app.command("bench", context_settings=everything)
@@ -18,6 +18,6 @@ def add_to(app: typer.Typer) -> None:
         `hf-sparse bench --help` has its options.
         """
         with one_sentence(debug):
-            from hf_sparse.bench.__main__ import main
+            from hf_sparse_cli.bench.__main__ import main
 
             main(context.args, "hf-sparse bench")

@@ -58,7 +58,7 @@ def convert(
     config = read_config(model, revision)
     check_output(output)
     import hf_sparse
-    from hf_sparse.conversion.source import old_format
+    from hf_sparse.checkpoint.compressed_tensors.source import old_format
 
     old_format(config, model)  # before anything large is fetched
     folder = Path(model).expanduser()

@@ -51,7 +51,7 @@ def export(
     require_sparse(model, read_config(model, revision))
     check_output(output)
     import hf_sparse
-    from hf_sparse.writing import write_folder
+    from hf_sparse.checkpoint.folder import write_folder
 
     loaded, tokenizer = load(model, revision, "auto", None)
 

@@ -75,13 +75,16 @@ def prune(
     sparse_config = make_config(settings, config)
     sparse_config.check_data()
     check_dtype(dtype)
-    from hf_sparse.tokenizer import find_processor
-    from hf_sparse.writing import write_folder
+    from hf_sparse.calibration.tokenizers import find_processor
+    from hf_sparse.checkpoint.folder import write_folder
+    from hf_sparse.publish.card import is_own_card
 
     processor = find_processor(model, revision)
     pruned, _ = load(model, revision, dtype, device_map, quantization_config=sparse_config)
     parts = [part for part in (pruned, processor) if part is not None]
-    write_folder(output, lambda folder: [part.save_pretrained(folder) for part in parts])
+    write_folder(
+        output, lambda folder: [part.save_pretrained(folder) for part in parts], is_own_card
+    )
     if push_to_hub:
         try:
             pruned.push_to_hub(

@@ -97,7 +97,7 @@ def report(
     check_output_file(output)
     check_dtype(dtype)
     import hf_sparse
-    from hf_sparse.tokenizer import find_tokenizer
+    from hf_sparse.calibration.tokenizers import find_tokenizer
 
     folder = _folder(model, revision)
     made = hf_sparse.PruningReport.from_folder(folder)

@@ -1,1 +1,0 @@
-"""What sparse layers gain on this machine: `python -m hf_sparse.bench`."""

@@ -1,0 +1,1 @@
+"""Files <-> layers: headers, loading, complete folders, dense export, older formats."""

@@ -1,0 +1,63 @@
+"""What a sparse model's state dict looks like in files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightRenaming
+
+from ..layers import sparse_layers
+from ..layers.linear import VALUES
+from .headers import PackedLayer, metadata
+
+
+def sparse_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A model's state dict with packed layers under their file keys, and the files' metadata.
+
+    Tensors that accelerate has offloaded from sparse layers are brought to the CPU.
+    """
+    state: dict[str, Tensor] = dict(model.state_dict())
+    layers = sparse_layers(model)
+    described = []
+    for name, layer in layers.items():
+        with align_module_device(layer):
+            for key in layer.format.specs(layer.shape):
+                held = state.pop(f"{name}.{layer.buffer_name(key)}")
+                state[f"{name}.{key}"] = layer.packed[key].clone() if held.is_meta else held
+            if (low_rank := layer.low_rank) is not None:
+                for key, tensor in low_rank.tensors().items():
+                    if state[f"{name}.{key}"].is_meta:
+                        state[f"{name}.{key}"] = tensor.clone()
+            if layer.bias is not None and state[f"{name}.bias"].is_meta:
+                state[f"{name}.bias"] = layer.bias.detach().clone()
+        described.append(PackedLayer(name, layer.format, layer.shape, layer.axes, layer.rank))
+    return state, metadata(described)
+
+
+class ValuesRenaming(WeightRenaming):
+    """Leads the values of packed layers, stored as NAME.weight, into the layers' buffers.
+
+    A dictionary of names instead of one regex per layer: a checkpoint may have thousands.
+    """
+
+    __slots__ = ("layers",)
+
+    def __init__(
+        self, source_patterns: Any, target_patterns: Any, layers: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__(source_patterns, target_patterns)
+        self.layers = layers
+
+    @classmethod
+    def of(cls, layers: frozenset[str]) -> ValuesRenaming:
+        """The renaming for layers with these names in the checkpoint."""
+        return cls(r"\.weight$", f".{VALUES}", layers)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        name, _, local = source_key.rpartition(".")
+        if local != "weight" or name not in self.layers:
+            return source_key, None
+        self._was_used = True  # type: ignore[misc]
+        return f"{name}.{VALUES}", self.source_patterns[0]

@@ -1,0 +1,1 @@
+"""What a user asks for: `SparseConfig`, its checks, and the recipes behind method names."""

@@ -1,0 +1,55 @@
+"""Methods by name: which solver, and what goes with it.
+
+A plain method is its solver, as its paper has it. A recipe is a name for settings, each of which
+can also be said in `SparseConfig`; what is said there goes before what the recipe says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..core.errors import ConfigError
+from ..solvers import SOLVERS, Solver
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A solver and the defaults of the arguments that go with it.
+
+    Attributes:
+        solver: registered name of the method that chooses the mask.
+        refit: steps of the least-squares refit of what is kept; 0 for none.
+        target: "layer": each layer reproduces its own outputs; "dense": those of the dense model.
+        metric: "inputs", or "fisher": refit again weighted by the loss's sensitivity.
+        allocation: of unstructured sparsity over the layers.
+    """
+
+    solver: str
+    refit: int = 0
+    target: str = "layer"
+    metric: str = "inputs"
+    allocation: str = "uniform"
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "fast": Recipe("sparsegpt", refit=10),
+    "balanced": Recipe("admm", refit=10, metric="fisher", allocation="fisher"),
+    "best": Recipe("alps", refit=20, target="dense", metric="fisher", allocation="fisher"),
+}
+
+
+def get_recipe(method: object) -> Recipe:
+    """The recipe or plain method of a name, or a ConfigError that lists the names."""
+    if isinstance(method, str):
+        if method in RECIPES:
+            return RECIPES[method]
+        if method in SOLVERS:
+            return Recipe(method)
+    names = ", ".join([*RECIPES, *SOLVERS])
+    raise ConfigError(f"method={method!r} does not exist: pass one of {names}")
+
+
+def get_solver(method: object) -> type[Solver]:
+    """The solver class behind a method's name."""
+    return SOLVERS[get_recipe(method).solver]

@@ -1,0 +1,1 @@
+"""Values and conventions that every stage hands on: errors, patterns, statistics, grids, names."""

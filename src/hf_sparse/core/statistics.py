@@ -1,0 +1,133 @@
+"""What a solver may know about a layer's inputs: the frozen result of calibration.
+
+With X the (tokens, in) inputs of a layer, accumulated in fp32:
+
+    column norms   c_j = sqrt(sum_t X_tj^2 / T)    Wanda (Sun et al. 2023, eq. 1)
+    Hessian        H = X'X / T                     SparseGPT (Frantar & Alistarh 2023, sec. 3)
+
+SparseGPT's own H is 2/n X'X with n sequences; a constant factor changes neither the mask nor the
+update, since the damping is relative to the mean of the diagonal (only the 1 that stands for a
+dead input in that mean does not scale with it). Layers that read the same
+tensor (q/k/v, gate/up) share one `Statistics` and with it one factorisation.
+
+Two things beyond the inputs themselves, when a method asks for them:
+
+    cross moment   C = Xd'X / T       Xd: the same tokens' inputs in the dense model
+    output metric  G = E[d d']        d: gradients of the model's loss in the layer's outputs
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .errors import SolveError
+from .inverse_factor import InverseFactor, _factorise
+from .precision import full_precision
+
+
+class Needs(enum.IntEnum):
+    """What a solver asks for; each level includes those before it."""
+
+    NOTHING = 0
+    COLUMN_NORMS = 1
+    HESSIAN = 2
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Frozen summary of one input; shared by all layers that read it."""
+
+    tokens: int
+    sample: Float[Tensor, "rows in"]
+    column_norms: Float[Tensor, " in"] | None = None
+    hessian: Float[Tensor, "in in"] | None = None
+    cross: Float[Tensor, "in in"] | None = None
+    _factors: dict[float, InverseFactor] = field(default_factory=dict, repr=False, compare=False)
+    _damped: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def damped_hessian(self, damp_percent: float) -> Float[Tensor, "in in"]:
+        """H with H_jj = 1 for dead inputs and damp_percent * mean(diag H) added; fp32, shared.
+
+        Raises:
+            SolveError: H is not finite.
+        """
+        if damp_percent not in self._damped:
+            assert self.hessian is not None, "the solver did not ask for the Hessian"
+            matrix = self.hessian.clone()
+            diagonal = matrix.diagonal()
+            diagonal[diagonal == 0] = 1.0
+            diagonal.add_(damp_percent * float(diagonal.mean()))
+            if not bool(torch.isfinite(matrix).all()):
+                raise SolveError("its Hessian holds NaN or infinite values")
+            self._damped[damp_percent] = matrix
+        return self._damped[damp_percent]
+
+    def inverse_factor(self, damp_percent: float) -> InverseFactor:
+        """The factor U of H^-1 = U'U (SparseGPT, sec. 3.2); computed once, in fp64.
+
+        Dead inputs get H_jj = 1 first; then damp_percent * mean(diag H) is added to the diagonal,
+        and ten times more as long as H is not positive definite.
+
+        U is found without forming H^-1: with J the reversal of the order, J H J = L L' gives
+        H = V V' for the upper triangular V = J L J, and U = V^-1.
+
+        Raises:
+            SolveError: H isn't positive definite even with 10^3 times the damping.
+        """
+        if damp_percent not in self._factors:
+            assert self.hessian is not None, "the solver did not ask for the Hessian"
+            self._factors[damp_percent] = _factorise(self.hessian, damp_percent)
+        return self._factors[damp_percent]
+
+    @full_precision()
+    def relative_error(
+        self, before: Float[Tensor, "out in"], after: Float[Tensor, "out in"]
+    ) -> float:
+        """||X (W - W^)'|| / ||X W'|| in the Frobenius norm, on the sampled rows of X."""
+        reference = (self.sample @ before.T).norm()
+        difference = (self.sample @ (before - after).T).norm()
+        return float(difference / reference) if reference > 0 else 0.0
+
+
+def shrink(own: Statistics, shared: Statistics, share: float) -> Statistics:
+    """Moments that are `share` parts of `own` and 1 - share of `shared`; the rest is `own`'s."""
+
+    def mixed(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+        return None if mine is None or theirs is None else theirs.lerp(mine, share)
+
+    norms = None
+    if own.column_norms is not None and shared.column_norms is not None:
+        norms = shared.column_norms.square().lerp(own.column_norms.square(), share).sqrt()
+    hessian, cross = mixed(own.hessian, shared.hessian), mixed(own.cross, shared.cross)
+    return Statistics(own.tokens, own.sample, norms, hessian, cross)
+
+
+@dataclass(frozen=True)
+class OutputMetric:
+    """How much the model's loss feels an error in a layer's outputs: G = E[d d'].
+
+    Attributes:
+        diagonal: of G, exact, shape (out,).
+        gram: G itself, or None if only a sketch of it was kept.
+        sketch: F with E[F'F] = G, shape (rows, out), or None.
+    """
+
+    diagonal: Float[Tensor, " out"]
+    gram: Float[Tensor, "out out"] | None = None
+    sketch: Float[Tensor, "rows out"] | None = None
+
+    def matrix(self) -> Float[Tensor, "out out"]:
+        """G, or F'F with its diagonal raised to G's where it falls short; relative to the mean
+        of the diagonal."""
+        if self.gram is not None:
+            matrix = self.gram.clone()
+        else:
+            assert self.sketch is not None
+            matrix = self.sketch.T @ self.sketch
+            matrix.diagonal().copy_(torch.maximum(matrix.diagonal(), self.diagonal))
+        return matrix.div_(self.diagonal.mean().clamp_min(torch.finfo(matrix.dtype).tiny))

@@ -1,0 +1,246 @@
+"""`n:m`: n values and one compact index for every group of m consecutive inputs.
+
+    weight          (out, kept)  kept = n * (in // m) + ceil(n * t / m) for a tail of t = in % m
+    weight_indices  (out, ceil(groups * b / 8))  uint8, groups = ceil(in / m)
+
+The index of a group says which positions c_1 < ... < c_n (0-based within the group) are kept; it
+is their rank in the combinatorial number system, sum over i = 1..n of C(c_i, i), a number below
+C(m, n) written in b = ceil(log2 C(m, n)) bits. A row's indices form one bit string (least
+significant bit first, no gaps between groups), padded with zeros to whole bytes. This is the
+smallest fixed-length code: 3 bits for 2:4 and 7 for 4:8, where a bit mask takes 4 and 8. The
+tail's index uses the same b bits; it always fits, since C(t, k_t) <= C(m, n).
+
+A group with fewer than n non-zeros stores zeros as values, at the lowest free positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Int64, Shaped
+from torch import Tensor
+
+from ..core.errors import FormatError
+from ..core.patterns import NM, Pattern
+from .base import Accepted, Layout, Packed, Rejected, TensorSpec, stored_bytes
+from .bits import pack_bits, padding_is_zero, unpack_bits
+
+# C(32, 16) < 2^31: ranks and the binomials they are made of stay far inside int64.
+LARGEST_M = 32
+DETECTED_M = (4, 8, 16, 32)
+BLOCK_WEIGHTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class NMPacked(Layout):
+    """n kept of m; see the module's text for the layout."""
+
+    n: int
+    m: int
+    name: ClassVar[str] = "n:m"
+
+    @classmethod
+    def fits(
+        cls, weight: Shaped[Tensor, "out in"], pattern: Pattern, value_bits: int | None = None
+    ) -> Accepted | Rejected:
+        """The smallest layout whose groups hold all non-zeros, m the pattern's or a usual one."""
+        sizes = (pattern.m,) if isinstance(pattern, NM) else DETECTED_M
+        if sizes[0] > LARGEST_M:
+            return Rejected(f"m = {sizes[0]} is above {LARGEST_M}: use format='bitmask'")
+        layouts = [cls(n, m) for m in sizes if (n := _smallest_n(weight, m)) < m]
+        if not layouts:
+            return Rejected(
+                f"no group size of {', '.join(map(str, sizes))} has zeros in every group: "
+                "prune with pattern='n:m', or use format='bitmask'"
+            )
+        sizes_of = {layout: layout._bytes(weight, value_bits) for layout in layouts}
+        best = min(layouts, key=sizes_of.__getitem__)
+        return Accepted(best, sizes_of[best])
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> NMPacked:
+        n, m = parameters.get("n"), parameters.get("m")
+        integers = type(n) is int and type(m) is int and len(parameters) == 2  # no bool
+        if not integers or not 1 <= n < m <= LARGEST_M:  # type: ignore[operator]
+            raise FormatError(
+                f"format 'n:m' has parameters {dict(parameters)}, expected integers "
+                f"1 <= n < m <= {LARGEST_M}"
+            )
+        return cls(n, m)  # type: ignore[arg-type]
+
+    def parameters(self) -> dict[str, Any]:
+        return {"n": self.n, "m": self.m}
+
+    def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        kept, indices = self._row_sizes(columns)
+        return {
+            "weight": TensorSpec((rows, kept), None),
+            "weight_indices": TensorSpec((rows, indices), torch.uint8),
+        }
+
+    def count(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> int:
+        return shape[0] * self._row_sizes(shape[1])[0]
+
+    def pack(self, weight: Shaped[Tensor, "out in"]) -> Packed:
+        rows = weight.shape[0]
+        values, ranks = [], []
+        for group, kept in self._groups(weight):
+            positions = _kept_positions(group != 0, kept)
+            values.append(group.gather(2, positions).reshape(rows, -1))
+            ranks.append(_rank(positions, self._binomials(positions.device)))
+        codes = torch.cat(ranks, dim=1)
+        shifts = torch.arange(self._index_bits, device=codes.device)
+        bits = ((codes.unsqueeze(-1) >> shifts) & 1).to(torch.bool).view(rows, -1)
+        return {"weight": torch.cat(values, dim=1), "weight_indices": pack_bits(bits)}
+
+    def sample(
+        self, tensors: Mapping[str, Tensor], dense: Shaped[Tensor, "rows in"], first: int
+    ) -> Shaped[Tensor, "..."]:
+        indices = tensors["weight_indices"][first : first + len(dense)]
+        columns = dense.shape[1]
+        blocks = _row_blocks((len(dense), columns), dense.device)
+        parts = [dense[rows].gather(1, self._columns(indices[rows], columns)) for rows in blocks]
+        return torch.cat(parts)
+
+    def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        groups = -(-shape[1] // self.m)
+        indices = tensors["weight_indices"]
+        if not padding_is_zero(indices, groups * self._index_bits):
+            raise FormatError(f"weight_indices has bits set behind group {groups} of a row")
+        for rows in _row_blocks(shape, indices.device):
+            codes = self._codes(indices[rows], groups)
+            start = 0
+            for count, width, kept in self._sections(shape[1]):
+                highest = int(codes[:, start : start + count].max())
+                limit = math.comb(width, kept)
+                if highest >= limit:
+                    raise FormatError(
+                        f"weight_indices holds index {highest}, out of range: {kept} of {width} "
+                        f"positions have {limit} arrangements"
+                    )
+                start += count
+
+    def unpack(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Shaped[Tensor, "out in"]:
+        values, indices = tensors["weight"], tensors["weight_indices"]
+        dense = torch.zeros(shape, dtype=dtype, device=values.device)
+        for rows in _row_blocks(shape, values.device):
+            columns = self._columns(indices[rows], shape[1])
+            dense[rows].scatter_(1, columns, values[rows].to(dtype))
+        return dense
+
+    @property
+    def _index_bits(self) -> int:
+        return (math.comb(self.m, self.n) - 1).bit_length()
+
+    def _bytes(self, weight: Tensor, value_bits: int | None) -> int:
+        rows = weight.shape[0]
+        kept, indices = self._row_sizes(weight.shape[1])
+        return stored_bytes(rows * kept, weight, value_bits) + rows * indices
+
+    def _row_sizes(self, columns: int) -> tuple[int, int]:
+        """Values and index bytes of a row."""
+        groups = -(-columns // self.m)
+        kept = sum(count * kept for count, _, kept in self._sections(columns))
+        return kept, -(-groups * self._index_bits // 8)
+
+    def _sections(self, columns: int) -> list[tuple[int, int, int]]:
+        """(groups, width, kept) of a row's full groups and of its tail, where there are any."""
+        tail = columns % self.m
+        sections = [(columns // self.m, self.m, self.n)]
+        sections += [(1, tail, NM(self.n, self.m).kept(tail))] if tail else []
+        return [section for section in sections if section[0]]
+
+    def _groups(self, weight: Tensor) -> list[tuple[Tensor, int]]:
+        """The weight as (out, groups, width) views, each with the number kept."""
+        columns = weight.shape[1]
+        full = columns - columns % self.m
+        views = []
+        for _, width, kept in self._sections(columns):
+            part = weight[:, :full] if width == self.m else weight[:, full:]
+            views.append((part.reshape(weight.shape[0], -1, width), kept))
+        return views
+
+    def _columns(self, indices: Tensor, columns: int) -> Int64[Tensor, "rows kept"]:
+        """The column of each value of some rows."""
+        codes = self._codes(indices, -(-columns // self.m))
+        binomials = self._binomials(indices.device)
+        found, group = [], 0
+        for groups, width, kept in self._sections(columns):
+            positions = _unrank(codes[:, group : group + groups], kept, binomials)
+            starts = self.m * torch.arange(group, group + groups, device=codes.device)
+            found.append((positions.clamp(max=width - 1) + starts[:, None]).flatten(1))
+            group += groups
+        return torch.cat(found, dim=1)
+
+    def _codes(self, indices: Tensor, groups: int) -> Int64[Tensor, "out groups"]:
+        bits = unpack_bits(indices, groups * self._index_bits)
+        bits = bits.view(indices.shape[0], groups, self._index_bits).to(torch.int64)
+        return (bits << torch.arange(self._index_bits, device=indices.device)).sum(dim=2)
+
+    def _binomials(self, device: torch.device) -> Int64[Tensor, "i c"]:
+        """C(c, i) at [i, c], for i <= n and c < m."""
+        table = [[math.comb(c, i) for c in range(self.m)] for i in range(self.n + 1)]
+        return torch.tensor(table, dtype=torch.int64, device=device)
+
+
+def _row_blocks(shape: tuple[int, int], device: torch.device) -> list[slice]:
+    """Rows whose indices are decoded at once.
+
+    Decoding takes some 20 bytes a weight. On a CPU, blocks keep that in the cache, and keep large
+    temporaries from leaving holes in the heap; elsewhere every block would cost launches.
+    """
+    rows, columns = shape
+    step = max(1, BLOCK_WEIGHTS // columns) if device.type == "cpu" else rows
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _smallest_n(weight: Tensor, m: int) -> int:
+    """The smallest n for which every group of m, and the tail, has room for its non-zeros."""
+    columns = weight.shape[1]
+    counts = torch.nn.functional.pad((weight != 0).to(torch.uint8), (0, -columns % m))
+    counts = counts.view(weight.shape[0], -1, m).sum(dim=2)
+    tail = columns % m
+    n = int(counts[:, : columns // m].max()) if columns >= m and counts.numel() else 0
+    n = max(n, 1)
+    while tail and counts.numel() and n < m and NM(n, m).kept(tail) < int(counts[:, -1].max()):
+        n += 1
+    return n
+
+
+def _kept_positions(
+    nonzero: Bool[Tensor, "out groups width"], kept: int
+) -> Int64[Tensor, "out groups kept"]:
+    """Exactly `kept` ascending positions a group: the non-zeros, then the lowest free ones."""
+    room = kept - nonzero.sum(dim=2, keepdim=True)
+    if bool((room < 0).any()):
+        raise FormatError(f"a group holds more than {kept} non-zero weights")
+    free = ~nonzero
+    chosen = nonzero | (free & (free.cumsum(dim=2) <= room))
+    return chosen.nonzero()[:, 2].view(*nonzero.shape[:2], kept)
+
+
+def _rank(positions: Int64[Tensor, "out groups n"], binomials: Tensor) -> Tensor:
+    """sum_i C(c_i, i), i = 1..n."""
+    order = torch.arange(1, positions.shape[2] + 1, device=positions.device)
+    return binomials[order.expand_as(positions), positions].sum(dim=2)
+
+
+def _unrank(
+    codes: Int64[Tensor, "out groups"], kept: int, binomials: Tensor
+) -> Int64[Tensor, "out groups n"]:
+    """Greedy inverse of `_rank`: from i = n down, c_i is the largest c with C(c, i) <= rest."""
+    positions = []
+    rest = codes
+    for i in range(kept, 0, -1):
+        row = binomials[i].contiguous()
+        c = (torch.searchsorted(row, rest.contiguous(), right=True) - 1).clamp(min=0)
+        positions.append(c)
+        rest = rest - row[c]
+    return torch.stack(positions[::-1], dim=2) if positions else codes.new_empty((*codes.shape, 0))

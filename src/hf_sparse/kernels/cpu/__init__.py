@@ -1,0 +1,1 @@
+"""The native core: tiles of kept values, decoded and multiplied by the processor's vectors."""

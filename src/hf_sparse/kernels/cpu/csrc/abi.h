@@ -1,0 +1,49 @@
+// The C ABI, which native.py mirrors. Every function that can fail returns a Code; arrays are the
+// caller's and their lengths are those of tiles.h, which the caller has checked.
+#pragma once
+
+#include "tiles.h"
+
+#if defined(__GNUC__)
+#define TILE_EXPORT extern "C" __attribute__((visibility("default")))
+#else
+#define TILE_EXPORT extern "C"
+#endif
+
+namespace tiles {
+
+enum Code : int32_t {
+  kOk = 0,
+  kBadSize,          // a dimension is out of range
+  kBadDType,         // a dtype isn't one that this argument may have
+  kBadGroup,         // group_size isn't a positive even number
+  kCountMismatch,    // the mask's bits and the values' count differ
+  kPaddingBits,      // a mask bit outside N x K is set
+  kBufferTooSmall,   // the values buffer lacks room for the values or its padding
+  kBadOffsets,       // tile_base or block_off contradict the masks
+  kBadPath,          // no such path, or this CPU can't run it
+  kNoMemory,
+  kPoolFailed,       // the thread pool reported an error
+};
+
+// libtorch's torch_parallel_for, or null to stay on the calling thread.
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body,
+                                void* context);
+
+template <class F>
+int32_t run(ParallelFor pool, int64_t count, int64_t grain, F& body) {
+  if (count <= 0) return kOk;
+  if (!pool || count <= grain) {
+    body(0, count);
+    return kOk;
+  }
+  const Body call = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<F*>(context))(begin, end);
+  };
+  return pool(0, count, grain, call, &body) == 0 ? kOk : kPoolFailed;
+}
+
+int32_t check_shape(const Weight& w);
+
+}  // namespace tiles

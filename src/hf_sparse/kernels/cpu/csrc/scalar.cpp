@@ -1,0 +1,99 @@
+// The path that every machine has, in plain loops: what the others are compared with, and what runs
+// where there is no vector unit that we know. One tile at a time, one token at a time.
+//
+// The tile is expanded to 16 weights per column, zeros included, so that infinities and NaNs in x
+// meet the pruned weights as they do in a dense product.
+#include "convert.h"
+#include "tiles.h"
+
+namespace tiles {
+namespace {
+
+bool available() { return true; }
+bool fits(const Product&) { return true; }
+int64_t plan(Product& p) {
+  p.chunk = 1;
+  return 0;
+}
+int64_t pack_units(const Product&) { return 0; }
+void pack_x(const Product&, int64_t, int64_t) {}
+int64_t grain(const Product&) { return 1; }
+
+float scale_of(const Weight& w, int64_t tile, int64_t column, int64_t row) {
+  if (!has_scales(w.value_dtype)) return 1.0f;
+  return w.scales[(tile * w.groups() + column / w.group_size) * kRows + row];
+}
+
+void multiply(const Product& p, int64_t tile_begin, int64_t tile_end) {
+  const Weight& w = *p.weight;
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const uint32_t* masks = w.tile_masks(tile);
+    const int64_t rows = min64(kRows, w.n - tile * kRows);
+    for (int64_t m = 0; m < p.m; ++m) {
+      int64_t next = static_cast<int64_t>(w.tile_base[tile]);
+      float sum[kRows] = {};
+      for (int64_t k = 0; k < w.k; k += 2) {
+        const int64_t at = m * p.x_stride + k;
+        const float x[2] = {load_as_float(p.x, at, p.x_dtype),
+                            k + 1 < w.k ? load_as_float(p.x, at + 1, p.x_dtype) : 0.0f};
+        const uint32_t mask = masks[k / 2];
+        for (int bit = 0; bit < 32; ++bit) {
+          const int row = bit / 2, c = bit % 2;
+          float weight = 0.0f;
+          if (mask >> bit & 1u) {
+            weight = load_as_float(w.values, next++, w.value_dtype) *
+                     scale_of(w, tile, k + c, row);
+          }
+          sum[row] += weight * x[c];
+        }
+      }
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t column = tile * kRows + row;
+        const float bias = p.bias ? p.bias[column] : 0.0f;
+        store_from_float(p.y, m * p.y_stride + column, p.y_dtype, sum[row] + bias);
+      }
+    }
+  }
+}
+
+void decode(const Weight& w, int64_t tile_begin, int64_t tile_end, void* out, int32_t dtype,
+            int64_t stride, bool transposed) {
+  const int64_t row_stride = transposed ? 1 : stride, column_stride = transposed ? stride : 1;
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const uint32_t* masks = w.tile_masks(tile);
+    const int64_t rows = min64(kRows, w.n - tile * kRows);
+    int64_t next = static_cast<int64_t>(w.tile_base[tile]);
+    for (int64_t k = 0; k < w.k; k += 2) {
+      const uint32_t mask = masks[k / 2];
+      for (int bit = 0; bit < 32; ++bit) {
+        const int64_t row = bit / 2, column = k + bit % 2;
+        float weight = 0.0f;
+        if (mask >> bit & 1u) {
+          weight = load_as_float(w.values, next++, w.value_dtype) *
+                   scale_of(w, tile, column, row);
+        }
+        if (row < rows && column < w.k) {
+          const int64_t out_row = (tile - tile_begin) * kRows + row;
+          store_from_float(out, out_row * row_stride + column * column_stride, dtype, weight);
+        }
+      }
+    }
+  }
+}
+
+void gemv(const DenseProduct& p, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    float sum = 0.0f;
+    for (int64_t c = 0; c < p.k; ++c) {
+      sum += load_as_float(p.w, row * p.w_stride + c, p.w_dtype) * p.x[c];
+    }
+    store_from_float(p.y, row, p.y_dtype, sum);
+  }
+}
+
+}  // namespace
+
+const Path kScalarPath = {"scalar", available, fits,     plan,   pack_units,
+                          pack_x,   grain,     multiply, decode, gemv};
+
+}  // namespace tiles

@@ -1,0 +1,217 @@
+"""The native library: its C ABI, its loading, and the checks before a pointer leaves Python.
+
+`csrc/abi.h` declares what is mirrored here. The library lies beside this module and is optional:
+`library()` raises `NativeUnavailableError` with the reason where there is none, and `available()`
+says it without raising. The kernels run in torch's own thread pool.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 3
+MAX_DIM = 1 << 27
+
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALVES)
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # its name: torch computes nothing in it
+INTEGERS = (torch.int8, INT4)  # with scales
+# As `csrc/tiles.h` numbers them.
+NUMBERS = {dtype: number for number, dtype in enumerate((*FLOATS, *INTEGERS))}
+
+
+class NativeUnavailableError(RuntimeError):
+    """There is no native library here; the message says why."""
+
+
+class NativeError(RuntimeError):
+    """The library refused its arguments; the message is its own."""
+
+
+class Weight(ctypes.Structure):
+    """`tiles::Weight`."""
+
+    _fields_ = [
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("masks", ctypes.c_void_p),
+        ("tile_base", ctypes.c_void_p),
+        ("block_off", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("value_bytes", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("value_dtype", ctypes.c_int32),
+        ("normal", ctypes.c_int32),
+    ]
+
+
+_I32, _I64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "tile_abi_version": (_I32, []),
+    "tile_path_count": (_I32, []),
+    "tile_path_name": (ctypes.c_char_p, [_I32]),
+    "tile_path_available": (_I32, [_I32]),
+    "tile_message": (ctypes.c_char_p, [_I32]),
+    "tile_count_dense": (_I64, [_I64, _I64, _PTR, _I64, _I32]),
+    # n, k, bitmask, values, value_count, dtype, masks, tile_base, block_off, packed, bytes, pool
+    "tile_pack_bitmask": (
+        _I32,
+        [_I64, _I64, _PTR, _PTR, _I64, _I32, _PTR, _PTR, _PTR, _PTR, _I64, _PTR],
+    ),
+    # n, k, dense, stride, dtype, masks, tile_base, block_off, packed, bytes, pool
+    "tile_pack_dense": (
+        _I32,
+        [_I64, _I64, _PTR, _I64, _I32, _PTR, _PTR, _PTR, _PTR, _I64, _PTR],
+    ),
+    "tile_unpack": (_I32, [_PTR, _PTR, _PTR, _PTR]),
+    "tile_check": (_I32, [_PTR]),
+    # weight, path, x, dtype, m, stride, bias, dtype, y, dtype, stride, pool
+    "tile_linear": (
+        _I32,
+        [_PTR, _I32, _PTR, _I32, _I64, _I64, _PTR, _I32, _PTR, _I32, _I64, _PTR],
+    ),
+    # n, k, w, dtype, stride, path, x, dtype, y, dtype, pool
+    "tile_gemv": (
+        _I32,
+        [_I64, _I64, _PTR, _I32, _I64, _I32, _PTR, _I32, _PTR, _I32, _PTR],
+    ),
+    # weight, path, tile_begin, tile_end, out, dtype, stride, transposed, pool
+    "tile_decode_panel": (
+        _I32,
+        [_PTR, _I32, _I64, _I64, _PTR, _I32, _I64, _I32, _PTR],
+    ),
+}
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    folder = Path(__file__).parent
+    found = sorted(path for path in folder.glob("_tiles*") if path.suffix in (".so", ".dylib"))
+    if not found:
+        return (
+            f"no _tiles library in {folder}: the package was installed without a C++ compiler, "
+            "or the build failed; installing it again with one (gcc or clang) builds it"
+        )
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return f"{found[0]} does not load: {error}"
+    version = library.tile_abi_version()
+    if version != ABI_VERSION:
+        return f"{found[0]} has ABI version {version}, this package needs {ABI_VERSION}"
+    return library
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises `NativeUnavailableError` with the reason if there is none."""
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise NativeUnavailableError(loaded)
+    return loaded
+
+
+def available() -> bool:
+    return not isinstance(_load(), str)
+
+
+def unavailable_reason() -> str | None:
+    """Why there is no library, or None if there is one."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+@functools.cache
+def thread_pool() -> int | None:
+    """The address of libtorch's `torch_parallel_for`, or None before torch 2.10.
+
+    Without it the kernels stay on the calling thread: a pool of our own would be a second OpenMP
+    that fights with torch's for the cores.
+    """
+    names = ("libtorch_cpu.so", "libtorch_cpu.dylib")
+    folder = Path(torch.__file__).parent / "lib"
+    # None is the process itself: a torch that is linked into the program.
+    for name in [*(str(folder / name) for name in names if (folder / name).exists()), None]:
+        try:
+            function = ctypes.CDLL(name).torch_parallel_for
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+@functools.cache
+def paths() -> dict[str, int]:
+    """The paths that this CPU can run, by name, the preferred one last."""
+    lib = library()
+    return {
+        lib.tile_path_name(i).decode(): i
+        for i in range(lib.tile_path_count())
+        if lib.tile_path_available(i)
+    }
+
+
+def describe() -> str:
+    """One line for reports: the paths, the threads, or why there is nothing."""
+    reason = unavailable_reason()
+    if reason is not None:
+        return f"native kernels unavailable: {reason}"
+    threads = (
+        f"{torch.get_num_threads()} threads of torch's pool"
+        if thread_pool()
+        else "one thread (this torch does not export torch_parallel_for; 2.10 does)"
+    )
+    return f"native kernels: {', '.join(paths())}; {threads}"
+
+
+def path_number(name: str | None) -> int:
+    """The library's number of a path; None is the best one for the call."""
+    if name is None:
+        return -1
+    try:
+        return paths()[name]
+    except KeyError:
+        raise ValueError(f"no path {name!r} on this CPU; there are {', '.join(paths())}") from None
+
+
+def raise_on(code: int, doing: str) -> None:
+    """Raise `NativeError` unless the code says that all went well."""
+    if code != 0:
+        raise NativeError(f"{doing}: {library().tile_message(code).decode()}")
+
+
+def check_tensor(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Is it a strided tensor on the CPU, of one of the dtypes? An error that names it if not."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, not on {tensor.device}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be strided, not {tensor.layout}")
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} is {tensor.dtype}, expected {expected}")
+
+
+def check_shape(tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    """Is it contiguous and of that shape?"""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+
+
+def check_dims(n: int, k: int) -> None:
+    """Are these the sides of a weight that the kernels take?"""
+    if not (1 <= n <= MAX_DIM and 1 <= k <= MAX_DIM):
+        raise ValueError(f"a weight of {n} x {k}: both must be between 1 and {MAX_DIM}")

@@ -1,0 +1,1 @@
+"""Products on NVIDIA GPUs: sliced ELLPACK through Triton, and torch's 2:4."""

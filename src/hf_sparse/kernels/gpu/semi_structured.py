@@ -1,0 +1,274 @@
+"""`2:4`: the sparse matrix units of NVIDIA GPUs, through torch's semi-structured tensors.
+
+The stored tensors stay ours; a layer that reaches a GPU makes torch's own form of them, that of
+cuSPARSELt where torch has it, else that of CUTLASS. Both hold the kept values and 2 bits for the
+place of each: 0.5625 of the dense bytes in bf16. torch pads the tokens of a product to 8.
+
+Shapes and dtypes are torch's rules: (16, 16) divides (out, in) with cuSPARSELt and (32, 64) with
+CUTLASS, in fp16 or bf16. Codes of a grid are left to the other kernels: their scales lie between
+the columns that one matrix instruction adds up.
+
+Taken if it isn't slower than dense, neither at one token nor at many; reports from Hopper differ.
+Training goes through it to x: torch can't multiply with the transposed form, so the backward pass
+decodes the weight for the call.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+import weakref
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.sparse import (
+    SparseSemiStructuredTensor,
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+)
+
+from ...formats import Format, pack_weight
+from ...formats.base import Packed
+from ...formats.n_of_m import NMPacked
+from ..base import Considered, Kernel, Stored, Verdict
+from ..token_classes import TokenClass, fastest
+from . import timing
+
+HALVES = (torch.bfloat16, torch.float16)
+OLDEST = (8, 0)  # compute capability with sparse matrix units; torch's CUTLASS takes 8.x only
+DECODED_COLUMNS = 1024  # at once
+_WAY = "semi-structured"
+CLASSES = (
+    TokenClass("1", 1, 1, (_WAY,)),
+    TokenClass("2-127", 127, 16, (_WAY,)),
+    TokenClass("128+", None, 2048, (_WAY,)),
+)
+
+
+class SemiWeight:
+    """A 2:4 weight in torch's form, of one backend.
+
+    Attributes:
+        tensor: a subclass of Tensor, which only products see: torch.compile is given what it holds.
+        values, meta: the tensors that it holds; cuSPARSELt's has both in one, `values`.
+        shape: (out, in).
+    """
+
+    def __init__(self, tensor: SparseSemiStructuredTensor) -> None:
+        self.tensor = tensor
+        self.values, self.meta = tensor.packed, tensor.meta
+        self.shape = (tensor.shape[0], tensor.shape[1])
+
+    @classmethod
+    def of(cls, dense: Float[Tensor, "out in"]) -> SemiWeight:
+        with warnings.catch_warnings():  # that torch may change its tensors is our concern
+            warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor")
+            return cls(_backend().from_dense(dense.contiguous()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SemiWeight:
+        names, rest = self.tensor.__tensor_flatten__()
+        inner = {name: copy.deepcopy(getattr(self.tensor, name), memo) for name in names}
+        tensor: Any = self.tensor.__tensor_unflatten__(inner, rest, None, None)
+        return SemiWeight(tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is resident, by name."""
+        found = {"semi_values": self.values, "semi_meta": self.meta}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def copy(self) -> SemiWeight:
+        """The same in memory of its own."""
+        return SemiWeight(self.tensor.clone())  # type: ignore[arg-type]
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x W' for x [..., in]; in the weight's dtype by the matrix units, else decoded."""
+        if x.dtype != self.tensor.dtype:
+            return F.linear(x, self.dense().to(x.dtype))
+        rows = x.reshape(-1, self.shape[1]).contiguous()
+        y = x.new_empty(0, self.shape[0])
+        if len(rows):
+            with torch.autocast(x.device.type, enabled=False):  # torch can't cast its own tensor
+                y = F.linear(rows, self.tensor)
+        return y.view(*x.shape[:-1], self.shape[0])
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The dense weight: its product with the unit matrix, which is exact."""
+        rows, columns = self.shape
+        dense = torch.empty(rows, columns, dtype=self.tensor.dtype, device=self.tensor.device)
+        for start in range(0, columns, DECODED_COLUMNS):
+            unit = dense.new_zeros(columns, min(DECODED_COLUMNS, columns - start))
+            unit.diagonal(-start).fill_(1)
+            dense[:, start : start + unit.shape[1]] = torch.mm(self.tensor, unit)
+        return dense
+
+
+_alive: weakref.WeakValueDictionary[int, SemiWeight] = weakref.WeakValueDictionary()
+
+
+class SemiStructuredKernel(Kernel):
+    """2:4 products on NVIDIA GPUs for values in fp16 and bf16."""
+
+    name: ClassVar[str] = "2:4"
+
+    def __init__(self, weight: SemiWeight) -> None:
+        self._weight = weight
+        _alive[weight.tensors()["semi_values"].data_ptr()] = weight
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self._weight.dense(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SemiStructuredKernel:
+        return SemiStructuredKernel(copy.deepcopy(self._weight, memo))
+
+    @classmethod
+    def consider(cls, stored: Stored) -> Considered:
+        reason = obstacle(stored)
+        if reason is not None:
+            return Considered(Verdict(cls.name, False, reason))
+        dense = stored.dense(stored.dtype)
+        try:
+            weight = SemiWeight.of(dense)
+            weight.linear(dense[:1])
+        except RuntimeError as error:  # cuSPARSELt knows its GPUs, and no other way to ask for them
+            refused = f"torch refuses: {str(error).strip().splitlines()[0]}"
+            return Considered(Verdict(cls.name, False, refused))
+        ways = {_WAY: _linear}
+        speedups = timing.over_dense(dense, weight, ways, CLASSES, f"2:4 {_backend().BACKEND}")
+        found = fastest(speedups, CLASSES)
+        speedup = found[0].speedup
+        measured = "not measured"
+        if speedups:
+            measured = "measured over dense: " + "; ".join(map(str, found))
+        if any((found[i].speedup or 1) < 1 for i in (0, -1)):
+            return Considered(Verdict(cls.name, False, measured, speedup))
+        reason = f"{_backend().BACKEND}, {measured}"
+        return Considered(Verdict(cls.name, True, reason, speedup, found), cls(weight))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._weight.tensors()
+
+    def linear(
+        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, "*batch out"]:
+        y: Tensor
+        if not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
+            y = self._weight.linear(x)
+        else:
+            tensors = self._weight.tensors()
+            operands = tensors["semi_values"], tensors.get("semi_meta"), *self._weight.shape
+            y = semi_linear(x, *operands)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        return self._weight.dense().to(dtype)
+
+    def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
+        return pack_weight(fmt, self.weight(dtype))
+
+
+def obstacle(stored: Stored) -> str | None:
+    """Why a stored weight can't be multiplied in this form here; None if it can."""
+    fmt = stored.format
+    if not isinstance(fmt, NMPacked) or (fmt.n, fmt.m) != (2, 4):
+        return "takes weights stored as 2:4"
+    if stored.dtype not in HALVES or stored.values_dtype != stored.dtype:
+        return f"takes fp16 and bf16, this is {stored.values_dtype} in a layer of {stored.dtype}"
+    if stored.device.type != "cuda" or torch.version.cuda is None:
+        return f"runs on NVIDIA GPUs, the weight is on {stored.device}"
+    capability, backend = torch.cuda.get_device_capability(stored.device), _backend()
+    if capability < OLDEST:
+        return f"{torch.cuda.get_device_name(stored.device)} has no sparse matrix units"
+    if backend is SparseSemiStructuredTensorCUTLASS and capability[0] != OLDEST[0]:
+        return f"this torch has no cuSPARSELt, and its CUTLASS takes no {capability[0]}.x GPUs"
+    return misfit(stored.shape, stored.dtype, backend)
+
+
+def misfit(
+    shape: tuple[int, int], dtype: torch.dtype, backend: type[SparseSemiStructuredTensor]
+) -> str | None:
+    """Which of a backend's rules for (out, in) weights is broken; None if none is."""
+    rule = backend._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    rows, columns = rule.sparse_min_rows, rule.sparse_min_cols
+    if shape[0] % rows or shape[1] % columns:
+        return f"{backend.BACKEND} takes multiples of {rows}x{columns}"
+    return None
+
+
+@functools.cache
+def _backend() -> type[SparseSemiStructuredTensor]:
+    if torch.backends.cusparselt.is_available():
+        return SparseSemiStructuredTensorCUSPARSELT
+    return SparseSemiStructuredTensorCUTLASS
+
+
+def _again(dense: Tensor) -> SemiStructuredKernel:
+    return SemiStructuredKernel(SemiWeight.of(dense))
+
+
+def _linear(x: Tensor, weight: SemiWeight) -> Tensor:
+    return weight.linear(x)
+
+
+def _find(values: Tensor) -> SemiWeight:
+    weight = _alive.get(values.data_ptr())
+    if weight is None:
+        raise ValueError(
+            "these tensors belong to no 2:4 layer of this process: torch's compressed form can't "
+            "be checked, so it is only made here, from the stored one"
+        )
+    return weight
+
+
+_SCHEMA = "(Tensor x, Tensor values, Tensor? meta, int out_features, int in_features) -> Tensor"
+
+
+@torch.library.custom_op("hf_sparse::semi_linear", mutates_args=(), schema=_SCHEMA)
+def semi_linear(
+    x: Tensor, values: Tensor, meta: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    """x W' for the 2:4 weight that `values` belong to, in x's dtype."""
+    return _find(values).linear(x)
+
+
+@semi_linear.register_fake
+def _(
+    x: Tensor, values: Tensor, meta: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op("hf_sparse::semi_linear_grad", mutates_args=(), schema=_SCHEMA)
+def semi_linear_grad(
+    x: Tensor, values: Tensor, meta: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    """x W for x (..., out): takes the gradient of x W' back to its x."""
+    return x @ _find(values).dense().to(x.dtype)
+
+
+@semi_linear_grad.register_fake
+def _(
+    x: Tensor, values: Tensor, meta: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], in_features))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+    ctx.shape = inputs[3:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = semi_linear_grad(grad.contiguous(), *ctx.saved_tensors, *ctx.shape)
+    return grad_x, None, None, None, None
+
+
+semi_linear.register_autograd(_backward, setup_context=_setup_context)

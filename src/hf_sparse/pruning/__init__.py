@@ -1,0 +1,1 @@
+"""One run over a model: the plan, each layer solved and packed, the report."""

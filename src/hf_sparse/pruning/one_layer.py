@@ -1,0 +1,135 @@
+"""One layer of the model: solved, written back, packed; and what the report says of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..calibration.layer_inputs import Observed
+from ..core.errors import CalibrationError, SolveError
+from ..core.grids import QuantizedWeight
+from ..core.low_rank import LowRank
+from ..core.statistics import OutputMetric
+from ..formats import Dense, choose_format
+from ..formats.bitmask import Bitmask
+from ..layers.replace import Places, pack_linear, write_weight
+from ..solvers import Solution
+from ..solvers.layer_solver import LayerSolver
+from .plan import LayerPlan
+from .report import LayerReport
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """A layer that has its pruned weight and isn't packed yet.
+
+    Attributes:
+        plan: what was to be done.
+        report: of the layer as it is, dense.
+        dense: its weight as it was, in the module's orientation, if that was to be kept.
+        quantized: the codes of a weight that lies on a grid.
+        sparse: (out, in), if the layer has a low-rank part, which its pruned weight then includes.
+        low_rank: that part.
+    """
+
+    plan: LayerPlan
+    report: LayerReport
+    dense: Tensor | None
+    quantized: QuantizedWeight | None
+    sparse: Tensor | None
+    low_rank: LowRank | None
+
+    def pack(self, places: Places, requested: str) -> LayerReport:
+        """Put a sparse layer in its place, in the format that was asked for; the whole report."""
+        module, pattern, low_rank = self.plan.target.module, self.plan.pattern, self.low_rank
+        with self.plan.target.weight() as whole:
+            weight = whole if self.sparse is None else self.sparse
+            fmt = choose_format(weight, pattern, requested, self.quantized)
+            if isinstance(fmt, Dense) and low_rank is None:
+                return self.report
+            if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
+                fmt = choose_format(weight, pattern, Bitmask.name)
+            sparse = pack_linear(module, weight, fmt, self.quantized, low_rank)
+            places.replace(module, sparse)
+            stored = sparse.resident_bytes()  # before a kernel takes the weight over
+            sparse.resolve()
+        return replace(
+            self.report,
+            format=fmt.label,
+            bytes_after=stored,
+            bytes_resident=sparse.resident_bytes(),
+            kernel=sparse.trace[-1].kernel,
+        )
+
+
+def prune_layer(
+    solver: LayerSolver,
+    plan: LayerPlan,
+    observed: Observed | None = None,
+    metric: OutputMetric | None = None,
+    keep_dense: bool = False,
+) -> PrunedLayer:
+    """Solve one layer and write the pruned weight into it, still dense.
+
+    Raises:
+        CalibrationError: the statistics are on another device.
+        SolveError: as `LayerSolver.solve`, or the result overflows the layer's dtype.
+    """
+    started = time.perf_counter()
+    name, axes = plan.target.name, plan.target.axes
+    statistics = observed.statistics if observed else None
+    with plan.target.weight() as weight:
+        dense = axes.own(weight.clone()) if keep_dense else None
+        if statistics is not None and statistics.sample.device != weight.device:
+            raise CalibrationError(
+                f"layer {name}: weight on {weight.device}, inputs on {statistics.sample.device}"
+            )
+        residual = observed.residual if observed else None
+        before, dtype = weight.float(), weight.dtype
+        try:
+            solution = solver.solve(before, statistics, plan.pattern, residual, metric)
+        except SolveError as error:
+            raise SolveError(f"layer {name}: {error}") from None
+        sparse = solution.weight.to(dtype)
+        low_rank = solution.low_rank.to(dtype) if solution.low_rank else None
+        whole = sparse if low_rank is None else low_rank.added_to(sparse)
+        if not bool(torch.isfinite(whole).all()):
+            raise SolveError(f"layer {name}: the solved weight overflows {dtype}")
+        relative_error = statistics.relative_error(before, whole.float()) if statistics else None
+    seconds = time.perf_counter() - started
+    report = _report(plan, sparse, solution, observed, relative_error, seconds)
+    write_weight(plan.target.module, axes.own(whole))
+    beside = None if low_rank is None else sparse
+    return PrunedLayer(plan, report, dense, solution.quantized, beside, low_rank)
+
+
+def _report(
+    plan: LayerPlan,
+    sparse: Tensor,
+    solution: Solution,
+    observed: Observed | None,
+    relative_error: float | None,
+    seconds: float,
+) -> LayerReport:
+    """Of a layer that isn't packed yet."""
+    zeros = sparse.numel() - int(torch.count_nonzero(sparse))
+    size = sparse.numel() * sparse.element_size()
+    return LayerReport(
+        name=plan.target.name,
+        shape=plan.target.shape,
+        pattern=str(plan.pattern),
+        format="dense",
+        zeros=zeros,
+        sparsity=zeros / sparse.numel(),
+        relative_error=relative_error,
+        tokens=observed.statistics.tokens if observed else None,
+        seconds=seconds,
+        bytes_before=size,
+        bytes_after=size,
+        bytes_resident=size,
+        kernel="dense",
+        notes=solution.notes + ((observed.note,) if observed and observed.note else ()),
+    )

@@ -1,0 +1,75 @@
+"""What is to be pruned: each layer with its pattern, and what is checked before the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..config.sparse_config import SparseConfig
+from ..core.errors import ConfigError, SolveError
+from ..core.patterns import Pattern
+from ..layers.select import Target, layer_sparsity, require_match
+from ..solvers import SOLVERS, Solver
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer to prune, and to what."""
+
+    target: Target
+    pattern: Pattern
+
+
+def plan_layers(
+    targets: Sequence[Target], config: SparseConfig, left_dense: dict[str, str]
+) -> tuple[list[LayerPlan], dict[str, str]]:
+    """Give each target its pattern; those whose sparsity is 0 or not given stay dense."""
+    sparsities = config.sparsity
+    if isinstance(sparsities, Mapping):
+        for pattern in sparsities:
+            require_match(pattern, [target.name for target in targets])
+    plans = []
+    for target in targets:
+        if isinstance(sparsities, Mapping):
+            sparsity = layer_sparsity(sparsities, target.name)
+        else:
+            sparsity = sparsities
+        if sparsity is None and not SOLVERS[config.solver].chooses_pattern:
+            left_dense[target.name] = "no regex of sparsity matches it"
+        elif sparsity == 0 and config.bits is None:
+            left_dense[target.name] = "its sparsity is 0"
+        else:
+            plans.append(LayerPlan(target, config.layer_pattern(sparsity or 0.0)))
+    return plans, left_dense
+
+
+def check_plans(plans: Sequence[LayerPlan], solver: Solver, low_rank: int) -> None:
+    """Can all of it be done? A ConfigError or SolveError that names the layer if not."""
+    _check_low_rank(low_rank, plans)
+    _check_weights(solver, plans)
+
+
+def _check_low_rank(rank: int, plans: Sequence[LayerPlan]) -> None:
+    smallest = min(plans, key=lambda plan: min(plan.target.shape), default=None)
+    if smallest is not None and rank > min(smallest.target.shape):
+        name, shape = smallest.target.name, smallest.target.shape
+        raise ConfigError(
+            f"low_rank={rank} is above the smaller side of {name}, whose shape is {shape}: pass at "
+            f"most {min(shape)}, or leave the layer out with modules_to_not_convert=[{name!r}]"
+        )
+
+
+def _check_weights(solver: Solver, plans: Sequence[LayerPlan]) -> None:
+    for plan in plans:
+        try:
+            solver.check_shape(plan.target.shape)
+        except SolveError as error:
+            raise SolveError(f"layer {plan.target.name}: {error}") from None
+        with plan.target.weight() as weight:
+            if not bool(torch.isfinite(weight).all()):
+                raise SolveError(
+                    f"layer {plan.target.name}: its weight holds NaN or infinite values; the model "
+                    "was left as it was"
+                )

@@ -1,0 +1,89 @@
+"""Prune a model that is in memory: what stays dense by default, experts as layers, the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..calibration.load import load_calibration
+from ..calibration.tokenizers import load_tokenizer
+from ..config.sparse_config import SparseConfig
+from ..core.errors import ConfigError
+from ..layers.default_dense import default_dense
+from ..layers.experts import unfused_experts
+from ..layers.head import speed_up_head
+from ..layers.select import find_routers
+from .dense_measurements import DenseMeasurements
+from .report import PruningReport
+from .run import run
+
+
+def prune_in_place(
+    model: nn.Module, config: SparseConfig, measurements: DenseMeasurements | None = None
+) -> PruningReport:
+    """Prune any module tree; its pruned layers become `SparseLinear`s.
+
+    Args:
+        model: dense; of a transformers model, heads, routers and tied weights stay dense unless
+            the config asks for them.
+        config: what to do.
+        measurements: from `measurements_of`, for runs over copies of one model with the same data.
+
+    Raises:
+        ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
+        HfSparseError: see `core.errors`.
+    """
+    left_dense: dict[str, str] = {}
+    with _marked_quantized(model):
+        if isinstance(model, PreTrainedModel):
+            left_dense = find_routers(model)
+        with unfused_experts(model):
+            if isinstance(model, PreTrainedModel):
+                left_dense |= default_dense(model)
+            report = run(
+                model,
+                config,
+                lambda: load_tokenizer(config.tokenizer, model),
+                left_dense,
+                measurements,
+            )
+    speed_up_head(model)
+    return report
+
+
+def require_dense(model: nn.Module) -> None:
+    """Raise a ConfigError if a model is quantised or sparse already."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        raise ConfigError(
+            f"{type(model).__name__} is quantised with "
+            f"{quantizer.quantization_config.quant_method!r} already: call "
+            "model.dequantize() first, or load the original"
+        )
+
+
+def measurements_of(model: nn.Module, config: SparseConfig) -> DenseMeasurements:
+    """The config's calibration data, tokenised for the model, and nothing measured yet."""
+    return DenseMeasurements(
+        load_calibration(model, config, lambda: load_tokenizer(config.tokenizer, model))
+    )
+
+
+@contextmanager
+def _marked_quantized(model: nn.Module) -> Iterator[None]:
+    """Some transformers models compute with `.weight` unless their config says so; if pruning
+    fails it says what it said before."""
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    before = [getattr(config, "_is_quantized", False) for config in configs]
+    for config in configs:
+        config._is_quantized = True
+    try:
+        yield
+    except BaseException:
+        for config, value in zip(configs, before, strict=True):
+            config._is_quantized = value
+        raise

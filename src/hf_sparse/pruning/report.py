@@ -1,0 +1,228 @@
+"""What pruning did: one entry a layer, and totals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import REPORT_FILE
+from ..core.data_record import DataRecord
+from ..core.errors import CheckpointError, PackageError
+from ..core.json_records import read_record
+from ..kernels.machine import Environment
+
+# Beside the weights of a checkpoint.
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned layer.
+
+    Attributes:
+        name: the module's name in the model.
+        shape: (out, in).
+        pattern: what was asked for.
+        format: how it is stored, e.g. "bitmask" or "n:m".
+        zeros: number of zeros in the stored weight.
+        sparsity: zeros / (out * in).
+        relative_error: ||X (W - W^)'|| / ||X W'|| on a sample of the calibration inputs X that
+            the layer saw in the pruned model; None if there were no data.
+        tokens: calibration tokens that the layer saw; None if there were no data.
+        seconds: time to solve it, statistics excluded.
+        bytes_before: of the dense weight, in the model's dtype.
+        bytes_after: of the stored tensors, on disk.
+        bytes_resident: of the tensors in memory, in the form that the kernel uses.
+        kernel: what multiplies on this machine.
+        notes: what needed attention, e.g. a Hessian that had to be damped more.
+        block: the module that was pruned at once with it: a block of the model, or the layer.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    format: str
+    zeros: int
+    sparsity: float
+    relative_error: float | None
+    tokens: int | None
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+    bytes_resident: int
+    kernel: str
+    notes: tuple[str, ...] = ()
+    block: str = ""
+
+    def brief(self) -> str:
+        """Name, sparsity and error in a few words, for a progress bar."""
+        error = "" if self.relative_error is None else f", error {self.relative_error:.3f}"
+        return f"{self.name}, sparsity {self.sparsity:.3f}{error}"
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What `prune` did.
+
+    Attributes:
+        layers: the pruned layers, in the order in which they were pruned.
+        left_dense: linear layers that were not pruned, with the reason.
+        data: how the calibration data were made; None if there were none.
+        seconds: the whole run, data loading included.
+        block_seconds: wall time of each block, by its name, in the order of pruning: the forward
+            passes that lead to it, its statistics and solving its layers.
+        model: the id of the model that was pruned, or its folder's name; "" if it has none.
+        config: the arguments of `SparseConfig`, as `SparseConfig.to_dict` gives them: method,
+            sparsity, seed, ...
+        environment: the machine and the versions; None if they weren't recorded.
+        date: when it was done, UTC, in ISO 8601; "" if that wasn't recorded.
+    """
+
+    layers: tuple[LayerReport, ...]
+    left_dense: Mapping[str, str] = field(default_factory=dict)
+    data: DataRecord | None = None
+    seconds: float = 0.0
+    block_seconds: Mapping[str, float] = field(default_factory=dict)
+    model: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    environment: Environment | None = None
+    date: str = ""
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all pruned weights."""
+        weights = sum(math.prod(layer.shape) for layer in self.layers)
+        return sum(layer.zeros for layer in self.layers) / weights if weights else 0.0
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the pruned weights before, dense."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the pruned weights as stored on disk."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    @property
+    def bytes_resident(self) -> int:
+        """Bytes of the pruned weights in memory, on this machine."""
+        return sum(layer.bytes_resident for layer in self.layers)
+
+    def totals(self) -> dict[str, float]:
+        """What holds for all layers together."""
+        return {
+            "sparsity": self.sparsity,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bytes_resident": self.bytes_resident,
+            "seconds": self.seconds,
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer, its shape as `out` and `in`, its notes as one string."""
+        rows = []
+        for layer in self.layers:
+            out, into = layer.shape
+            values = asdict(layer) | {"notes": "; ".join(layer.notes)}
+            del values["shape"]
+            rows.append({"name": values.pop("name"), "out": out, "in": into, **values})
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values, totals included."""
+        return {**self.totals(), **asdict(self)}
+
+    def to_json(self) -> str:
+        """`to_dict` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "the report") -> PruningReport:
+        """The report that `to_json` wrote.
+
+        Args:
+            text: JSON.
+            where: what is read, for the error.
+
+        Raises:
+            CheckpointError: it is no JSON, or not that of a report.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise CheckpointError(f"{where} is not JSON: {error}") from None
+        return read_record(cls, content, where)
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> PruningReport | None:
+        """The report that was saved with a checkpoint; None if there is none.
+
+        Raises:
+            CheckpointError: it is damaged; names the file.
+        """
+        path = Path(folder) / REPORT_FILE
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} can't be read: {error}") from None
+
+    def to_pandas(self) -> Any:
+        """The layers as a `pandas.DataFrame`, one row each; see `rows`.
+
+        Raises:
+            PackageError: pandas isn't installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise PackageError("to_pandas needs pandas: pip install 'hf_sparse[pandas]'") from None
+        return pandas.DataFrame(self.rows())
+
+    def log_to(self, writer: Any) -> None:
+        """Log it with a TensorBoard writer: totals at step 0, layers at their place in the depth.
+
+        Args:
+            writer: a `torch.utils.tensorboard.SummaryWriter`, or what has its `add_scalar` and
+                `add_text`.
+        """
+        for name, total in self.totals().items():
+            writer.add_scalar(f"pruning/{name}", total, 0)
+        for step, layer in enumerate(self.layers):
+            for name in ("sparsity", "relative_error", "seconds"):
+                if (value := getattr(layer, name)) is not None:
+                    writer.add_scalar(f"pruning/layers/{name}", value, step)
+        writer.add_text("pruning/summary", self.summary(), 0)
+
+    def summary(self) -> str:
+        """One line of totals."""
+        if not self.layers:
+            return "no layer was pruned"
+        share = self.bytes_after / self.bytes_before
+        resident = self.bytes_resident / self.bytes_before
+        memory = f", {resident:.2f} in memory" if resident > 1.1 * share else ""
+        memory += " (the saving is on disk only)" if resident >= 1 > share else ""
+        return (
+            f"pruned {len(self.layers)} layers to sparsity {self.sparsity:.4f} in "
+            f"{self.seconds:.1f} s; their weights take {self.bytes_after / 1e6:.2f} MB, "
+            f"{share:.2f} of the {self.bytes_before / 1e6:.2f} MB before{memory}; "
+            f"{len(self.left_dense)} stay dense"
+        )
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers], default=5)
+        lines = [f"{'layer':<{width}}  sparsity  rel. error  format   bytes before -> after"]
+        for layer in self.layers:
+            error = "-" if layer.relative_error is None else f"{layer.relative_error:.4f}"
+            lines.append(
+                f"{layer.name:<{width}}  {layer.sparsity:8.4f}  {error:>10}  {layer.format:<7}  "
+                f"{layer.bytes_before} -> {layer.bytes_after}"
+            )
+            lines += [f"{'':<{width}}  note: {note}" for note in layer.notes]
+        return "\n".join([*lines, self.summary()])

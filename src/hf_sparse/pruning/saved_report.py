@@ -1,0 +1,33 @@
+"""The report that was saved with a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from ..checkpoint.folder import REPORT_FILE
+from ..core.errors import CheckpointError
+from ..core.logging import get_logger
+from .report import PruningReport
+
+logger = get_logger(__name__)
+
+
+def saved_report(folder: Path) -> PruningReport | None:
+    """The report that was saved with a checkpoint; None if there is none that can be used.
+
+    Args:
+        folder: where its files lie. If that is in the cache of the Hub, the report is fetched.
+    """
+    try:
+        if folder.parent.name == "snapshots":  # .../models--OWNER--NAME/snapshots/COMMIT
+            cache, repository = folder.parents[2], folder.parents[1].name
+            name = repository.removeprefix("models--").replace("--", "/")
+            cached_file(name, REPORT_FILE, cache_dir=str(cache), revision=folder.name)
+        return PruningReport.from_folder(folder)
+    except CheckpointError as error:
+        logger.warning("the model is loaded without its report: %s", str(error))
+    except OSError as error:
+        logger.debug("the model is loaded without its report: %s", str(error))
+    return None

@@ -1,0 +1,45 @@
+"""Calibration data against what a model, and the machine, can take."""
+
+from collections import namedtuple
+
+import pytest
+import torch
+
+from hf_sparse import SparseConfig
+from hf_sparse.calibration import load as calibration_load
+from hf_sparse.calibration.load import load_calibration
+from hf_sparse.core.errors import CalibrationError, ConfigError
+
+Memory = namedtuple("Memory", "available")
+
+
+def load(model, samples, **arguments):
+    return load_calibration(model, SparseConfig(dataset=samples, **arguments), lambda: None)
+
+
+def test_two_sets_of_hidden_states_that_do_not_fit_are_refused(tiny, monkeypatch):
+    samples = [torch.arange(1, 11) for _ in range(6)]
+    needed = 2 * 60 * tiny.config.hidden_size * 4
+    monkeypatch.setattr(calibration_load.psutil, "virtual_memory", lambda: Memory(needed - 1))
+    with pytest.raises(CalibrationError, match=r"target='dense'.*60 calibration.*target='layer'"):
+        load(tiny, samples, target="dense")
+    assert len(load(tiny, samples).batches) == 6
+    monkeypatch.setattr(calibration_load.psutil, "virtual_memory", lambda: Memory(needed))
+    assert len(load(tiny, samples, target="dense").batches) == 6
+
+
+def test_half_precision_needs_half_the_room(tiny, monkeypatch):
+    samples = [torch.arange(1, 11) for _ in range(6)]
+    needed = 2 * 60 * tiny.config.hidden_size * 2
+    monkeypatch.setattr(calibration_load.psutil, "virtual_memory", lambda: Memory(needed))
+    assert len(load(tiny.bfloat16(), samples, target="dense").batches) == 6
+
+
+def test_a_method_without_data_loads_none(tiny):
+    assert load_calibration(tiny, SparseConfig(method="magnitude"), lambda: None) is None
+
+
+def test_samples_longer_than_the_model_are_refused(tiny):
+    longest = tiny.config.max_position_embeddings
+    with pytest.raises(ConfigError, match=f"seq_len={longest + 1} is longer than the {longest}"):
+        load(tiny, [torch.arange(4)], seq_len=longest + 1)

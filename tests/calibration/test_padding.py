@@ -1,0 +1,105 @@
+"""Padding: a mask drops the rows that are its tokens, and no others that are as many."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_sparse.calibration.block_walk import BlockWalk
+from hf_sparse.calibration.layer_inputs import collect_statistics
+from hf_sparse.core.statistics import Needs
+from hf_sparse.layers.blocks import find_blocks
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.cross = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, other=None):
+        y = x + self.own(x)
+        return y if other is None else y + self.cross(other).mean(dim=1, keepdim=True)
+
+
+class Translator(nn.Module):
+    """An encoder, a decoder that also sees the encoder's outputs, and image patches."""
+
+    def __init__(self, positions: int = 99) -> None:
+        super().__init__()
+        self.positions = positions
+        self.embed = nn.Embedding(9, 4)
+        self.encoder, self.decoder = nn.ModuleList([Block()]), nn.ModuleList([Block()])
+        self.vision = nn.ModuleList([nn.Sequential(nn.Conv1d(3, 4, 1))])
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        decoder_input_ids=None,
+        decoder_attention_mask=None,
+        pixel_values=None,
+    ):
+        if input_ids.shape[1] != self.positions and self.positions != 99:
+            raise ValueError("another length")
+        encoded = self.encoder[0](self.embed(input_ids))
+        if pixel_values is not None:
+            encoded = encoded + self.vision[0](pixel_values).mean(dim=2)[:, None]
+        return self.decoder[0](self.embed(decoder_input_ids), encoded)
+
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+DECODER = torch.tensor([[8, 7, 6, 5], [4, 3, 2, 1]])
+NAMES = [
+    "encoder.0.own",
+    "decoder.0.own",
+    "decoder.0.cross",
+    "vision.0.0",
+]
+
+
+def tokens(model, batches) -> dict[str, int]:
+    """How many tokens each layer's statistics are of."""
+    found = {}
+    with torch.no_grad():
+        for visit in BlockWalk(model, find_blocks(model, NAMES), batches):
+            layers = {name: model.get_submodule(name) for name in visit.block.targets}
+            seen = collect_statistics(visit, layers, Needs.HESSIAN)
+            found |= {name: observed.statistics.tokens for name, observed in seen.items()}
+    return found
+
+
+def test_a_decoder_with_as_many_tokens_as_the_encoder_keeps_all_of_its_own():
+    batch = {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": DECODER}
+    found = tokens(Translator(), [batch])
+    assert found == {"encoder.0.own": 6, "decoder.0.own": 8, "decoder.0.cross": 6}
+
+
+def test_each_mask_drops_the_rows_of_its_own_tokens():
+    batch = {
+        "input_ids": IDS,
+        "attention_mask": MASK,
+        "decoder_input_ids": DECODER,
+        "decoder_attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+        "pixel_values": torch.randn(2, 3, 4),
+    }
+    expected = {"encoder.0.own": 6, "decoder.0.own": 7, "decoder.0.cross": 6, "vision.0.0": 8}
+    assert tokens(Translator(), [batch]) == expected
+    # Found once, and used for batches of other lengths.
+    longer = {k: torch.cat([v, v], dim=1) for k, v in batch.items() if k != "pixel_values"}
+    longer["pixel_values"] = torch.randn(2, 3, 8)
+    assert tokens(Translator(), [batch, longer]) == {k: 3 * v for k, v in expected.items()}
+
+
+def test_a_model_that_takes_one_length_alone_goes_by_the_number_of_rows():
+    model = Translator(positions=4)
+    batch = {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": DECODER[:, :3]}
+    assert tokens(model, [batch]) == {"encoder.0.own": 6, "decoder.0.own": 6, "decoder.0.cross": 6}
+
+
+@pytest.mark.parametrize("mask", [torch.ones_like(MASK), torch.ones(2, 1, 4, 4)])
+def test_without_padding_no_further_pass_is_made(mask):
+    model = Translator()
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    tokens(model, [{"input_ids": IDS, "attention_mask": mask, "decoder_input_ids": DECODER}])
+    assert len(passes) == 2  # one to look at the blocks, one to stop in front of them

@@ -1,0 +1,54 @@
+"""The Triton kernels compiled for compute capabilities 8.0 and 9.0: is there room for them?"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from hf_sparse.kernels.gpu import weight
+
+pytest.importorskip("triton", reason="triton compiles the kernels")
+
+PROGRAM = ROOT / "tests" / "helpers" / "compiled.py"
+REGISTERS = 65536  # of a multiprocessor
+FEW_BYTES = 32  # of a thread, which ptxas puts aside at times to have one more program at work
+SHARED = 48 << 10  # bytes a program gets on every GPU
+PRODUCT_WARPS = 16  # on a multiprocessor: what the layout counts on when it splits rows
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory):
+    """What was compiled and launched."""
+    own_cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    command = [sys.executable, str(PROGRAM)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own_cache})
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    assert {(each["capability"], each["kernel"]) for each in found} == {
+        (capability, kernel)
+        for capability in (80, 90)
+        for kernel in ("_product", "_panel", "_solve_block")
+    }
+    return found
+
+
+def test_kernels_compile_and_stay_in_registers(launches):
+    for each in launches:
+        assert each["spilled"] <= FEW_BYTES, each
+
+
+def test_programs_find_room_on_a_multiprocessor(launches):
+    for each in launches:
+        assert each["shared"] <= SHARED, each
+        assert each["registers"] * each["warps"] * 32 <= REGISTERS, each
+
+
+def test_as_many_warps_of_products_fit_as_the_layout_counts_on(launches):
+    products = [each for each in launches if each["kernel"] == "_product"]
+    assert {each["warps"] for each in products} == set(weight.WARPS)
+    for each in products:
+        if each["signature"]["values"] != "*fp32":
+            assert each["registers"] * PRODUCT_WARPS * 32 <= REGISTERS, each
