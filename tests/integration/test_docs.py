@@ -38,13 +38,13 @@ def run_commands(block):
 
 
 @pytest.fixture
-def registries():
+def registries(monkeypatch):
     """What a page registers is gone after it."""
-    before = [(registry, dict(registry)) for registry in (SOLVERS, FORMATS)]
+    monkeypatch.setattr(SOLVERS, "_classes", dict(SOLVERS))
+    before = dict(FORMATS)
     yield
-    for registry, entries in before:
-        registry.clear()
-        registry.update(entries)
+    FORMATS.clear()
+    FORMATS.update(before)
 
 
 # PEFT asks transformers 5.23 by an old name.

@@ -2,6 +2,7 @@
 
 HfSparseError
 ├── ConfigError       a SparseConfig argument, or a combination of them, can't work  (ValueError)
+├── RegistrationError a method, format or kernel can't be registered as it is        (ValueError)
 ├── TargetError       a regex matches nothing, or something that can't be pruned     (ValueError)
 ├── CalibrationError  the calibration data, or what came of them, are unusable       (ValueError)
 ├── EvaluationError   a model can't be measured the way that was asked for           (ValueError)
@@ -24,6 +25,10 @@ class HfSparseError(Exception):
 
 class ConfigError(HfSparseError, ValueError):
     """An argument of `SparseConfig` is wrong, or contradicts another one."""
+
+
+class RegistrationError(HfSparseError, ValueError):
+    """A method, format or kernel of one's own is incomplete, or its name is taken."""
 
 
 class TargetError(HfSparseError, ValueError):
