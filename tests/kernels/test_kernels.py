@@ -19,6 +19,7 @@ from hf_sparse.kernels.cpu.kernel import TileKernel
 from hf_sparse.kernels.cpu.pack import pack_dense
 from hf_sparse.kernels.cpu.product import Product
 from hf_sparse.kernels.token_classes import class_of, fastest
+from hf_sparse.layers.held import buffer_name
 
 SIXTY = Unstructured(0.6)
 
@@ -61,10 +62,10 @@ def test_a_resolved_layer_holds_the_kernel_s_tensors_only_and_gives_the_stored_f
     assert set(dict(layer.named_buffers())) == set(layer.kernel.tensors())
     assert torch.equal(layer.weight, weight)
     state = layer.state_dict()
-    assert set(state) == {layer.buffer_name(key) for key in stored}
+    assert set(state) == {buffer_name(key) for key in stored}
     for key, tensor in stored.items():
         assert torch.equal(layer.packed[key], tensor)
-        assert torch.equal(state[layer.buffer_name(key)], tensor)
+        assert torch.equal(state[buffer_name(key)], tensor)
 
 
 @pytest.mark.parametrize(
