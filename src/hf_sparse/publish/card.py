@@ -67,9 +67,14 @@ def model_card(
         eval_results=results or None,
         model_name=subject.name if results else None,
     )
-    card: ModelCard = ModelCard.from_template(
-        data, template_str=TEMPLATE.read_text(encoding="utf-8"), mark=MARK, **card_values(subject)
-    )
+    return fill_template(data, subject)
+
+
+def fill_template(data: ModelCardData, subject: Subject) -> ModelCard:
+    """The card with its metadata; whatever a string of the subject says, it is but text there."""
+    text = TEMPLATE.read_text(encoding="utf-8")
+    values = card_values(subject)
+    card: ModelCard = ModelCard.from_template(data, template_str=text, mark=MARK, **values)
     return card
 
 
@@ -103,7 +108,7 @@ def _subject(
     made_from = report.model if report else ""
     base = hub_id(made_from) if "/" in made_from or made_from == hub_id(source) else None
     if quantizer.pre_quantized and isinstance(named_base, str):
-        base = named_base
+        base = hub_id(named_base)
     base_name = base or made_from
     name = (repo_id or "").rpartition("/")[2] or _name(base_name, report)
     return Subject(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+
 from huggingface_hub import EvalResult
 
 from ..calibration.sources import HUB_NAMES
