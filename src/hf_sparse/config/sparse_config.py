@@ -256,7 +256,7 @@ class SparseConfig(QuantizationConfigMixin):
         Raises:
             ConfigError: an unknown key; a newer version of this package may have written it.
         """
-        arguments = {k: v for k, v in config_dict.items() if k != "quant_method"}
+        arguments = {k: v for k, v in config_dict.items() if k not in _NOT_ARGUMENTS}
         known = _ARGUMENTS
         if unknown := sorted(set(arguments) - set(known)):
             raise ConfigError(
