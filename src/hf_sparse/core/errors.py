@@ -15,12 +15,18 @@ HfSparseError
 ├── SaveError         a checkpoint could not be written                                 (OSError)
 └── HubError          the Hub refused a push, or can't be reached                       (OSError)
 
-Each message names what was passed, what was expected and what to do about it.
+Each message names what was passed, what was expected and what to do about it. What of it comes from
+files is shown, whatever it is: no character in it does anything to a terminal or a log.
 """
+
+from .untrusted_text import printable
 
 
 class HfSparseError(Exception):
     """Base class of every error of this package."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n")
 
 
 class ConfigError(HfSparseError, ValueError):
