@@ -20,7 +20,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import SaveError
+from ..core.errors import CheckpointError, SaveError
+from ..core.json_records import read_json
 from .staging import CONFIG_FILE, POINTER, locked, sync
 
 # What a sparse checkpoint has beside its weights: what pruning did, what was measured of it since,
@@ -58,7 +59,7 @@ def put_in_place(staging: Path, target: Path, keep: Callable[[Path], bool]) -> N
                 )
         held = [path.name for path in target.iterdir()]
         names = [path.as_posix() for path in new]
-        stale = stale_files(names, held, lambda name: (target / name).read_bytes())
+        stale = stale_files(names, held, lambda name: target / name)
         replaces = Path(CONFIG_FILE) in new and CONFIG_FILE in held
         pointer = _pointer(staging, names) if replaces else None
         try:
@@ -76,7 +77,7 @@ def put_in_place(staging: Path, target: Path, keep: Callable[[Path], bool]) -> N
 
 
 def stale_files(
-    new: Collection[str], held: Collection[str], read: Callable[[str], bytes]
+    new: Collection[str], held: Collection[str], fetch: Callable[[str], Path]
 ) -> list[str]:
     """What is left of the checkpoint that a new one replaces: never another file.
 
@@ -86,7 +87,7 @@ def stale_files(
     Args:
         new: names of the files that are written; if none is a model's weights, nothing is stale.
         held: names of the files that are there.
-        read: gives the content of one that is there; called for an index only.
+        fetch: gives the path of one that is there; called for an index only.
     """
     stale: set[str] = set()
     for variant in {_variant(name) for name in new if _is_whole(name)}:
@@ -94,7 +95,7 @@ def stale_files(
         index = f"model.safetensors.index{infix}.json"
         stale |= {f"model{infix}.safetensors", index, REPORT_FILE, EVALUATION_FILE}
         if index in held:
-            shards = [name for name in _named_files(read(index)) if _SHARD.fullmatch(name)]
+            shards = [name for name in _named_files(fetch(index)) if _SHARD.fullmatch(name)]
             stale |= {name for name in shards if _variant(name) == variant}
     return sorted(stale.intersection(held).difference(new))
 
@@ -109,10 +110,10 @@ def _variant(name: str) -> str | None:
     return next((group for group in found.groups() if group), None) if found else None
 
 
-def _named_files(index: bytes) -> list[str]:
+def _named_files(index: Path) -> list[str]:
     try:
-        names = json.loads(index)["weight_map"].values()
-    except (ValueError, TypeError, KeyError, AttributeError):
+        names = read_json(index)["weight_map"].values()
+    except (OSError, CheckpointError, TypeError, KeyError, AttributeError):
         return []  # damaged: nothing can be said of its files
     return [name for name in names if isinstance(name, str)]
 

@@ -128,7 +128,8 @@ def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLaye
 
     Raises:
         CheckpointError: a file can't be read, is no safetensors file, has no or unknown sparse
-            metadata, or tensors that contradict them; names file and tensor.
+            metadata, tensors that contradict them, or is of another save than the others; names
+            file and tensor.
     """
     described: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Found] = {}
@@ -138,9 +139,9 @@ def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLaye
             raise _damaged(path, "a sparse checkpoint is stored in safetensors files only")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                described |= _parse(path, metadata.get(METADATA_KEY))
-                saves[path] = metadata.get(SAVE_KEY)
+                said = file.metadata() or {}
+                described |= _parse(path, said.get(METADATA_KEY))
+                saves[path] = said.get(SAVE_KEY)
                 for key in file.keys():  # noqa: SIM118
                     part = file.get_slice(key)
                     dtype = _DTYPES.get(part.get_dtype())

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..config.sparse_config import QUANT_METHOD, SAVE_KEY
 from ..core.errors import CheckpointError
+from ..core.json_records import read_json
 from .commit import INDEX
 from .staging import CONFIG_FILE
 
@@ -43,8 +44,8 @@ def mark_shards(folder: Path) -> None:
 
     Only if config.json is a sparse model's: no other reader asks for it.
     """
-    config = _read_json(folder / CONFIG_FILE)
-    index = _read_json(folder / INDEX)
+    config = _read_object(folder / CONFIG_FILE)
+    index = _read_object(folder / INDEX)
     settings = config.get("quantization_config")
     if not index or not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         return
@@ -71,8 +72,8 @@ def check_one_save(found: Mapping[str, str | None]) -> None:
     folder = Path(next(iter(found))).parent
     ids = dict(found)
     if all(Path(path).name.startswith(("model-", "model.safetensors")) for path in found):
-        settings = _read_json(folder / CONFIG_FILE).get("quantization_config")
-        about = _read_json(folder / INDEX).get("metadata") if len(found) > 1 else None
+        settings = _read_object(folder / CONFIG_FILE).get("quantization_config")
+        about = _read_object(folder / INDEX).get("metadata") if len(found) > 1 else None
         for name, content in ((CONFIG_FILE, settings), (INDEX, about)):
             # Who writes config.json anew, for a setting of his own, leaves the id out.
             if isinstance(content, dict) and SAVE_KEY in content:
@@ -109,10 +110,10 @@ def _with_metadata(header: bytes, more: Mapping[str, str]) -> bytes:
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; {} if there is none to be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path)
+    except (OSError, CheckpointError):
         return {}
     return content if isinstance(content, dict) else {}

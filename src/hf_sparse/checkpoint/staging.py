@@ -6,7 +6,6 @@ mount point or a link, and needs no right to write anywhere else.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -16,6 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..core.errors import CheckpointError
+from ..core.json_records import read_json
 
 if sys.platform != "win32":
     import fcntl
@@ -128,7 +130,7 @@ def _remove_dead(target: Path) -> None:
 def _named_by_config(target: Path) -> str | None:
     """The hidden folder in which config.json says that the weights are."""
     try:
-        content = json.loads((target / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = read_json(target / CONFIG_FILE)
         return str(content[POINTER]).partition("/")[0]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, CheckpointError, TypeError, KeyError):
         return None

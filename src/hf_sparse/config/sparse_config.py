@@ -22,6 +22,8 @@ from .checks import choice, fraction, from_pairs, group_width, integer, positive
 from .recipes import get_recipe, get_solver
 
 QUANT_METHOD = "hf_sparse"
+# In shards, their index and config.json: the id of the save that they are of.
+SAVE_KEY = "hf_sparse_save"
 DEFAULT_SPARSITY = 0.5
 
 
@@ -256,7 +258,7 @@ class SparseConfig(QuantizationConfigMixin):
         Raises:
             ConfigError: an unknown key; a newer version of this package may have written it.
         """
-        arguments = {k: v for k, v in config_dict.items() if k not in _NOT_ARGUMENTS}
+        arguments = {k: v for k, v in config_dict.items() if k not in ("quant_method", SAVE_KEY)}
         known = _ARGUMENTS
         if unknown := sorted(set(arguments) - set(known)):
             raise ConfigError(
