@@ -31,6 +31,7 @@ def read_json(
     path: str | os.PathLike[str],
     error: type[HfSparseError] = CheckpointError,
     *,
+    any_number: bool = False,
     largest: int = LARGEST_FILE,
 ) -> Any:
     """The content of a JSON file.
@@ -38,6 +39,7 @@ def read_json(
     Args:
         path: of a regular file.
         error: what is raised if it can't be used; names the file.
+        any_number: as for `parse_json`.
         largest: bytes.
 
     Raises:
@@ -55,7 +57,7 @@ def read_json(
         raise
     except (OSError, UnicodeDecodeError) as cause:
         raise error(f"{path} can't be read: {cause}") from None
-    return parse_json(text, str(path), error)
+    return parse_json(text, str(path), error, any_number=any_number)
 
 
 def parse_json(
