@@ -113,6 +113,31 @@ def parse_pattern(text: object, sparsity: float) -> Pattern:
     return NM(n, m)
 
 
+def partial_mask(
+    pattern: Pattern,
+    scores: Float[Tensor, "out in"],
+    share: float | Fraction,
+    *,
+    per_row: bool = False,
+) -> Bool[Tensor, "out in"]:
+    """The pattern's mask, of whose zeros only those of the lowest scores are there yet.
+
+    Args:
+        pattern: the final one; no weight is dropped on the way that an n:m mask would keep.
+        scores: as for the pattern's `mask`.
+        share: 0 to 1, how many of the pattern's zeros are there: the floor of it, of each row's
+            zeros or of all.
+        per_row: choose within each output row.
+    """
+    final = pattern.mask(scores, per_row=per_row)
+    if share >= 1:
+        return final
+    candidates = scores.masked_fill(final, math.inf)
+    rows = candidates if per_row else candidates.reshape(1, -1)
+    zeros = (final.numel() - int(torch.count_nonzero(final))) // max(1, len(rows))
+    return keep_highest(rows, math.floor(share * zeros)).view_as(scores)
+
+
 def keep_highest(scores: Float[Tensor, "rows n"], drop: int) -> Bool[Tensor, "rows n"]:
     """True except for the `drop` lowest scores of each row; of equal scores the earlier go first.
 

@@ -28,7 +28,7 @@ from ...core.logging import get_logger, progress_bar
 from ...formats import pack_weight
 from ...layers import SparseLinear
 from ...layers.blocks import find_blocks
-from ...layers.replace import Places, inherit
+from ...layers.replace import ModuleParents, inherit
 from ...solvers import Solution
 from ...solvers.layer_solver import dense_target
 from .adapted import Adapted, check_mergeable, find_adapted, merged_layer, stand_in, step_back
@@ -246,14 +246,14 @@ class _Merge:
 
     def finish(self, model: Any) -> Any:
         """Put the merged layers in their places for good, and have PEFT merge the rest."""
-        places = Places(self._base)
+        parents = ModuleParents(self._base)
         for tuner, layer in self._merged.items():
-            places.put(tuner, layer)
+            parents.put(tuner, layer)
         try:
             return model.merge_and_unload(safe_merge=True)
         except BaseException:
             for tuner, layer in self._merged.items():
-                places.put(layer, tuner)
+                parents.put(layer, tuner)
             raise
 
 
