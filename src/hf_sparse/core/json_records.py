@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from .errors import CheckpointError, HfSparseError
+from .errors import CheckpointError
 
 T = TypeVar("T")
 
@@ -29,8 +29,9 @@ _hints = cache(get_type_hints)  # a report may have tens of thousands of layers
 
 def read_json(
     path: str | os.PathLike[str],
-    error: type[HfSparseError] = CheckpointError,
+    error: type[Exception] = CheckpointError,
     *,
+    any_number: bool = False,
     largest: int = LARGEST_FILE,
 ) -> Any:
     """The content of a JSON file.
@@ -38,6 +39,7 @@ def read_json(
     Args:
         path: of a regular file.
         error: what is raised if it can't be used; names the file.
+        any_number: as for `parse_json`.
         largest: bytes.
 
     Raises:
@@ -55,13 +57,13 @@ def read_json(
         raise
     except (OSError, UnicodeDecodeError) as cause:
         raise error(f"{path} can't be read: {cause}") from None
-    return parse_json(text, str(path), error)
+    return parse_json(text, str(path), error, any_number=any_number)
 
 
 def parse_json(
     text: str,
     where: str,
-    error: type[HfSparseError] = CheckpointError,
+    error: type[Exception] = CheckpointError,
     *,
     any_number: bool = False,
 ) -> Any:
