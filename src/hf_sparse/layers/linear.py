@@ -74,7 +74,7 @@ class SparseLinear(PackedModule, nn.Linear):
         take(self, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in `nn.Module`; but of `layer.weight = nn.Parameter(...)` the values are taken over."""
+        """As in `nn.Module`; of `layer.weight = nn.Parameter(...)` the values are taken over."""
         if name == "weight":
             take(self, param)
         else:
