@@ -346,7 +346,7 @@ def test_models_that_are_none_are_refused_before_anything_is_loaded(fails, tmp_p
         assert "file is a file: pass the model's folder" in fails(
             *command, tmp_path / "file", *more
         )
-        assert "odd can't be read" in fails(*command, tmp_path / "odd", *more)
+        assert "is not JSON" in fails(*command, tmp_path / "odd", *more)
         said = fails(*command, "nobody/nothing", *more)
         assert "no folder nobody/nothing, and from the Hub: the Hub can't be reached" in said
     assert not (tmp_path / "out").exists()
