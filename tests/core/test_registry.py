@@ -42,6 +42,14 @@ def test_a_registry_is_read_like_a_dict_in_the_order_of_registration(shapes):
     assert shapes.find("oval") is cls
 
 
+def test_a_class_can_stand_before_another(shapes):
+    shapes.register(shape("oval"), before="square")
+    assert list(shapes) == ["circle", "oval", "square"]
+    with pytest.raises(ConfigError, match="shape='sqare' does not exist; did you mean 'square'"):
+        shapes.register(shape("star"), before="sqare")
+    assert list(shapes) == ["circle", "oval", "square"]
+
+
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
@@ -117,6 +125,12 @@ def test_a_method_that_a_run_could_not_use_is_refused(no_traces, cls, words):
     with pytest.raises(RegistrationError) as caught:
         hf_sparse.register_solver(cls)
     assert words in str(caught.value)
+
+
+def test_a_method_with_a_field_that_no_config_has_is_refused(no_traces):
+    cls = type("Mine", (solver(),), {"__annotations__": {"temperature": float}, "temperature": 1.0})
+    with pytest.raises(RegistrationError, match=r"Mine has a field 'temperature'.*ClassVar"):
+        hf_sparse.register_solver(dataclass(frozen=True)(cls))
 
 
 def test_a_method_that_is_no_frozen_value_is_refused(no_traces):

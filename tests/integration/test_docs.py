@@ -14,6 +14,7 @@ import pytest
 import hf_sparse
 from conftest import ROOT
 from hf_sparse.formats import FORMATS
+from hf_sparse.kernels import KERNELS
 from hf_sparse.solvers import SOLVERS
 from hf_sparse_cli import main
 
@@ -40,7 +41,8 @@ def run_commands(block):
 @pytest.fixture
 def registries(monkeypatch):
     """What a page registers is gone after it."""
-    monkeypatch.setattr(SOLVERS, "_classes", dict(SOLVERS))
+    for registry in (SOLVERS, KERNELS):
+        monkeypatch.setattr(registry, "_classes", dict(registry))
     before = dict(FORMATS)
     yield
     FORMATS.clear()
@@ -68,14 +70,6 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, registries):
             (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block)
         else:
             run_commands(block)
-
-
-def test_the_readme_lists_every_argument_of_the_config():
-    from hf_sparse import SparseConfig
-
-    text = (ROOT / "README.md").read_text()
-    arguments = set(SparseConfig.__init__.__annotations__) - {"return", "allocation"}
-    assert [name for name in sorted(arguments) if f"`{name}`" not in text] == []
 
 
 def test_links_between_pages_lead_somewhere():

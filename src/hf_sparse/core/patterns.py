@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from .errors import ConfigError
+from .untrusted_text import brief
 
 # Scores in a row up to which all pairs are compared.
 SHORT_ROW = 32
@@ -97,10 +98,11 @@ def parse_pattern(text: object, sparsity: float) -> Pattern:
     """
     if text == "unstructured":
         return Unstructured(sparsity)
-    match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text) if isinstance(text, str) else None
     if match is None:
         raise ConfigError(
-            f"pattern={text!r} is not known: pass 'unstructured' or 'n:m' (n kept of m), e.g. '2:4'"
+            f"pattern={brief(text)} is not known: pass 'unstructured' or 'n:m' (n kept of m), e.g. "
+            "'2:4'"
         )
     n, m = int(match[1]), int(match[2])
     if not 1 <= n < m:
