@@ -85,7 +85,7 @@ def card_values(subject: Subject) -> dict[str, Any]:
     """Everything that the template asks for but metadata."""
     settings = subject.settings
     asked = settings["sparsity"]
-    values = {
+    values: dict[str, Any] = {
         "name": subject.name,
         "base": subject.base,
         "base_name": subject.base_name,
@@ -101,7 +101,7 @@ def card_values(subject: Subject) -> dict[str, Any]:
         "evaluation": subject.evaluation,
         "weight_bytes": subject.weight_bytes,
     }
-    return shown(values) | {"snippet": _snippet(subject)}
+    return {**shown(values), "snippet": _snippet(subject)}
 
 
 def _report(report: PruningReport) -> dict[str, Any]:
