@@ -23,6 +23,8 @@ from .json_values import as_pairs, describe_dataset, describe_tokenizer, read_da
 from .recipes import get_recipe, get_solver
 
 QUANT_METHOD = "hf_sparse"
+# In shards, their index and config.json: the id of the save that they are of.
+SAVE_KEY = "hf_sparse_save"
 
 
 class SparseConfig(Arguments, QuantizationConfigMixin):
@@ -112,7 +114,8 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         if self.dataset is None and needed:
             raise ConfigError(
                 f"{self._describe_needs()} needs calibration data: pass dataset= a Hub id, the "
-                "path of a text, JSON, csv or parquet file, or a list of strings, token ids or dicts"
+                "path of a text, JSON, csv or parquet file, or a list of strings, token ids or "
+                "dicts"
             )
 
     def _describe_needs(self) -> str:
@@ -146,7 +149,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         Raises:
             ConfigError: an unknown key; a newer version of this package may have written it.
         """
-        arguments = {k: v for k, v in config_dict.items() if k != "quant_method"}
+        arguments = {k: v for k, v in config_dict.items() if k not in ("quant_method", SAVE_KEY)}
         if unknown := sorted(set(arguments) - set(ARGUMENTS)):
             raise unknown_arguments(
                 unknown,
