@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for each other
 os.environ["HF_SPARSE_MEASURE"] = "0"  # the choice of kernels must not depend on how busy we are
 
 import torch
@@ -40,7 +41,6 @@ from hf_sparse_cli import main
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT.parent / "shared" / "fixtures"
 logging.disable_progress_bar()
-torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 
 def pytest_addoption(parser):

@@ -2,9 +2,8 @@
 
 import copy
 import json
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from peft import PeftModel
@@ -241,9 +240,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
 
 def test_plain_transformers_refuses_the_checkpoint(pruned, tmp_path):
     pruned.save_pretrained(tmp_path)
-    result = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
+    result = fresh.run(PLAIN, tmp_path)
     assert result.returncode != 0
     assert "mismatch" in result.stderr.lower()
 

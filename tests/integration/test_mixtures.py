@@ -3,9 +3,8 @@
 import copy
 import json
 import math
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from safetensors import safe_open
@@ -305,12 +304,7 @@ def test_plain_transformers_makes_up_no_experts(make, tmp_path):
             config = json.loads((tmp_path / "config.json").read_text())
             del config["quantization_config"]
             (tmp_path / "config.json").write_text(json.dumps(config))
-        result = subprocess.run(
-            [sys.executable, "-c", PLAIN, str(tmp_path)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        result = fresh.run(PLAIN, tmp_path)
         assert result.returncode != 0
         # Where the family's own checkpoints are split by expert, merging fails before loading.
         assert "mismatch" in result.stderr.lower() or "get_submodule" in result.stderr

@@ -2,9 +2,8 @@
 
 import copy
 import json
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -160,9 +159,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_plain_transformers_refuses_the_checkpoint(pruned, layout, tmp_path):
     quantise(pruned, Grid(8, 8, True), layout).save_pretrained(tmp_path)
-    result = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
+    result = fresh.run(PLAIN, tmp_path)
     assert result.returncode != 0
     assert "hf_sparse" in result.stderr
     assert "mismatch" in result.stderr.lower()
