@@ -119,6 +119,12 @@ def test_a_method_that_a_run_could_not_use_is_refused(no_traces, cls, words):
     assert words in str(caught.value)
 
 
+def test_a_method_with_a_field_that_no_config_has_is_refused(no_traces):
+    cls = type("Mine", (solver(),), {"__annotations__": {"temperature": float}, "temperature": 1.0})
+    with pytest.raises(RegistrationError, match=r"Mine has a field 'temperature'.*ClassVar"):
+        hf_sparse.register_solver(dataclass(frozen=True)(cls))
+
+
 def test_a_method_that_is_no_frozen_value_is_refused(no_traces):
     class Plain(Solver):
         name = "plain"

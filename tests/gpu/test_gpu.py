@@ -1,14 +1,17 @@
 """What only a GPU shows: `python -m pytest -n 0 -m gpu tests/gpu`.
 
-The property tests in tests/kernels/gpu/test_sliced_weight.py and
+The property tests in tests/kernels/gpu/test_sliced_product.py and
 tests/solvers/test_sparsegpt_triton.py run on a GPU by themselves where there is one.
 """
 
 import copy
+import sys
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sparsegpt_loop import sparsegpt_loop
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import CompileConfig
 
@@ -16,11 +19,12 @@ import hf_sparse
 from hf_sparse import SparseConfig, SparseLinear
 from hf_sparse.calibration.sums import StatisticsCollector
 from hf_sparse.core.patterns import NM, Unstructured
-from hf_sparse.core.statistics import Needs
+from hf_sparse.core.statistics import Needs, Statistics
 from hf_sparse.formats import Bitmask
 from hf_sparse.formats.n_of_m import NMPacked
 from hf_sparse.kernels import Stored, dense
-from hf_sparse.kernels.gpu import kernel, semi_structured, timing
+from hf_sparse.kernels.gpu import kernel, product, room, semi_structured, timing
+from hf_sparse.solvers.sparsegpt import SparseGPT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,12 +61,12 @@ def test_every_way_multiplies_large_weights(shape, sparsity, tokens):
     packed = kernel.SlicedKernel.of(
         Stored(Bitmask(), Bitmask().pack(weight), shape, weight.dtype)
     )._weight
-    for way in kernel.WAYS.values():
+    for way in product.WAYS.values():
         found = way(x, packed)
         assert relative(found, expected) < 4e-3
         assert torch.equal(found, way(x, packed))  # the same every time
     grad = torch.randn(tokens, shape[0], device="cuda").bfloat16()
-    found = kernel._windows_transposed(grad, packed)
+    found = product._decoded_transposed(grad, packed)
     assert relative(found, grad.double() @ weight.double()) < 1e-2
 
 
@@ -126,12 +130,12 @@ def test_dense_takes_over_only_where_there_is_room(monkeypatch):
     weight = pruned((256, 256))
     stored = Stored(Bitmask(), Bitmask().pack(weight), (256, 256), weight.dtype)
     monkeypatch.setenv("HF_SPARSE_MEASURE", "1")
-    slow = {each.name: dict.fromkeys(each.ways, 0.5) for each in kernel.CLASSES}
+    slow = {each.name: dict.fromkeys(each.ways, 0.5) for each in product.CLASSES}
     monkeypatch.setattr(timing, "over_dense", lambda *_: slow)
-    monkeypatch.setattr(timing, "FREE_SHARE", 0.0)
+    monkeypatch.setattr(room, "FREE_SHARE", 0.0)
     assert kernel.SlicedKernel.consider(stored).kernel is None
     assert dense.DenseKernel.consider(stored).kernel is not None
-    monkeypatch.setattr(timing, "FREE_SHARE", 1.0)
+    monkeypatch.setattr(room, "FREE_SHARE", 1.0)
     considered = kernel.SlicedKernel.consider(stored)
     assert considered.kernel is not None
     assert "stays packed" in considered.verdict.reason
@@ -166,7 +170,7 @@ def test_2_4_products_agree_with_f_linear_in_both_half_types():
     for dtype in semi_structured.HALVES:
         weight = pruned((64, 128), NM(2, 4), dtype)
         x = torch.randn(9, 128, device="cuda", dtype=dtype)
-        found = semi_structured.SemiWeight.of(weight).linear(x)
+        found = semi_structured.SemiStructuredWeight.of(weight)(x)
         torch.testing.assert_close(found, F.linear(x, weight), rtol=2e-2, atol=2e-2)
 
 
@@ -196,3 +200,28 @@ def test_layers_on_another_gpu_than_the_current_one_multiply(pattern):
         assert relative(layer(x), x.double() @ weight.double().T) < 4e-3
     with pytest.raises((ValueError, RuntimeError)):
         layer(x.to("cuda:0"))
+
+
+@pytest.mark.benchmarks
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)], ids=str)
+def test_sparsegpt_solves_as_well_as_its_loop_over_columns(pattern, capsys):
+    weight = torch.randn(4096, 11008, device="cuda")
+    inputs = torch.randn(4096, 11008, device="cuda") @ torch.randn(11008, 11008, device="cuda")
+    hessian = inputs.T @ inputs / len(inputs)
+
+    def ours():
+        known = Statistics(1, weight[:1], hessian=hessian)
+        return SparseGPT().solve(weight, known, pattern).weight
+
+    errors, seconds = [], []
+    for solve in (ours, lambda: sparsegpt_loop(weight, hessian, pattern)):
+        change = solve() - weight  # compiles, too
+        errors.append(float(((change @ hessian) * change).sum()))
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        solve()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+    with capsys.disabled():
+        sys.stdout.write(f"\n{pattern}: {seconds[0]:.3f} s, the loop {seconds[1]:.3f} s\n")

@@ -70,14 +70,6 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, registries):
             run_commands(block)
 
 
-def test_the_readme_lists_every_argument_of_the_config():
-    from hf_sparse import SparseConfig
-
-    text = (ROOT / "README.md").read_text()
-    arguments = set(SparseConfig.__init__.__annotations__) - {"return", "allocation"}
-    assert [name for name in sorted(arguments) if f"`{name}`" not in text] == []
-
-
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

@@ -110,7 +110,10 @@ def changed(**values) -> str:
         (changed(name=7), "file.json, layers, 0, name: 7 is no str"),
         (changed(zeros=-1), "zeros: -1 is no count"),
         (changed(zeros=True), "zeros: True is no int"),
-        (changed(sparsity=float("inf")), "file.json .* a number is beyond 2\\^63 or not finite: inf"),
+        (
+            changed(sparsity=float("inf")),
+            "file.json .* a number is beyond 2\\^63 or not finite: inf",
+        ),
         (changed(sparsity=1.5), "the counts of layers.0.q_proj contradict each other"),
         (changed(zeros=41), "the counts of layers.0.q_proj contradict each other"),
         (changed(bytes_before=0), "the counts of layers.0.q_proj contradict each other"),

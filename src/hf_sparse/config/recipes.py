@@ -7,11 +7,12 @@ can also be said in `SparseConfig`; what is said there goes before what the reci
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 from ..core.errors import ConfigError, RegistrationError
 from ..core.registry import unknown_name
 from ..solvers import SOLVERS, Solver
+from .arguments import ARGUMENTS
 
 
 @dataclass(frozen=True)
@@ -80,4 +81,10 @@ def register_solver(cls: type[Solver]) -> type[Solver]:
     """
     if getattr(cls, "name", None) in RECIPES:
         raise RegistrationError(f"method {cls.name!r} is a recipe already: take another name")
+    own: list[str] = [field.name for field in fields(cls)] if is_dataclass(cls) else []
+    if unknown := [name for name in own if name not in ARGUMENTS]:
+        raise RegistrationError(
+            f"{cls.__name__} has a field {unknown[0]!r}: its fields are arguments of SparseConfig, "
+            "whose values they get; make what is no argument a ClassVar"
+        )
     return SOLVERS.register(cls)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from .errors import CheckpointError, HfSparseError
+from .errors import CheckpointError
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ _hints = cache(get_type_hints)  # a report may have tens of thousands of layers
 
 def read_json(
     path: str | os.PathLike[str],
-    error: type[HfSparseError] = CheckpointError,
+    error: type[Exception] = CheckpointError,
     *,
     any_number: bool = False,
     largest: int = LARGEST_FILE,
@@ -63,7 +63,7 @@ def read_json(
 def parse_json(
     text: str,
     where: str,
-    error: type[HfSparseError] = CheckpointError,
+    error: type[Exception] = CheckpointError,
     *,
     any_number: bool = False,
 ) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from .errors import ConfigError, RegistrationError
+from .untrusted_text import brief
 
 T = TypeVar("T")
 
@@ -92,6 +93,12 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
     """In words: there is no such thing, did you mean ..., and all that there is."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, 1) if isinstance(name, str) else []
-    hint = f"; did you mean {near[0]!r}? Pass" if near else ": pass"
-    return f"{what}={name!r} does not exist{hint} one of {', '.join(known)}"
+    near = did_you_mean(name, known)
+    hint = f"; {near} Pass" if near else ": pass"
+    return f"{what}={brief(name)} does not exist{hint} one of {', '.join(known)}"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """In words, the known name that is nearest; "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), 1) if isinstance(name, str) else []
+    return f"did you mean {near[0]!r}?" if near else ""

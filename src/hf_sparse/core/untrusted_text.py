@@ -28,6 +28,15 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
+def brief(value: object, most: int = 80) -> str:
+    """What somebody passed, for an error: its `repr` in a line of at most so many letters."""
+    try:
+        text = printable(repr(value))
+    except Exception:  # an integer of many digits, a list in itself a thousand times, ...
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def markdown_text(text: str) -> str:
     """For a line of Markdown: no link, no HTML, no emphasis comes of it, and it stays one line."""
     escaped = _MARKDOWN.sub(r"\\\g<0>", printable(text))

@@ -15,7 +15,7 @@ from ..core.low_rank import LowRank
 from ..core.statistics import OutputMetric
 from ..formats import Dense, choose_format
 from ..formats.bitmask import Bitmask
-from ..layers.replace import Places, pack_linear, write_weight
+from ..layers.replace import ModuleParents, pack_linear, write_weight
 from ..solvers import Solution
 from ..solvers.layer_solver import LayerSolver
 from .plan import LayerPlan
@@ -42,7 +42,7 @@ class PrunedLayer:
     sparse: Tensor | None
     low_rank: LowRank | None
 
-    def pack(self, places: Places, requested: str) -> LayerReport:
+    def pack(self, parents: ModuleParents, requested: str) -> LayerReport:
         """Put a sparse layer in its place, in the format that was asked for; the whole report."""
         module, pattern, low_rank = self.plan.target.module, self.plan.pattern, self.low_rank
         with self.plan.target.weight() as whole:
@@ -53,7 +53,7 @@ class PrunedLayer:
             if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
                 fmt = choose_format(weight, pattern, Bitmask.name)
             sparse = pack_linear(module, weight, fmt, self.quantized, low_rank)
-            places.replace(module, sparse)
+            parents.replace(module, sparse)
             stored = sparse.resident_bytes()  # before a kernel takes the weight over
             sparse.resolve()
         return replace(

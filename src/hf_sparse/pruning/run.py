@@ -28,7 +28,7 @@ from ..core.logging import get_logger, progress_bar
 from ..core.statistics import OutputMetric
 from ..kernels.machine import Environment
 from ..layers.blocks import Block, find_blocks
-from ..layers.replace import Places
+from ..layers.replace import ModuleParents
 from ..layers.select import select_targets
 from ..solvers import Solver, make_solver
 from ..solvers.layer_solver import LayerSolver
@@ -115,7 +115,7 @@ class _Run:
         measurements: DenseMeasurements,
     ) -> None:
         self._model, self._config, self._facts = model, config, measurements
-        self._places = Places(model)
+        self._parents = ModuleParents(model)
         self._solver = LayerSolver(
             solver, config.refit, config.damp_percent, config.grid, config.low_rank
         )
@@ -241,7 +241,7 @@ class _Run:
     def _pack(self) -> None:
         """Replace the layers pruned since by sparse ones, and complete their reports."""
         for pruned in self._pruned.values():
-            self._layers.append(pruned.pack(self._places, self._config.format))
+            self._layers.append(pruned.pack(self._parents, self._config.format))
         self._pruned.clear()
 
 

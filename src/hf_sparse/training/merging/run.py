@@ -28,7 +28,7 @@ from ...core.logging import get_logger, progress_bar
 from ...formats import pack_weight
 from ...layers import SparseLinear
 from ...layers.blocks import find_blocks
-from ...layers.replace import Places, inherit
+from ...layers.replace import ModuleParents, inherit
 from ...solvers import Solution
 from ...solvers.layer_solver import dense_target
 from .adapted import Adapted, check_mergeable, find_adapted, merged_layer, stand_in, step_back
@@ -120,7 +120,8 @@ def _config(policy: str, dataset: Any, damp: float, refit: int, **data: Any) -> 
     if dataset is None:
         raise ConfigError(
             "policy='resolve' needs calibration data: pass dataset= a Hub id, the path of a text, "
-            "jsonl or parquet file, or a list of strings, token ids or dicts; or policy='masked'"
+            "JSON, csv or parquet file, or a list of strings, token ids or dicts; or "
+            "policy='masked'"
         )
     if refit < 1:
         raise ConfigError(f"refit={refit} must be at least 1: without steps pass policy='masked'")
@@ -246,14 +247,14 @@ class _Merge:
 
     def finish(self, model: Any) -> Any:
         """Put the merged layers in their places for good, and have PEFT merge the rest."""
-        places = Places(self._base)
+        parents = ModuleParents(self._base)
         for tuner, layer in self._merged.items():
-            places.put(tuner, layer)
+            parents.put(tuner, layer)
         try:
             return model.merge_and_unload(safe_merge=True)
         except BaseException:
             for tuner, layer in self._merged.items():
-                places.put(layer, tuner)
+                parents.put(layer, tuner)
             raise
 
 
