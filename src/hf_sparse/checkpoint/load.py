@@ -14,8 +14,8 @@ from ..layers import SparseLinear
 from ..layers.axes import Axes
 from ..layers.conv import sparse_class
 from ..layers.experts import is_fused, unfuse
+from ..layers.prunable import is_prunable
 from ..layers.replace import Places
-from ..layers.select import is_prunable
 from .headers import PackedLayer
 
 

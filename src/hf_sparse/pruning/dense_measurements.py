@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..calibration.batches import Batch, CalibrationData
 from ..calibration.block_walk import BlockWalk
-from ..calibration.layer_inputs import collect_statistics
+from ..calibration.layer_statistics import collect_statistics
 from ..calibration.output_gradients import SHARE, collect_metrics
 from ..config.sparse_config import SparseConfig
 from ..core.errors import SolveError

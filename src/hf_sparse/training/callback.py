@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config.sparse_config import SparseConfig
@@ -18,7 +18,7 @@ from ..core.logging import get_logger
 from ..core.patterns import Pattern
 from ..layers import sparse_layers
 from ..layers.default_dense import default_dense
-from ..layers.select import Target, find_routers, layer_sparsity, select_targets
+from ..layers.select import Target, layer_sparsity, select_targets
 from .input_norms import InputNorms
 from .masks import Masks, stored_mask
 from .schedule import Cubic, partial_mask
@@ -166,11 +166,8 @@ class SparsityCallback(TrainerCallback):
             self._held[target.name] = target
 
     def _targets(self, model: nn.Module) -> tuple[Target, ...]:
-        left_dense = find_routers(model)
-        if isinstance(model, PreTrainedModel):
-            left_dense |= default_dense(model)
-        config = self._config
-        chosen = select_targets(model, config.targets, config.modules_to_not_convert, left_dense)
+        config, dense = self._config, default_dense(model)
+        chosen = select_targets(model, config.targets, config.modules_to_not_convert, dense)
         return chosen.targets
 
     def _choose(self, step: int, resumed: bool = False) -> None:
