@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from .linear import SparseLinear
@@ -53,7 +53,7 @@ def why_not_prunable(module: nn.Module) -> str | None:
         if reason is not None:
             return f"{reason}, no linear layer"
     reason = _why_remade(module)
-    if reason is None and isinstance(module, nn.Linear) and not _computes_linear(type(module)):
+    if reason is None and isinstance(module, nn.Linear) and not _computes_linear(type(module)):  # type: ignore[arg-type]
         reason = f"{_named(module)} computes in a way of its own"
     reason = reason or _why_more_than_linear(module)
     if reason is None and "forward" in vars(module) and not hasattr(module, "_hf_hook"):
@@ -90,7 +90,7 @@ def _why_more_than_linear(module: nn.Module) -> str | None:
     if extra or not isinstance(module._parameters.get("weight"), nn.Parameter):
         held = ", ".join(extra) or "no parameter `weight`"
         return f"besides a weight and a bias it holds {held}, which a sparse layer would lose"
-    if isinstance(module.weight, UninitializedTensorMixin):
+    if isinstance(module.weight, UninitializedParameter):
         return "its weight isn't initialised: run the model once first"
     return None if module.weight.numel() else "its weight is empty"  # type: ignore[operator,union-attr]
 
