@@ -1,6 +1,7 @@
 """What every test shares: checked shapes, no network, the models and texts of the project."""
 
 import os
+import runpy
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,6 +41,21 @@ ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT.parent / "shared" / "fixtures"
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--register",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="run a Python file that registers a method, format or kernel, for the contract tests",
+    )
+
+
+def pytest_configure(config):
+    for file in config.getoption("--register"):
+        runpy.run_path(file)
 
 
 @pytest.fixture

@@ -189,3 +189,10 @@ def test_the_reading_of_imports_finds_what_python_imports():
         }
         folders = {origin.split(".")[0] for origin in origins} - {name.split(".")[0]}
         assert folders <= {target.split(".")[0] for target in internal(name, path)}
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name.startswith("kernels.gpu.")])
+def test_kernels_of_gpus_know_none_of_the_cpu_s_and_the_other_way_round(name):
+    assert not {target for target in internal(name, modules()[name]) if ".cpu." in target}
+    for other in (name for name in modules() if name.startswith("kernels.cpu.")):
+        assert not {target for target in internal(other, modules()[other]) if ".gpu." in target}

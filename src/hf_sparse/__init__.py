@@ -7,6 +7,7 @@ from importlib.metadata import version as _version
 
 from .checkpoint.compressed_tensors import Conversion, convert_checkpoint
 from .checkpoint.dense_export import export_dense
+from .config.recipes import register_solver
 from .config.sparse_config import SparseConfig
 from .core.data_record import DataRecord
 from .core.errors import (
@@ -19,6 +20,7 @@ from .core.errors import (
     HfSparseError,
     HubError,
     PackageError,
+    RegistrationError,
     SaveError,
     SolveError,
     TargetError,
@@ -73,6 +75,7 @@ __all__ = [
     "PackageError",
     "Perplexity",
     "PruningReport",
+    "RegistrationError",
     "SaveError",
     "SolveError",
     "SparseConfig",
@@ -95,6 +98,7 @@ __all__ = [
     "merge_adapter",
     "perplexity",
     "prune",
+    "register_solver",
     "split_low_rank",
     "write_report",
 ]

@@ -24,7 +24,7 @@ from .layers import SparseLinear, sparse_layers
 from .layers.conv import dense_twin
 from .layers.experts import SparseExperts, fuse
 from .layers.head import restore_head, speed_up_head
-from .layers.replace import Places, unpack_linear
+from .layers.replace import ModuleParents, unpack_linear
 from .pruning.prune import prune_in_place, require_dense
 from .pruning.report import PruningReport
 from .pruning.saved_report import saved_report
@@ -150,10 +150,10 @@ class SparseQuantizer(HfQuantizer):
             dtype = None  # the config's, which is a mere string once the model has been saved
         for experts in [m for m in model.modules() if isinstance(m, SparseExperts)]:
             fuse(model, experts, dtype)
-        places = Places(model)
+        parents = ModuleParents(model)
         for name, sparse in sparse_layers(model).items():
             dense = unpack_linear(sparse, _dense_twin(sparse), dtype or sparse.weight_dtype)
-            places.replace(sparse, dense)
+            parents.replace(sparse, dense)
             logger.debug("%s is dense again", name)
         restore_head(model)
         for module in model.modules():

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from .failures import sentence
+from .plain import printable
 
 
 class Result(Protocol):
@@ -74,7 +75,9 @@ def register(app: typer.Typer, command: Command) -> None:
             options["settings"] = {k: v for k, v in given.items() if v not in (None, [])}
         with one_sentence(debug):
             result = command.function(**options)
-            text = json.dumps(result.to_dict(), indent=2) if as_json else str(result)
+            # Names and texts come from files: none of them is to move the terminal's cursor.
+            plain = printable(str(result), keep="\n")
+            text = json.dumps(result.to_dict(), indent=2) if as_json else plain
         sys.stdout.write(text + "\n")
 
     parameters = [*(p for p in own.values() if p.name != "settings"), *command.generated, *shared]

@@ -6,6 +6,8 @@ import errno
 import sys
 from collections.abc import Iterator
 
+from .plain import printable
+
 
 class Failure(Exception):  # noqa: N818 - what went wrong is the user's to mend
     """A command can't do what was asked; the message is the sentence that the user reads."""
@@ -16,8 +18,8 @@ def sentence(error: BaseException) -> str:
     for cause in _chain(error):
         text = _known(cause)
         if text is not None:
-            return " ".join(text.split())
-    first = next(iter(str(error).strip().splitlines()), "")
+            return printable(" ".join(text.split()))
+    first = printable(next(iter(str(error).strip().splitlines()), ""))
     return f"{type(error).__name__}: {first} (--debug shows where it comes from)"
 
 

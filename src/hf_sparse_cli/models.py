@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .failures import Failure, sentence
+from .plain import read_json
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
@@ -38,10 +38,7 @@ def read_config(model: str, revision: str | None) -> dict[str, Any]:
         raise Failure(f"there is no folder {model}")
     else:
         file = _download_config(model, revision)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise Failure(f"the config.json of {model} can't be read: {error}") from None
+    content = read_json(file, Failure, any_number=True)  # some configs hold an infinity
     if not isinstance(content, dict):
         raise Failure(f"the config.json of {model} holds no object")
     return content

@@ -50,7 +50,7 @@ def tiny(monkeypatch, tmp_path):
         def copy(self):
             return self
 
-        def linear(self, x):
+        def __call__(self, x):
             return torch.nn.functional.linear(x, self.own)
 
     shapes = ((24, 64),)
@@ -64,7 +64,8 @@ def tiny(monkeypatch, tmp_path):
     for name, value in {
         "DEVICE": "cpu", "COPIED_BYTES": 1 << 20, "DECODE_SHAPES": shapes, "PREFILL_SHAPES": shapes,
         "PREFILL_TOKENS": 70, "SOLVED": (24, 256), "NEW_TOKENS": 3, "CALIBRATION": (4, 64),
-        "LLAMA_8B": small, "LLAMA_7B": small, "FEW_BLOCKS": 1, "VOCABULARY": 97, "SemiWeight": Semi,
+        "LLAMA_8B": small, "LLAMA_7B": small, "FEW_BLOCKS": 1, "VOCABULARY": 97,
+        "SemiStructuredWeight": Semi,
     }.items():  # fmt: skip
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setattr(gpu.timing, "graph_seconds", seconds)
@@ -84,7 +85,7 @@ def test_every_part_runs_and_is_written_as_soon_as_it_has(tiny, monkeypatch):
         gpu.write(tiny, found)
         seen.append(set(json.loads((tiny / "gpu.json").read_text())) & set(gpu.PARTS))
     assert seen == [set(list(gpu.PARTS)[: n + 1]) for n in range(len(gpu.PARTS))]
-    # Per shape and sparsity: 1 and 4 tokens directly, 16 in two ways.
+    # Per shape and sparsity: 1 and 4 tokens packed, 16 in two ways.
     assert len(found["decode"]) == 3 * 4
     assert all(point["difference"] < 1e-2 for point in found["decode"] + found["prefill"])
     assert {point["tokens"] for point in found["prefill"]} >= {1, 16, 70}
@@ -95,8 +96,8 @@ def test_every_part_runs_and_is_written_as_soon_as_it_has(tiny, monkeypatch):
 
 
 def test_a_product_that_is_wrong_ends_it(tiny, monkeypatch):
-    monkeypatch.setitem(gpu.WAYS, "direct", lambda x, weight: x.new_zeros(len(x), weight.shape[0]))
-    with pytest.raises(RuntimeError, match=r"direct.* is off by"):
+    monkeypatch.setitem(gpu.WAYS, "packed", lambda x, weight: x.new_zeros(len(x), weight.shape[0]))
+    with pytest.raises(RuntimeError, match=r"packed.* is off by"):
         next(gpu.measure(("decode",), 1))
 
 
@@ -108,9 +109,9 @@ def test_without_a_gpu_it_says_that_it_needs_one():
 
 
 def test_the_table_has_a_row_for_each_product(tmp_path):
-    point = gpu.ProductPoint("direct", (8, 16), 0.5, 1, 1e-6, 2e-6, 2.0, 0.6, 0.7, 1e-3)
+    point = gpu.ProductPoint("packed", (8, 16), 0.5, 1, 1e-6, 2e-6, 2.0, 0.6, 0.7, 1e-3)
     found = {"machine": "GPU", "copy_bandwidth": 4e12, "decode": [vars(point)], "solve": [{"a": 1}]}
     text = gpu.write(tmp_path, found)
-    assert "| direct | 8x16 | 50% | 1 | 1.0 | 2.0 | 2.00 | 0.600 | 0.70 |" in text
+    assert "| packed | 8x16 | 50% | 1 | 1.0 | 2.0 | 2.00 | 0.600 | 0.70 |" in text
     assert "4.00 TB/s" in text
     assert json.loads((tmp_path / "gpu.json").read_text())["solve"] == [{"a": 1}]

@@ -2,82 +2,79 @@
 
 import inspect
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 
 from hf_sparse import ConfigError, SparseConfig
-from hf_sparse_cli import options
+from hf_sparse.config.argument import Argument
 from hf_sparse_cli.failures import Failure
-from hf_sparse_cli.options import Argument, config_arguments, config_parameters, make_config
+from hf_sparse_cli.options import config_parameters, make_config, option_value, parameter
+from hf_sparse_cli.plain import ARGUMENTS
 
 
 def test_every_argument_has_an_option_and_every_option_an_argument():
     arguments = list(inspect.signature(SparseConfig).parameters)
-    assert list(config_arguments()) == arguments
     assert [parameter.name for parameter in config_parameters()] == arguments
 
 
-def test_annotations_are_those_of_the_class():
-    for name, parameter in inspect.signature(SparseConfig).parameters.items():
-        parts = [part.strip() for part in str(parameter.annotation).split(" | ")]
-        assert list(config_arguments()[name].kinds) == [part for part in parts if part != "None"]
-
-
-def test_every_option_has_the_docstring_s_text():
+def test_every_option_says_what_the_docstring_says_and_its_default():
     doc = " ".join((SparseConfig.__doc__ or "").split())
-    for argument in config_arguments().values():
-        assert len(argument.text) > 10
-        assert f"{argument.name}: {argument.text}" in doc
+    for made in config_parameters():
+        text = made.annotation.__metadata__[0].help.removeprefix("May be repeated. ")
+        said, _, default = text.removesuffix("]").partition("  [default: ")
+        assert f"{made.name}: {said} Default {default}." in doc
 
 
-def config_source(tmp_path, monkeypatch, signature, doc=""):
-    """Pretend that SparseConfig is another class."""
-    (tmp_path / "__init__.py").touch()
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "sparse_config.py").write_text(
-        f'class SparseConfig:\n    """A config.\n\n    Args:\n{doc}\n    """\n\n'
-        f"    def __init__(self, {signature}) -> None: ...\n"
-    )
-
-    class Spec:
-        origin = str(tmp_path / "__init__.py")
-
-    monkeypatch.setattr(options, "find_spec", lambda name: Spec)
-    config_arguments.cache_clear()
+def argument(name, default, *kinds):
+    made = Argument(default, "Help.", "group")
+    made.name, made.kinds = name, kinds
+    return made
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    yield
-    config_arguments.cache_clear()
-
-
-def test_a_new_argument_has_an_option_at_once(tmp_path, monkeypatch):
-    signature = "bits: int | None = None, sym: bool = SYMMETRIC, *, stages: list[Any] | str = ()"
-    doc = "        bits: of a value,\n            2 to 8.\n        sym: around 0?"
-    config_source(tmp_path, monkeypatch, signature, doc)
-    assert config_arguments() == {
-        "bits": Argument("bits", ("int",), "of a value, 2 to 8."),
-        "sym": Argument("sym", ("bool",), "around 0?"),
-        "stages": Argument("stages", ("list[Any]", "str"), ""),
-    }
-    assert [parameter.name for parameter in config_parameters()] == ["bits", "sym", "stages"]
+@pytest.mark.parametrize(
+    ("made", "option", "kind"),
+    [
+        (argument("some_bits", None, int), "--some-bits", int),
+        (argument("sym", True, bool), "--sym/--no-sym", bool),
+        (argument("data", None, Any), "--data", str),
+        (argument("targets", None, Sequence[str]), "--targets", list[str]),
+        (argument("sparsity", None, float, Mapping[str, float]), "--sparsity", str),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_option_is_made_of_an_argument_s_name_and_types(made, option, kind):
+    annotation = parameter(made).annotation
+    assert annotation.__origin__ == kind | None
+    assert annotation.__metadata__[0].default == option
 
 
 @pytest.mark.parametrize(
     ("kinds", "given", "value"),
     [
-        (("float", "Mapping[str, float]"), "0.5", 0.5),
-        (("float", "Mapping[str, float]"), '{"mlp": 0.6}', {"mlp": 0.6}),
-        (("float", "Sequence[Any]"), '[["mlp", 0.6], ["q", 0.5]]', [["mlp", 0.6], ["q", 0.5]]),
-        (("str", "Mapping[str, float]"), "owl", "owl"),
-        (("Any",), "123", "123"),
-        (("str",), "2:4", "2:4"),
-        (("Sequence[str]",), ["a", "b"], ["a", "b"]),
+        ((float, Mapping[str, float]), "0.5", 0.5),
+        ((float, Mapping[str, float]), '{"mlp": 0.6}', {"mlp": 0.6}),
+        ((float, Sequence[Any]), '[["mlp", 0.6], ["q", 0.5]]', [["mlp", 0.6], ["q", 0.5]]),
+        ((str, Mapping[str, float]), "owl", "owl"),
+        ((str, float), "[" * 100_000, "[" * 100_000),
+        ((str, float), "1" * 5000, "1" * 5000),
+        ((Any,), "123", "123"),
+        ((str,), "2:4", "2:4"),
+        ((Sequence[str],), ["a", "b"], ["a", "b"]),
     ],
+    ids=lambda value: str(value)[:20],
 )
-def test_a_value_is_json_where_the_annotation_allows_more_than_one_type(kinds, given, value):
-    assert Argument("x", kinds, "").value(given) == value
+def test_a_value_is_json_where_more_than_one_type_is_allowed(kinds, given, value):
+    assert option_value(argument("x", None, *kinds), given) == value
+
+
+def test_what_the_command_line_reads_is_what_the_package_has():
+    from hf_sparse.config.arguments import ARGUMENTS as OWN
+
+    for name, shared in ARGUMENTS.items():
+        same = ("name", "default", "help", "group", "otherwise", "kinds")
+        assert all(getattr(shared, key) == getattr(OWN[name], key) for key in same)
 
 
 def test_options_win_over_the_file(tmp_path):
@@ -101,11 +98,13 @@ def test_what_a_config_writes_is_read_again(tmp_path):
         (
             "a.yaml",
             "sparsty: 0.5",
-            "a.yaml: SparseConfig has no 'sparsty'; did you mean 'sparsity'",
+            r"a.yaml: SparseConfig has no 'sparsty' \(did you mean 'sparsity'\?\)",
         ),
         ("a.yaml", "- 1", "holds a list: expected `name: value`"),
         ("a.yaml", "a: [", "is no YAML"),
-        ("a.json", "{", "is no JSON"),
+        ("a.yaml", "a: " + "[" * 5000, "is no YAML"),
+        ("a.json", "{", "a.json is not JSON"),
+        ("a.json", "[" * 100_000, "a.json is not JSON .* nested too deep"),
         ("a.yaml", None, "can't be read"),
     ],
 )

@@ -1,14 +1,22 @@
 """`SparseConfig`: what it accepts and refuses, and what survives JSON."""
 
+import contextlib
 import copy
+import inspect
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
+from argument_table import argument_table
 
-from hf_sparse import ConfigError, DataRecord, SparseConfig
+from conftest import ROOT
+from hf_sparse import ConfigError, DataRecord, SparseConfig, TargetError
+from hf_sparse.config.arguments import ARGUMENTS
+from hf_sparse.core.module_names import matches
 from hf_sparse.core.patterns import NM, Unstructured
 from hf_sparse.core.statistics import Needs
 from hf_sparse.formats import FORMATS
@@ -527,3 +535,115 @@ def test_the_dict_passed_is_left_as_it_was():
     before = copy.deepcopy(given)
     SparseConfig.from_dict(given, seed=3)
     assert given == before
+
+
+# --- what a stranger's config may hold ------------------------------------------------------
+
+DEEP = []
+for _ in range(5000):
+    DEEP = [DEEP]
+HUGE = 10**5000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({name: value} for name in ARGUMENTS for value in (HUGE, -HUGE, DEEP, float("nan"))),
+        *({name: torch.ones(2)} for name in set(ARGUMENTS) - {"dataset", "tokenizer"}),
+        {"targets": ["a{99999999999999}"]},
+        {"targets": ["(" * 3000 + ")" * 3000]},
+        {"blocks": ["x" * 1001]},
+        {"targets": ["((a{99}){99}){99}"]},
+        {"sparsity": [[["a"], 0.5]]},
+        {"sparsity": [["a", HUGE]]},
+        {"sparsity": {3: 0.5}},
+        {"sparsity": {"x" * 10**6: 0.5}},
+        {"allocation": [[{}, 0.5]]},
+        {"allocation": {"(": 0.5}},
+        {"pattern": "1:" + "9" * 5000},
+        {"pattern": "1:999999999999"},
+        {"bits": 4.0},
+        {"sym": 1},
+        {"seed": 2**63},
+        {"dataset": {"source": 3, "digest": None, "count": None, "tokens": None}},
+        {"dataset": {"source": "c4", "digest": [], "count": HUGE, "tokens": None}},
+    ],
+    ids=lambda arguments: f"{next(iter(arguments))}",
+)
+def test_a_value_that_cannot_be_is_one_error_of_one_line(arguments):
+    if arguments.keys() <= {"dataset", "tokenizer"} and not isinstance(
+        arguments.get("dataset"), dict
+    ):
+        assert SparseConfig(**arguments) is not None  # any object may be iterable, or a tokenizer
+        return
+    with pytest.raises(ConfigError) as caught:
+        SparseConfig(**arguments)
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+
+
+def test_a_long_regex_is_refused_without_being_read():
+    with pytest.raises(ConfigError, match="a regex of 1000000 letters: expected 1000 at most"):
+        SparseConfig(targets=["x" * 10**6])
+
+
+@pytest.mark.parametrize(
+    "regex", ["(a+)+$", "(a|aa)+$", "(a*)*b", "(.*a){25}$", "(" * 400 + ")" * 400]
+)
+def test_a_regex_that_would_take_for_ever_is_stopped(regex):
+    SparseConfig(targets=[regex])
+    with contextlib.suppress(TargetError):
+        assert not matches(regex, "a" * 40 + "!")
+
+
+def test_such_a_regex_is_an_error_that_shows_it():
+    with pytest.raises(TargetError, match=r"'\(a\|aa\)\+\$' takes more than 1 s"):
+        matches("(a|aa)+$", "a" * 60 + "!")
+
+
+# --- names, and what tools see --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("sparcity", "sparsity"), ("num_sample", "num_samples"), ("blocksize", "block_size")],
+)
+def test_a_misspelt_argument_is_answered_with_the_near_one(name, near):
+    words = rf"SparseConfig has no '{name}' \(did you mean '{near}'\?\); it knows sparsity, "
+    with pytest.raises(ConfigError, match=words):
+        SparseConfig(**{name: 1})
+    with pytest.raises(ConfigError, match=words):
+        SparseConfig.from_dict({name: 1})
+
+
+def test_a_misspelt_method_or_format_is_answered_with_the_near_one():
+    with pytest.raises(ConfigError, match=r"method='spargegpt' .* did you mean 'sparsegpt'\?"):
+        SparseConfig(method="spargegpt")
+    with pytest.raises(ConfigError, match=r"format='bitmsk' .* did you mean 'bitmask'\?"):
+        SparseConfig(format="bitmsk")
+
+
+def test_the_signature_has_every_argument_with_its_default_and_types():
+    parameters = inspect.signature(SparseConfig).parameters
+    assert list(parameters) == list(ARGUMENTS)
+    assert {name: p.default for name, p in parameters.items()} == {
+        name: argument.default for name, argument in ARGUMENTS.items()
+    }
+    assert parameters["refit"].annotation == int | None
+    assert parameters["seed"].annotation is int
+    assert SparseConfig.__init__.__annotations__["targets"] == Sequence[str] | None
+
+
+def test_help_describes_every_argument():
+    described = re.findall(r"^ +(\w+): \S", SparseConfig.__doc__, re.M)
+    assert described == [*ARGUMENTS, "ConfigError"]
+
+
+def test_what_is_assigned_later_is_checked_too():
+    config = SparseConfig()
+    with pytest.raises(ConfigError, match="seed=-1"):
+        config.seed = -1
+
+
+def test_the_readme_s_table_is_that_of_the_arguments():
+    assert argument_table() in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from hf_sparse.core.errors import ConfigError
 from hf_sparse.core.patterns import NM, Pattern, Unstructured
 from hf_sparse.core.statistics import Needs, Statistics
 from hf_sparse.solvers import SOLVERS, Solution, Solver, make_solver
+from hf_sparse.training.schedule import Partial
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (5, 17), (7, 40), (4, 131)]
 UNSTRUCTURED = [0.0, 0.29, 0.5, 0.95]
@@ -201,3 +202,17 @@ def test_an_unknown_method_is_refused_with_the_names_that_exist(name):
         get_solver(name)
     assert repr(name) in str(caught.value)
     assert all(known in str(caught.value) for known in SOLVERS)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [n for n, cls in SOLVERS.items() if not cls.chooses_pattern and cls.needs < Needs.HESSIAN],
+)
+@pytest.mark.parametrize("final", [Unstructured(0.6), NM(2, 4)], ids=pattern_id)
+def test_a_method_that_needs_no_hessian_prunes_step_by_step(method, final):
+    weight, gone = make_weight((6, 20)), torch.zeros(6, 20, dtype=torch.bool)
+    for half in (1, 2):
+        mask = solve(method, weight, Partial.of(final, Fraction(half, 2), gone), dead=(3,)).mask
+        assert not bool((mask & gone).any())
+        assert int((~mask).sum()) == half * 6 * 20 * final.sparsity / 2
+        gone = ~mask

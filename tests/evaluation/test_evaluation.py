@@ -33,8 +33,8 @@ def test_blocks_give_the_perplexity_of_a_float64_loop(tiny, token_ids):
     expected = expected[:-1]  # the last one has 13 tokens, of which 12 are used
     assert found.tokens == len(expected)
     assert found.windows == 5
-    assert found.nll == pytest.approx(-sum(expected) / len(expected), abs=1e-6)
-    assert found.perplexity == pytest.approx(math.exp(-sum(expected) / len(expected)), rel=1e-6)
+    assert found.nll == pytest.approx(-sum(expected) / len(expected), abs=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(-sum(expected) / len(expected)), rel=1e-5)
     assert found.stride is None
 
 
@@ -55,7 +55,7 @@ def test_sliding_windows_score_each_token_once_with_the_window_s_context(tiny, t
     assert len(expected) == 49
     assert found.tokens == 49
     assert found.windows == windows
-    assert found.nll == pytest.approx(-sum(expected) / 49, abs=1e-6)
+    assert found.nll == pytest.approx(-sum(expected) / 49, abs=1e-5)
 
 
 def test_text_is_packed_in_the_order_of_an_iterator(trained, tokenizer, data_path):
@@ -78,6 +78,7 @@ def test_padding_in_dicts_of_inputs_does_not_count(tiny, token_ids):
 
 
 def test_agreement_is_the_mean_divergence_of_a_float64_loop(tiny, token_ids):
+    tiny.lm_head.weight.data *= 20  # peaked: a divergence far above what rounding makes of none
     sparse = copy.deepcopy(tiny)
     hf_sparse.prune(sparse, hf_sparse.SparseConfig(method="magnitude", sparsity=0.7))
     data = [row[: 5 + i] for i, row in enumerate(token_ids[:4])]
@@ -92,7 +93,9 @@ def test_agreement_is_the_mean_divergence_of_a_float64_loop(tiny, token_ids):
             same.append(int(p[position].argmax() == q[position].argmax()))
     found = hf_sparse.agreement(sparse, tiny, None, data, batch_size=4)
     assert found.tokens == len(divergences) == 5 + 6 + 7 + 8
-    assert found.kl_divergence == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
+    expected = sum(divergences) / len(divergences)
+    assert expected > 1e-2
+    assert found.kl_divergence == pytest.approx(expected, rel=1e-3)
     assert found.top1 == sum(same) / len(same)
     assert 0 < found.kl_divergence < 1
 

@@ -1,6 +1,6 @@
 """What only a GPU shows: `python -m pytest -n 0 -m gpu tests/gpu`.
 
-The property tests in tests/kernels/gpu/test_sliced_weight.py and
+The property tests in tests/kernels/gpu/test_sliced_product.py and
 tests/solvers/test_sparsegpt_triton.py run on a GPU by themselves where there is one.
 """
 
@@ -20,7 +20,7 @@ from hf_sparse.core.statistics import Needs
 from hf_sparse.formats import Bitmask
 from hf_sparse.formats.n_of_m import NMPacked
 from hf_sparse.kernels import Stored, dense
-from hf_sparse.kernels.gpu import kernel, semi_structured, timing
+from hf_sparse.kernels.gpu import kernel, product, room, semi_structured, timing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,12 +57,12 @@ def test_every_way_multiplies_large_weights(shape, sparsity, tokens):
     packed = kernel.SlicedKernel.of(
         Stored(Bitmask(), Bitmask().pack(weight), shape, weight.dtype)
     )._weight
-    for way in kernel.WAYS.values():
+    for way in product.WAYS.values():
         found = way(x, packed)
         assert relative(found, expected) < 4e-3
         assert torch.equal(found, way(x, packed))  # the same every time
     grad = torch.randn(tokens, shape[0], device="cuda").bfloat16()
-    found = kernel._windows_transposed(grad, packed)
+    found = product._decoded_transposed(grad, packed)
     assert relative(found, grad.double() @ weight.double()) < 1e-2
 
 
@@ -126,12 +126,12 @@ def test_dense_takes_over_only_where_there_is_room(monkeypatch):
     weight = pruned((256, 256))
     stored = Stored(Bitmask(), Bitmask().pack(weight), (256, 256), weight.dtype)
     monkeypatch.setenv("HF_SPARSE_MEASURE", "1")
-    slow = {each.name: dict.fromkeys(each.ways, 0.5) for each in kernel.CLASSES}
+    slow = {each.name: dict.fromkeys(each.ways, 0.5) for each in product.CLASSES}
     monkeypatch.setattr(timing, "over_dense", lambda *_: slow)
-    monkeypatch.setattr(timing, "FREE_SHARE", 0.0)
+    monkeypatch.setattr(room, "FREE_SHARE", 0.0)
     assert kernel.SlicedKernel.consider(stored).kernel is None
     assert dense.DenseKernel.consider(stored).kernel is not None
-    monkeypatch.setattr(timing, "FREE_SHARE", 1.0)
+    monkeypatch.setattr(room, "FREE_SHARE", 1.0)
     considered = kernel.SlicedKernel.consider(stored)
     assert considered.kernel is not None
     assert "stays packed" in considered.verdict.reason
@@ -166,7 +166,7 @@ def test_2_4_products_agree_with_f_linear_in_both_half_types():
     for dtype in semi_structured.HALVES:
         weight = pruned((64, 128), NM(2, 4), dtype)
         x = torch.randn(9, 128, device="cuda", dtype=dtype)
-        found = semi_structured.SemiWeight.of(weight).linear(x)
+        found = semi_structured.SemiStructuredWeight.of(weight)(x)
         torch.testing.assert_close(found, F.linear(x, weight), rtol=2e-2, atol=2e-2)
 
 

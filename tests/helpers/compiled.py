@@ -23,9 +23,10 @@ from triton.backends.driver import GPUDriver
 from triton.runtime import driver
 
 from hf_sparse.core.patterns import NM
-from hf_sparse.kernels.gpu import packer
+from hf_sparse.kernels.gpu import pack
 from hf_sparse.kernels.gpu import weight as gpu_weight
-from hf_sparse.kernels.gpu.triton_product import panel, product, windows
+from hf_sparse.kernels.gpu.triton_decode import decode_window, windows
+from hf_sparse.kernels.gpu.triton_product import product
 from hf_sparse.solvers import sparsegpt
 
 MOST_THREADS = 1024
@@ -107,8 +108,8 @@ def weight_of(dtype, width, rows=64, columns=208, group=None):
         scales = torch.rand(rows, -(-columns // group))
     else:
         dense = dense.to(dtype)
-    with mock.patch.object(packer, "_best_width", return_value=width):
-        weight = packer.sliced(dense, scales, group)
+    with mock.patch.object(pack, "_best_width", return_value=width):
+        weight = pack.pack_dense(dense, scales, group)
     assert (weight.dtype, weight.width) == (dtype, width)
     return weight
 
@@ -121,7 +122,9 @@ def multiply(tokens, x_dtype, *args, **kwargs):
 def decode(x_dtype, *args, **kwargs):
     weight = weight_of(*args, **kwargs)
     for first, last in windows(weight):
-        panel(weight, first, last, torch.empty(weight.shape[0], weight.shape[1], dtype=x_dtype))
+        decode_window(
+            weight, first, last, torch.empty(weight.shape[0], weight.shape[1], dtype=x_dtype)
+        )
 
 
 def solve(width, pattern, rows=64):

@@ -149,6 +149,9 @@ def with_entry(**changes):
         (with_entry(transposed=True), "is packed from shape"),
         (lambda content: {"version": 1, "layers": []}, "no object 'layers'"),
         (lambda content: "{not json", "not JSON"),
+        (lambda content: "[" * 5000, "not JSON .* nested too deep"),
+        (lambda content: '{"version":' + "1" * 5000 + "}", "not JSON"),
+        (lambda content: '{"version":1' + "0" * 400 + "}", "a number of many digits"),
         (lambda content: "[]", "version None"),
     ],
 )

@@ -265,7 +265,7 @@ def test_eval_measures_what_the_functions_measure(cli, sparse, dense, text):
     expected = hf_sparse.perplexity(other, tokenizer, str(text), 32, num_samples=5)
     assert values["dense_perplexity"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
     agreed = hf_sparse.agreement(model, other, tokenizer, str(text), 32, num_samples=5)
-    assert values["agreement"]["kl_divergence"] == pytest.approx(agreed.kl_divergence, rel=1e-4)
+    assert values["agreement"]["kl_divergence"] == pytest.approx(agreed.kl_divergence, abs=1e-6)
     assert values["speed"]["tokens_per_second"] > 0
     assert "tasks" not in values
 
@@ -346,7 +346,7 @@ def test_models_that_are_none_are_refused_before_anything_is_loaded(fails, tmp_p
         assert "file is a file: pass the model's folder" in fails(
             *command, tmp_path / "file", *more
         )
-        assert "odd can't be read" in fails(*command, tmp_path / "odd", *more)
+        assert "is not JSON" in fails(*command, tmp_path / "odd", *more)
         said = fails(*command, "nobody/nothing", *more)
         assert "no folder nobody/nothing, and from the Hub: the Hub can't be reached" in said
     assert not (tmp_path / "out").exists()

@@ -80,7 +80,7 @@ def test_json_holds_the_report_and_what_was_measured(report, sparse, dense, tmp_
     for folder, name in ((sparse, "perplexity"), (dense, "dense_perplexity")):
         model = AutoModelForCausalLM.from_pretrained(folder)
         expected = hf_sparse.perplexity(model, tokenizer, str(text), 32, num_samples=2)
-        assert measured[name]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+        assert measured[name]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
     assert [pair["prompt"] for pair in measured["texts"]] == ["A table is"]
     assert len(measured["agreement"]["depth"]) == 3
     page = out.read_text(encoding="utf-8")

@@ -39,7 +39,7 @@ def test_a_step_is_one_graph(tiny, token_ids, kernel, recipe):
     hf_sparse.prune(tiny, SparseConfig(**{"method": "magnitude", **recipe, **data}))
     layers = [module for module in tiny.modules() if isinstance(module, SparseLinear)]
     for layer in layers:
-        layer.kernel = kernel(layer)
+        layer.use(kernel(layer))
     prompt = token_ids[:2, :5]
     arguments = {
         "attention_mask": torch.ones_like(prompt),

@@ -1,5 +1,9 @@
 """Pruning during training: exact counts in the end, what is gone stays gone, runs resume."""
 
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from short_runs import arguments, rows_of
@@ -13,8 +17,12 @@ from transformers import (
 
 import hf_sparse
 from hf_sparse import ConfigError, SparseConfig, SparseLinear, TrainingError
+from hf_sparse.core.patterns import keep_highest
+from hf_sparse.core.statistics import Needs
+from hf_sparse.solvers import SOLVERS, Solution, Solver
 from hf_sparse.training import SparsityCallback
 
+DEAD = torch.arange(8, 24)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -227,12 +235,85 @@ def test_a_layer_without_inputs_has_no_score(tiny, token_ids, tmp_path):
         train(tiny, token_ids, tmp_path, callback)
 
 
+@dataclass(frozen=True)
+class Uneven(Solver):
+    """A method of somebody else's: the share of the column's size, times the input's norm."""
+
+    name: ClassVar[str] = "uneven"
+    needs: ClassVar[Needs] = Needs.COLUMN_NORMS
+    chooses_pattern: ClassVar[bool] = False
+
+    def solve(self, weight, statistics, pattern):
+        size = weight.abs()
+        mask = pattern.mask((size / size.sum(dim=0)).nan_to_num() * statistics.column_norms)
+        return Solution(weight.where(mask, 0), mask)
+
+
+@dataclass(frozen=True)
+class Forgets(Solver):
+    """Keeps what was smallest, so that it brings back what is gone."""
+
+    name: ClassVar[str] = "forgets"
+    needs: ClassVar[Needs] = Needs.NOTHING
+    chooses_pattern: ClassVar[bool] = False
+
+    def solve(self, weight, statistics, pattern):
+        zeros = pattern.zeros(weight.numel())
+        mask = keep_highest(-weight.abs().view(1, -1), zeros).view_as(weight)
+        return Solution(weight.where(mask, 0), mask)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_registered_method_prunes_while_training_too(
+    tiny, token_ids, tmp_path, pattern, monkeypatch
+):
+    monkeypatch.setattr(SOLVERS, "_classes", {**SOLVERS, "uneven": Uneven})
+    watch = Zeros()
+    callback = SparsityCallback("cubic", end=8, frequency=2, pattern=pattern, method="uneven")
+    train(tiny, token_ids, tmp_path, callback, watch)
+    for name, final in watch.steps[-1].items():
+        assert int(final.sum()) == final.numel() // 2
+        for earlier, later in zip(watch.steps, watch.steps[1:], strict=False):
+            assert bool((earlier[name] <= later[name]).all())
+
+
+def test_a_method_that_brings_back_what_is_gone_is_stopped(tiny, token_ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(SOLVERS, "_classes", {**SOLVERS, "forgets": Forgets})
+    callback = SparsityCallback("cubic", end=8, frequency=2, sparsity=0.5, method="forgets")
+    with pytest.raises(TrainingError, match=r"'forgets' gave .*q_proj .* from pattern\.mask"):
+        train(tiny, token_ids, tmp_path, callback)
+
+
+def test_inputs_that_are_always_zero_do_not_bring_back_what_is_gone(tiny, token_ids, tmp_path):
+    layer = tiny.model.layers[0].mlp.up_proj
+    layer.register_forward_pre_hook(lambda module, given: given[0].index_fill(-1, DEAD, 0))
+    watch = Zeros()
+    callback = SparsityCallback(
+        "cubic", end=8, frequency=1, sparsity=0.5, method="wanda", targets=["up_proj"]
+    )
+    train(tiny, token_ids, tmp_path, callback, watch)
+    name = "model.layers.0.mlp.up_proj"
+    for earlier, later in zip(watch.steps, watch.steps[1:], strict=False):
+        assert bool((earlier[name] <= later[name]).all())
+    assert int(later[name].sum()) == layer.weight.numel() // 2
+
+
+def test_a_run_without_a_layer_to_prune_is_refused(tiny, token_ids, tmp_path):
+    callback = SparsityCallback("cubic", end=8, sparsity={"mlp": 0.0}, targets=["mlp.up_proj"])
+    text = r"no layer is to be pruned, model\.layers\.0\.mlp\.up_proj because its sparsity is 0"
+    with pytest.raises(TrainingError, match=text):
+        train(tiny, token_ids, tmp_path, callback)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [
         ({"schedule": "linear"}, TrainingError, "schedule='linear' is not known"),
         ({"schedule": "cubic", "method": "sparsegpt"}, TrainingError, "method='sparsegpt' can't"),
         ({"schedule": "cubic", "frequency": 0}, TrainingError, "frequency=0 must be"),
+        ({"schedule": "cubic", "method": "keep"}, TrainingError, "method='keep' can't"),
+        ({"schedule": "cubic", "start": "0"}, TrainingError, "start='0' must be a step"),
+        ({"schedule": "cubic", "end": math.nan}, TrainingError, "end=nan must be a step"),
         ({"sparsity": 0.5}, TrainingError, "sparsity and pattern need a schedule"),
         ({"schedule": "cubic", "sparsity": 1.5}, ConfigError, "sparsity=1.5"),
         ({"schedule": "cubic", "pattern": "4:2"}, ConfigError, "pattern='4:2'"),

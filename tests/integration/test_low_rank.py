@@ -277,16 +277,18 @@ def test_offloaded_layers_are_pruned_saved_and_reloaded(tiny, token_ids, tmp_pat
     offloaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "dense", quantization_config=config, **load
     )
-    assert torch.equal(logits(offloaded, token_ids), expected)
+    # Offloaded layers multiply by other kernels.
+    torch.testing.assert_close(logits(offloaded, token_ids), expected)
     state, _ = sparse_state_dict(offloaded)
     own = tiny.get_submodule(UP).low_rank
     assert torch.equal(state[f"{UP}.{KEY_A}"], own.a)
     assert torch.equal(state[f"{UP}.{KEY_B}"], own.b)
     offloaded.save_pretrained(tmp_path / "sparse")
     load["offload_folder"] = str(tmp_path / "offload2")
-    for settings in ({}, load):
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", **settings)
-        assert torch.equal(logits(again, token_ids), expected)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert torch.equal(logits(again, token_ids), expected)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", **load)
+    torch.testing.assert_close(logits(again, token_ids), expected)
     hf_sparse.export_low_rank(again, tmp_path / "adapter")
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert torch.equal(adapter[f"base_model.model.{UP}.lora_B.weight"], own.b)

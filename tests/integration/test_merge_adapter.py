@@ -71,8 +71,9 @@ def ids(token_ids):
 
 @pytest.mark.parametrize("policy", ["masked", "resolve"])
 def test_the_model_stays_sparse_and_its_error_is_the_reported_one(base, token_ids, ids, policy):
+    base.lm_head.weight.data *= 20  # peaked: a divergence far above what rounding makes of none
     before = patterns(base)
-    model = adapt(base)
+    model = adapt(base, scale=1)
     expected = logits(model, token_ids)
     merged = hf_sparse.merge_adapter(model, policy, dataset=ids, num_samples=12)
     assert merged is base
@@ -86,7 +87,8 @@ def test_the_model_stays_sparse_and_its_error_is_the_reported_one(base, token_id
     assert report.fidelity.output_error == pytest.approx(error, rel=1e-3)
     p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     divergence = float((p.exp() * (p - q)).sum(-1).mean())
-    assert report.fidelity.kl_divergence == pytest.approx(divergence, rel=1e-2, abs=1e-8)
+    assert divergence > 1e-2
+    assert report.fidelity.kl_divergence == pytest.approx(divergence, rel=1e-3)
     assert report.fidelity.tokens == token_ids.numel()
     assert report.policy == policy
     assert report.adapters == ("default",)

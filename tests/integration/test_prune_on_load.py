@@ -132,13 +132,14 @@ def test_offloaded_modules_are_pruned_saved_and_reloaded(dense_folder, token_ids
     }
     load = {"device_map": device_map, "offload_folder": str(tmp_path / "offload")}
     offloaded = load_pruned(dense_folder, token_ids, load=load)
-    assert torch.equal(logits(offloaded, token_ids), logits(plain, token_ids))
+    # Offloaded layers multiply by other kernels.
+    torch.testing.assert_close(logits(offloaded, token_ids), logits(plain, token_ids))
     offloaded.save_pretrained(tmp_path / "sparse")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
     assert torch.equal(logits(again, token_ids), logits(plain, token_ids))
     load["offload_folder"] = str(tmp_path / "offload2")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", **load)
-    assert torch.equal(logits(again, token_ids), logits(plain, token_ids))
+    torch.testing.assert_close(logits(again, token_ids), logits(plain, token_ids))
 
 
 def test_tied_heads_stay_dense_and_tied(tiny, token_ids, tmp_path):
@@ -267,7 +268,9 @@ def test_keep_packs_what_another_tool_left_in_a_dense_file(tiny, token_ids, tmp_
     assert formats == {"self_attn": "bitmask", "mlp": "n:m"}
     model.save_pretrained(tmp_path / "sparse")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
-    assert torch.equal(logits(again, token_ids), logits(tiny, token_ids))
+    for name in sparse_names(again):
+        assert torch.equal(again.get_submodule(name).weight, tiny.get_submodule(name).weight)
+    torch.testing.assert_close(logits(again, token_ids), logits(tiny, token_ids))
 
 
 def test_sparsities_by_regex_and_targets_select_layers(dense_folder, token_ids):

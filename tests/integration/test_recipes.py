@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -296,11 +297,14 @@ def test_dense_targets_are_those_of_an_independent_computation(tiny, token_ids):
 
 def test_with_nothing_pruned_before_it_the_first_block_s_targets_are_its_weights(tiny, token_ids):
     dense, layer = copies(tiny, 2)
-    first = prune(dense, list(token_ids), target="dense", stages=False, targets=["layers.0"])
-    second = prune(layer, list(token_ids), target="layer", targets=["layers.0"])
+    settings = {"method": "magnitude", "targets": ["layers.0"]}
+    first = prune(dense, list(token_ids), target="dense", stages=False, **settings)
+    second = prune(layer, list(token_ids), target="layer", **settings)
     ours, theirs = weights_of(dense, first), weights_of(layer, second)
     for name, weight in ours.items():
-        torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-5)
+        same = (weight == 0) == (theirs[name] == 0)
+        assert same.double().mean() > 0.99  # near ties may fall either way
+        torch.testing.assert_close(weight[same], theirs[name][same], rtol=1e-3, atol=1e-5)
 
 
 def test_dense_targets_bring_the_last_block_s_output_closer_to_the_dense_model_s(tiny, token_ids):
@@ -332,14 +336,16 @@ def test_padding_changes_nothing(tiny, token_ids, method, stages):
     models = copies(tiny, 2)
     plain = prune(models[0], ids, method=method, stages=stages, **arguments)
     other = prune(models[1], padded, method=method, stages=stages, **arguments)
+    # Sums over longer batches are rounded otherwise. A near tie that falls the other way changes
+    # the inputs of all layers behind it: their masks may differ, what the pruning costs may not.
+    for first, second in zip(plain.layers, other.layers, strict=True):
+        assert second.tokens == first.tokens == sum(map(len, ids))
+        assert second.relative_error == pytest.approx(first.relative_error, rel=0.05)
     ours, theirs = weights_of(models[0], plain), weights_of(models[1], other)
-    for name, weight in ours.items():
-        same = (weight == 0) == (theirs[name] == 0)
-        assert same.double().mean() > 0.9
-        if "layers.0." in name:
-            # Behind it, a near tie that falls the other way moves what is refitted.
-            assert same.double().mean() > 0.99
-            torch.testing.assert_close(weight[same], theirs[name][same], rtol=0.02, atol=1e-3)
+    for name in (f"model.layers.0.self_attn.{x}_proj" for x in "qkv"):  # nothing lies before them
+        rows = ((ours[name] == 0) == (theirs[name] == 0)).all(dim=1)
+        assert rows.double().mean() > 0.8
+        torch.testing.assert_close(ours[name][rows], theirs[name][rows], rtol=0.02, atol=1e-3)
 
 
 @every_recipe
@@ -398,7 +404,13 @@ def test_an_offloaded_model_gets_the_same_weights(tiny, token_ids, method, stage
     first = prune(plain, batches(token_ids), method=method, stages=stages)
     second = prune(offloaded, batches(token_ids), method=method, stages=stages)
     assert [x.zeros for x in first.layers] == [x.zeros for x in second.layers]
-    assert torch.equal(offloaded(token_ids).logits, plain(token_ids).logits)
+    expected = weights_of(plain, first)
+    for name, weight in expected.items():
+        layer = offloaded.get_submodule(name)
+        with align_module_device(layer):
+            assert torch.equal(layer.weight, weight)
+    # Offloaded layers multiply by other kernels.
+    torch.testing.assert_close(offloaded(token_ids).logits, plain(token_ids).logits)
 
 
 class Router(nn.Module):

@@ -16,9 +16,10 @@ from hf_sparse.kernels import Stored, choose
 from hf_sparse.kernels.cpu import kernel as cpu_kernel
 from hf_sparse.kernels.cpu import library, product, speed
 from hf_sparse.kernels.cpu.kernel import TileKernel
+from hf_sparse.kernels.cpu.pack import pack_dense
 from hf_sparse.kernels.cpu.product import Product
-from hf_sparse.kernels.cpu.tile_weight import pack_dense
 from hf_sparse.kernels.token_classes import class_of, fastest
+from hf_sparse.layers.held import buffer_name
 
 SIXTY = Unstructured(0.6)
 
@@ -61,10 +62,10 @@ def test_a_resolved_layer_holds_the_kernel_s_tensors_only_and_gives_the_stored_f
     assert set(dict(layer.named_buffers())) == set(layer.kernel.tensors())
     assert torch.equal(layer.weight, weight)
     state = layer.state_dict()
-    assert set(state) == {layer.buffer_name(key) for key in stored}
+    assert set(state) == {buffer_name(key) for key in stored}
     for key, tensor in stored.items():
         assert torch.equal(layer.packed[key], tensor)
-        assert torch.equal(state[layer.buffer_name(key)], tensor)
+        assert torch.equal(state[buffer_name(key)], tensor)
 
 
 @pytest.mark.parametrize(
@@ -221,15 +222,15 @@ def test_each_class_of_tokens_takes_the_way_that_is_clearly_the_fastest(monkeypa
     found = {
         "1": {"packed": 2.0},
         "2-32": {"packed": 3.0},
-        "33-511": {"packed": 1.0, "panels": 1.05},
-        "512+": {"packed": 0.7, "panels": 0.9},
+        "33-511": {"packed": 1.0, "decoded": 1.05},
+        "512+": {"packed": 0.7, "decoded": 0.9},
     }
     monkeypatch.setattr(speed, "over_dense", lambda w, d: found)
     hf_sparse.prune(tiny, SparseConfig(method="magnitude"))
     layer = hf_sparse.explain(tiny).layers[0]
-    assert [way.name for way in layer.ways] == ["packed", "packed", "packed", "panels"]
+    assert [way.name for way in layer.ways] == ["packed", "packed", "packed", "decoded"]
     assert [way.speedup for way in layer.ways] == [2.0, 3.0, 1.0, 0.9]
-    assert "for 512+ panels 0.90, packed 0.70" in str(hf_sparse.explain(tiny))
+    assert "for 512+ decoded 0.90, packed 0.70" in str(hf_sparse.explain(tiny))
 
 
 @pytest.mark.parametrize(
@@ -241,10 +242,10 @@ def test_every_number_of_tokens_has_a_class(tokens, expected):
 
 def test_the_operator_takes_the_way_of_the_weight_that_its_tensors_belong_to(monkeypatch):
     kernel = TileKernel(
-        Product(pack_dense(pruned()), fastest({"1": {"panels": 1.0}}, product.CLASSES))
+        Product(pack_dense(pruned()), fastest({"1": {"decoded": 1.0}}, product.CLASSES))
     )
     calls = []
-    monkeypatch.setitem(product.WAYS, "panels", lambda x, w, b: calls.append(b) or x @ x.T)
+    monkeypatch.setitem(product.WAYS, "decoded", lambda x, w, b: calls.append(b) or x @ x.T)
     x = torch.randn(1, 36)
     kernel.linear(x, None)
     cpu_kernel.tile_linear(x, *kernel.operands())

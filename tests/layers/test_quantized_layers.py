@@ -17,6 +17,7 @@ from hf_sparse.core.patterns import NM
 from hf_sparse.formats import FORMATS, choose_format
 from hf_sparse.kernels.cpu import kernel as cpu_kernel
 from hf_sparse.kernels.cpu import library
+from hf_sparse.layers.held import buffer_name
 from hf_sparse.layers.replace import pack_linear
 
 SHAPE = (20, 36)
@@ -84,7 +85,7 @@ def test_the_stored_form_survives_the_kernel_to_the_bit(grid, layout, dtype):
     stored = layer.format.pack(weight)
     assert_same_tensors(layer.packed, stored)
     state = {key: tensor for key, tensor in layer.state_dict().items() if key != "bias"}
-    assert_same_tensors(state, {layer.buffer_name(key): t for key, t in stored.items()})
+    assert_same_tensors(state, {buffer_name(key): t for key, t in stored.items()})
     assert layer.weight.dtype == dtype
     assert torch.equal(layer.weight, weight.dequantize().to(dtype))
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from hf_sparse.formats.bitmask import Bitmask
 from hf_sparse.layers import SparseLinear
-from hf_sparse.layers.replace import Places, pack_linear, replace_module
+from hf_sparse.layers.replace import ModuleParents, pack_linear, replace_module
 
 
 class Model(nn.Module):
@@ -19,10 +19,10 @@ class Model(nn.Module):
 
 def test_a_layer_is_replaced_wherever_it_is():
     model = Model()
-    places = Places(model)
+    parents = ModuleParents(model)
     untouched = model.second[0]
     for layer in (model.first[0], model.shared, model.twice.a):
-        places.replace(layer, pack_linear(layer, layer.weight.detach(), Bitmask()))
+        parents.replace(layer, pack_linear(layer, layer.weight.detach(), Bitmask()))
     assert isinstance(model.first[0], SparseLinear)
     assert model.second[0] is untouched
     assert isinstance(model.shared, SparseLinear)
@@ -34,10 +34,10 @@ def test_a_layer_is_replaced_wherever_it_is():
 def test_what_was_put_somewhere_can_be_replaced_in_turn():
     model = Model()
     old, other = model.shared, nn.Linear(8, 8)
-    places = Places(model)
-    places.put(old, other)
+    parents = ModuleParents(model)
+    parents.put(old, other)
     assert model.shared is model.again[0] is other
-    places.put(other, old)
+    parents.put(other, old)
     assert model.shared is model.again[0] is old
 
 

@@ -283,3 +283,9 @@ def test_all_text_has_the_contrast_that_wcag_aa_asks_for(scheme):
     for text, ground in pairs:
         low, high = sorted(luminance(colours[name]) for name in (text, ground))
         assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
+
+
+@pytest.mark.parametrize("highest", [0.0, 5e-324, 1e-301])
+def test_values_too_small_to_see_are_drawn_at_the_bottom(highest):
+    chart = line_chart("c", "c", "x", [0.0, highest], ["a", "b"])
+    assert {point.y for point in chart.points} == {chart.base}

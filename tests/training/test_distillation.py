@@ -29,7 +29,7 @@ def test_the_divergence_is_the_mean_over_tokens_times_the_temperature_squared(te
 
 
 def test_the_same_predictions_diverge_by_nothing():
-    assert float(kl_loss(numbers(3, 5), numbers(3, 5) + 2, 1.0)) == pytest.approx(0, abs=1e-6)
+    assert float(kl_loss(numbers(3, 5), numbers(3, 5) + 2, 1.0)) == pytest.approx(0, abs=1e-5)
 
 
 def test_hidden_states_count_relative_to_the_teacher_s_norm_of_each_layer():

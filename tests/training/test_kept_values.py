@@ -15,7 +15,7 @@ from hf_sparse.core.low_rank import KEY_A, KEY_B, LowRank
 from hf_sparse.formats import Bitmask
 from hf_sparse.formats.n_of_m import NMPacked
 from hf_sparse.kernels import reference
-from hf_sparse.layers.linear import VALUES
+from hf_sparse.layers.held import VALUES
 from hf_sparse.training import finish_training, prepare_for_training
 
 FORMATS = {"bitmask": Bitmask(), "2:4": NMPacked(2, 4), "3:8": NMPacked(3, 8)}

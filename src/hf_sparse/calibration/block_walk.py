@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,9 +71,9 @@ class BlockWalk:
         carry_dense: run a second pass per batch, through the blocks as they were. It takes the
             memory of one more set of hidden states.
 
-    The caller prunes a visit's block before asking for the next visit. Leaving the loop, also by
-    an exception, unwinds the passes that are under way and removes all hooks. Blocks that the model
-    never calls on these batches have no visit.
+    The caller prunes a visit's block before asking for the next visit, and closes the iterator
+    (`contextlib.closing`) to unwind the passes that are under way and remove all hooks, also after
+    an exception. Blocks that the model never calls on these batches have no visit.
 
     Raises:
         CalibrationError: the model can't be run on a batch; or `carry_dense`, and a block is called
@@ -97,7 +97,7 @@ class BlockWalk:
         own = itertools.chain(model.parameters(), model.buffers())
         self._own = frozenset(t.untyped_storage().data_ptr() for t in own)
 
-    def __iter__(self) -> Iterator[Visit]:
+    def __iter__(self) -> Generator[Visit]:
         with torch.no_grad(), plain_outputs(self._model):
             survey = Survey.of(self._model, self._blocks, self._batches)
             if self._carry_dense:
@@ -113,7 +113,7 @@ class BlockWalk:
             with hooked(hooks), passes, dense:
                 yield from self._visits(survey, passes, dense)
 
-    def _visits(self, survey: Survey, passes: Passes, dense: Passes) -> Iterator[Visit]:
+    def _visits(self, survey: Survey, passes: Passes, dense: Passes) -> Generator[Visit]:
         order = {block.name: place for place, block in enumerate(survey.blocks)}
         while self._waiting and (reached := passes.blocks()):
             block = min(reached, key=lambda block: order[block.name])

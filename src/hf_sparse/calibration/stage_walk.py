@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 
 from torch import nn
 
@@ -25,11 +25,12 @@ def walk_stages(
     batches: Sequence[Batch],
     config: SparseConfig,
     dense_weights: Weights,
-) -> Iterator[tuple[Block, Iterator[tuple[str, Observed]]]]:
+) -> Generator[tuple[Block, Iterator[tuple[str, Observed]]]]:
     """Each block that the model reaches, with its layers' names and statistics, stage by stage.
 
     A layer is to be solved before the next one is asked for, and the layers to the end before the
-    next block: statistics are those of what has been left of the layers before.
+    next block: statistics are those of what has been left of the layers before. Close it at the end
+    (`contextlib.closing`), also after an exception.
 
     Args:
         model: in eval mode.
@@ -42,11 +43,12 @@ def walk_stages(
         CalibrationError: see `BlockWalk`.
         SolveError: a layer saw NaN or infinite inputs; names the layer.
     """
-    for visit in BlockWalk(model, blocks, batches, config.target == "dense"):
-        block, layers = visit.block, _layers(model, visit, config, dense_weights)
-        del visit  # its inputs must not wait for the next block's
-        yield block, layers
-        del layers
+    with closing(iter(BlockWalk(model, blocks, batches, config.target == "dense"))) as visits:
+        for visit in visits:
+            block, layers = visit.block, _layers(model, visit, config, dense_weights)
+            del visit  # its inputs must not wait for the next block's
+            yield block, layers
+            del layers
 
 
 def _layers(

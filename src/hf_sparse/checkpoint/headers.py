@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..core.errors import CheckpointError, FormatError
+from ..core.json_records import parse_json
 from ..core.low_rank import KEY_A, KEY_B, LowRank, check_low_rank_layout
 from ..formats import Format, format_from_spec
 from ..formats.base import check_layout, check_packed
@@ -168,10 +169,7 @@ def _parse(path: str, text: str | None) -> dict[str, dict[str, Any]]:
     """The `layers` object of one file's metadata."""
     if text is None:
         raise _damaged(path, "it has no hf_sparse metadata: was it rewritten by another tool?")
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _damaged(path, f"its hf_sparse metadata are not JSON: {error}") from None
+    content = parse_json(text, f"{path}: its hf_sparse metadata")
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
         raise _damaged(

@@ -14,8 +14,9 @@ from ..layers import SparseLinear
 from ..layers.axes import Axes
 from ..layers.conv import sparse_class
 from ..layers.experts import is_fused, unfuse
+from ..layers.held import buffer_name
 from ..layers.prunable import is_prunable
-from ..layers.replace import Places
+from ..layers.replace import ModuleParents
 from .headers import PackedLayer
 
 
@@ -38,12 +39,12 @@ def build_layers(
     base = getattr(model, "base_model_prefix", "")
     prefix = f"{base}." if base else ""
     _unfuse_described(model, described, prefix)
-    modules, places = dict(model.named_modules()), Places(model)
+    modules, parents = dict(model.named_modules()), ModuleParents(model)
     built: dict[str, PackedLayer] = {}
     for name, layer in described.items():
         own = next((n for n in _spellings(name, prefix) if n in modules), None)
         if own is not None:
-            places.replace(modules[own], _empty_layer(modules[own], layer, dtype))
+            parents.replace(modules[own], _empty_layer(modules[own], layer, dtype))
             built[own] = layer
     _untie(model, built)
     return built
@@ -125,7 +126,7 @@ def _finish_stored(module: SparseLinear, layer: PackedLayer) -> None:
         tensor = layer.read(key) if loaded.device.type == "cpu" else loaded
         if key == "weight" or key in factors:
             tensor = tensor.to(_values_dtype(tensor.dtype, module.weight_dtype))
-        setattr(module, module.buffer_name(key), tensor)
+        setattr(module, buffer_name(key), tensor)
 
 
 def _values_dtype(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:

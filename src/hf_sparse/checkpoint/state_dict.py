@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import WeightRenaming
 
 from ..layers import sparse_layers
-from ..layers.linear import VALUES
+from ..layers.held import VALUES, buffer_name
 from .headers import PackedLayer, metadata
 
 
@@ -24,7 +24,7 @@ def sparse_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
     for name, layer in layers.items():
         with align_module_device(layer):
             for key in layer.format.specs(layer.shape):
-                held = state.pop(f"{name}.{layer.buffer_name(key)}")
+                held = state.pop(f"{name}.{buffer_name(key)}")
                 state[f"{name}.{key}"] = layer.packed[key].clone() if held.is_meta else held
             if (low_rank := layer.low_rank) is not None:
                 for key, tensor in low_rank.tensors().items():

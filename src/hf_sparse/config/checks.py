@@ -1,76 +1,95 @@
-"""One argument of a config: as it is to be held, or a ConfigError that names it."""
+"""Checks of one argument: its value as a config holds it, or a ConfigError that names it."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..core.errors import ConfigError
+from ..core.json_records import LARGEST_NUMBER
+from ..core.module_names import check_regex
+from ..core.untrusted_text import brief
+
+Check = Callable[[str, Any], Any]
+
+MOST_REGEXES = 100_000
 
 
-def from_pairs(value: Any) -> Any:
-    """`{regex: s}` is written as a list of pairs in JSON, which sorts an object's keys."""
-    pairs = isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value)
-    return dict(value) if pairs else value
+def optional(check: Check) -> Check:
+    """None, or what another check takes."""
+    return lambda name, value: None if value is None else check(name, value)
 
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     """One of the values allowed; True and 1 are two."""
-    if not any(value is a if isinstance(a, bool) else value == a for a in allowed):
+    if not any(type(value) is type(a) and value == a for a in allowed):
         options = " or ".join(map(repr, allowed))
-        raise ConfigError(f"{name}={value!r} does not exist: pass {options}")
+        raise ConfigError(f"{name}={brief(value)} does not exist: pass {options}")
     return value
 
 
-def fraction(name: str, value: object) -> float:
+def fraction(name: str, value: Any) -> float:
     """A sparsity, 0 <= s < 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        percent = isinstance(value, (int, float)) and 1 < value < 100
-        hint = f"; for {value} % pass {value / 100}" if percent else ""  # type: ignore[operator]
+    number = _is_number(value)
+    if not number or not 0 <= value < 1:
+        hint = f"; for {value} % pass {value / 100}" if number and 1 < value < 100 else ""
         raise ConfigError(
-            f"{name}={value!r} must be the fraction of zeros, a number with 0 <= s < 1{hint}"
+            f"{name}={brief(value)} must be the fraction of zeros, a number with 0 <= s < 1{hint}"
         )
     return float(value)
 
 
-def integer(name: str, value: object, least: int) -> int:
-    """An integer from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
-    return value
+def integer(name: str, value: Any, least: int) -> int:
+    """An integer from `least` on, below 2^63."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not number or not least <= value < LARGEST_NUMBER:
+        most = ", below 2^63" if number and value >= LARGEST_NUMBER else ""
+        raise ConfigError(f"{name}={brief(value)} must be an integer of at least {least}{most}")
+    return int(value)
 
 
-def group_width(value: object) -> int:
+def group_width(name: str, value: Any) -> int:
     """Inputs that share a scale: a number of whole bytes of bits, or -1 for all of a row."""
-    if value == -1 and not isinstance(value, bool):
-        return -1
-    if isinstance(value, bool) or not isinstance(value, int) or value < 8 or value % 8:
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not number or (value != -1 and (value % 8 or not 8 <= value < LARGEST_NUMBER)):
         raise ConfigError(
-            f"group_size={value!r} must be a multiple of 8, e.g. 128, or -1 for one scale a row"
+            f"{name}={brief(value)} must be a multiple of 8, e.g. 128, or -1 for one scale a row"
         )
-    return value
+    return int(value)
 
 
-def positive(name: str, value: object) -> float:
+def positive(name: str, value: Any) -> float:
     """A finite number above 0."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:  # type: ignore[operator]
-        raise ConfigError(f"{name}={value!r} must be a positive number")
-    return float(value)  # type: ignore[arg-type]
+    if not _is_number(value) or not 0 < value < LARGEST_NUMBER:
+        raise ConfigError(f"{name}={brief(value)} must be a positive number")
+    return float(value)
 
 
-def regexes(name: str, patterns: Sequence[str] | None) -> list[str] | None:
-    """A list of valid regexes, or None."""
-    if patterns is None:
-        return None
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def regexes(name: str, patterns: Any) -> list[str]:
+    """A list of valid regexes."""
     listed = isinstance(patterns, (list, tuple, set, frozenset))
     if not listed or not all(isinstance(p, str) for p in patterns):
-        raise ConfigError(f"{name}={patterns!r} must be a list of regexes, e.g. ['q_proj', 'mlp']")
+        raise ConfigError(
+            f"{name}={brief(patterns)} must be a list of regexes, e.g. ['q_proj', 'mlp']"
+        )
+    if len(patterns) > MOST_REGEXES:
+        raise ConfigError(f"{name} holds {len(patterns)} regexes: expected {MOST_REGEXES} at most")
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"{name} holds {pattern!r}, no valid regex: {error}") from None
+        if fault := check_regex(pattern):
+            raise ConfigError(f"{name} holds {brief(pattern)}, {fault}")
     return list(patterns)
+
+
+def fractions(name: str, value: Any) -> dict[str, float]:
+    """`{regex: fraction}`, or in JSON, which sorts an object's keys, a list of such pairs."""
+    if isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value):
+        regexes(name, [pair[0] for pair in value])
+        value = dict(value)
+    if not isinstance(value, Mapping) or not value:
+        raise ConfigError(f"{name}={brief(value)} names no layer: pass {{regex: fraction}}")
+    regexes(name, list(value))
+    return {key: fraction(f"{name}[{brief(key)}]", s) for key, s in value.items()}

@@ -7,10 +7,12 @@ can also be said in `SparseConfig`; what is said there goes before what the reci
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, RegistrationError
+from ..core.registry import unknown_name
 from ..solvers import SOLVERS, Solver
+from .arguments import ARGUMENTS
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,49 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def get_recipe(method: object) -> Recipe:
-    """The recipe or plain method of a name, or a ConfigError that lists the names."""
+    """The recipe or plain method of a name, or a ConfigError that says which exist."""
     if isinstance(method, str):
         if method in RECIPES:
             return RECIPES[method]
         if method in SOLVERS:
             return Recipe(method)
-    names = ", ".join([*RECIPES, *SOLVERS])
-    raise ConfigError(f"method={method!r} does not exist: pass one of {names}")
+    raise ConfigError(unknown_name("method", method, [*RECIPES, *SOLVERS]))
 
 
 def get_solver(method: object) -> type[Solver]:
     """The solver class behind a method's name."""
     return SOLVERS[get_recipe(method).solver]
+
+
+def register_solver(cls: type[Solver]) -> type[Solver]:
+    """Make a pruning method of your own one like any other, under its `name`; a decorator.
+
+    From then on `SparseConfig(method=...)`, `compare` and loading know it. Who loads a checkpoint
+    that was made by it needs it registered too.
+
+    Args:
+        cls: a frozen dataclass that derives from `hf_sparse.solvers.Solver`; its fields are
+            arguments of `SparseConfig`.
+
+    Returns:
+        The class.
+
+    Raises:
+        RegistrationError: it isn't that, lacks a method, or its name is taken.
+
+    Example:
+        >>> @hf_sparse.register_solver
+        ... @dataclass(frozen=True)
+        ... class Random(Solver):
+        ...     name: ClassVar[str] = "random"
+        ...     ...
+    """
+    if getattr(cls, "name", None) in RECIPES:
+        raise RegistrationError(f"method {cls.name!r} is a recipe already: take another name")
+    own: list[str] = [field.name for field in fields(cls)] if is_dataclass(cls) else []
+    if unknown := [name for name in own if name not in ARGUMENTS]:
+        raise RegistrationError(
+            f"{cls.__name__} has a field {unknown[0]!r}: its fields are arguments of SparseConfig, "
+            "whose values they get; make what is no argument a ClassVar"
+        )
+    return SOLVERS.register(cls)

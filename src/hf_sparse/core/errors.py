@@ -2,6 +2,7 @@
 
 HfSparseError
 ├── ConfigError       a SparseConfig argument, or a combination of them, can't work  (ValueError)
+├── RegistrationError a method, format or kernel can't be registered as it is        (ValueError)
 ├── TargetError       a regex matches nothing, or something that can't be pruned     (ValueError)
 ├── CalibrationError  the calibration data, or what came of them, are unusable       (ValueError)
 ├── EvaluationError   a model can't be measured the way that was asked for           (ValueError)
@@ -14,16 +15,26 @@ HfSparseError
 ├── SaveError         a checkpoint could not be written                                 (OSError)
 └── HubError          the Hub refused a push, or can't be reached                       (OSError)
 
-Each message names what was passed, what was expected and what to do about it.
+Each message names what was passed, what was expected and what to do about it. What of it comes from
+files is shown, whatever it is: no character in it does anything to a terminal or a log.
 """
+
+from .untrusted_text import printable
 
 
 class HfSparseError(Exception):
     """Base class of every error of this package."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n")
+
 
 class ConfigError(HfSparseError, ValueError):
     """An argument of `SparseConfig` is wrong, or contradicts another one."""
+
+
+class RegistrationError(HfSparseError, ValueError):
+    """A method, format or kernel of one's own is incomplete, or its name is taken."""
 
 
 class TargetError(HfSparseError, ValueError):

@@ -1,20 +1,79 @@
-"""Regexes that select modules by whole components of their dotted names."""
+"""Regexes that select modules by whole components of their dotted names.
+
+They may come with a stranger's config, so neither compiling nor matching one may take for ever:
+they are bounded in length and in repetitions, and one that needs more than a second for a name is
+an error. They are what Python's `re` reads. `re` itself can't be stopped, so the package `regex`,
+which transformers needs too, does the matching.
+"""
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import regex
+
+from .errors import TargetError
+from .untrusted_text import brief
+
+LONGEST_REGEX = 1000
+MOST_REPETITIONS = 10_000  # of those inside each other, {n} times {m}
+SECONDS = 1.0  # of processor time
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Does the regex match whole components of a dotted name?"""
-    return re.search(rf"(?:^|\.)(?:{pattern})(?:\.|$)", name) is not None
+    """Does the regex match whole components of a dotted name?
+
+    Raises:
+        TargetError: that takes more than a second to find out, or more memory than there is.
+    """
+    return _search(rf"(?:^|\.)(?:{pattern})(?:\.|$)", pattern, name)
 
 
 def ends_with(pattern: str, name: str) -> bool:
-    """Does the regex match the last components of a dotted name, down to its end?"""
-    return re.search(rf"(?:^|\.)(?:{pattern})$", name) is not None
+    """Does the regex match the last components of a dotted name, down to its end?
+
+    Raises:
+        TargetError: that takes more than a second to find out, or more memory than there is.
+    """
+    return _search(rf"(?:^|\.)(?:{pattern})$", pattern, name)
+
+
+def _search(whole: str, pattern: str, name: str) -> bool:
+    try:
+        return _compiled(whole).search(name, timeout=SECONDS) is not None
+    except TimeoutError:
+        raise TargetError(
+            f"the regex {brief(pattern)} takes more than {SECONDS:g} s to match {brief(name)}: "
+            "write it without repetitions inside each other"
+        ) from None
+    except (regex.error, RecursionError, MemoryError) as error:
+        raise TargetError(f"the regex {brief(pattern)} can't be used: {error}") from None
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> Any:
+    return regex.compile(pattern)
+
+
+def check_regex(pattern: str) -> str | None:
+    """What is wrong with a regex, in words; None if it can be used."""
+    if len(pattern) > LONGEST_REGEX:
+        return f"a regex of {len(pattern)} letters: expected {LONGEST_REGEX} at most"
+    if pattern.replace(".", "").replace("_", "").isalnum():
+        return None  # a plain name, of which there may be thousands
+    try:
+        re.compile(f"(?:{pattern})")
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"no valid regex: {error}"
+    counts = [int(n) for n in re.findall(r"(\d+),?\}", pattern)]
+    if math.prod(counts) > MOST_REPETITIONS:
+        return f"a regex that asks for {counts} repetitions: expected {MOST_REPETITIONS} at most"
+    return None
 
 
 def near_names(pattern: str, names: Iterable[str], kind: str) -> str:

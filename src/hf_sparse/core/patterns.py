@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from .errors import ConfigError
+from .untrusted_text import brief
 
 # Scores in a row up to which all pairs are compared.
 SHORT_ROW = 32
@@ -97,10 +98,11 @@ def parse_pattern(text: object, sparsity: float) -> Pattern:
     """
     if text == "unstructured":
         return Unstructured(sparsity)
-    match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text) if isinstance(text, str) else None
     if match is None:
         raise ConfigError(
-            f"pattern={text!r} is not known: pass 'unstructured' or 'n:m' (n kept of m), e.g. '2:4'"
+            f"pattern={brief(text)} is not known: pass 'unstructured' or 'n:m' (n kept of m), e.g. "
+            "'2:4'"
         )
     n, m = int(match[1]), int(match[2])
     if not 1 <= n < m:
@@ -109,6 +111,31 @@ def parse_pattern(text: object, sparsity: float) -> Pattern:
             f"kept)" + (f"; did you mean '{m}:{n}'?" if 1 <= m < n else "")
         )
     return NM(n, m)
+
+
+def partial_mask(
+    pattern: Pattern,
+    scores: Float[Tensor, "out in"],
+    share: float | Fraction,
+    *,
+    per_row: bool = False,
+) -> Bool[Tensor, "out in"]:
+    """The pattern's mask, of whose zeros only those of the lowest scores are there yet.
+
+    Args:
+        pattern: the final one; no weight is dropped on the way that an n:m mask would keep.
+        scores: as for the pattern's `mask`.
+        share: 0 to 1, how many of the pattern's zeros are there: the floor of it, of each row's
+            zeros or of all.
+        per_row: choose within each output row.
+    """
+    final = pattern.mask(scores, per_row=per_row)
+    if share >= 1:
+        return final
+    candidates = scores.masked_fill(final, math.inf)
+    rows = candidates if per_row else candidates.reshape(1, -1)
+    zeros = (final.numel() - int(torch.count_nonzero(final))) // max(1, len(rows))
+    return keep_highest(rows, math.floor(share * zeros)).view_as(scores)
 
 
 def keep_highest(scores: Float[Tensor, "rows n"], drop: int) -> Bool[Tensor, "rows n"]:

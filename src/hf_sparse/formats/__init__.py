@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.errors import ConfigError, FormatError
 from ..core.grids import QuantizedWeight
 from ..core.patterns import Pattern
+from ..core.registry import unknown_name
 from .base import Accepted, Format, Layout, Packed, Rejected, TensorSpec
 from .bitmask import Bitmask
 from .dense import Dense
@@ -77,9 +78,7 @@ def pack_weight(fmt: Format, weight: Tensor, quantized: QuantizedWeight | None =
 def check_format_name(name: object) -> str:
     """`name` if a format is registered under it, else a ConfigError that lists what exists."""
     if not isinstance(name, str) or name not in FORMATS:
-        raise ConfigError(
-            f"format={name!r} does not exist: pass 'auto' or one of {', '.join(FORMATS)}"
-        )
+        raise ConfigError(unknown_name("format", name, ["auto", *FORMATS]))
     return name
 
 

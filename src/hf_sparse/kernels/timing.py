@@ -8,19 +8,25 @@ kernels are then used wherever they can run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import torch
 from torch import Tensor
 
+from .token_classes import TokenClass
+
 SWITCH = "HF_SPARSE_MEASURE"
+MOST_BYTES = 16 << 20  # of the file: more is none of ours
+FASTEST = 1e6  # times the dense product: more is no measurement
 
 Speeds = dict[str, float]
 
@@ -30,32 +36,44 @@ def enabled() -> bool:
     return os.environ.get(SWITCH, "1") != "0"
 
 
-def remembered(
+def over_dense(
     shape: tuple[int, int],
     dtype: torch.dtype,
     what: str,
-    measure: Callable[[], Speeds],
     machine: str,
-) -> Speeds | None:
-    """What `measure` found on this machine, now or before; None if switched off.
+    classes: Iterable[TokenClass],
+    measure: Callable[[TokenClass], Speeds],
+) -> dict[str, Speeds]:
+    """Speed over the dense product by class and way, now or before; empty if switched off.
 
-    `machine` names what computes, and whatever else its times depend on.
+    What is slower at the first class is not measured further.
+
+    Args:
+        shape, dtype: of the dense weight and of x.
+        what: names the sparse weight, and whatever else its times depend on.
+        machine: names what computes.
+        classes: of numbers of tokens.
+        measure: the speed of each way of a class.
     """
     if not enabled():
-        return None
-    parts = (
-        machine,
-        f"torch {torch.__version__}",
-        f"{shape[0]}x{shape[1]}",
-        f"{dtype}",
-        what,
-    )
-    key = ", ".join(parts).replace("torch.", "")
+        return {}
+    found: dict[str, Speeds] = {}
+    for each in classes:
+        place = f"{shape[0]}x{shape[1]}, {dtype}, {what}, {each.name} tokens"
+        key = f"{machine}, torch {torch.__version__}, {place}".replace("torch.", "")
+        found[each.name] = _remembered(key, each.ways, functools.partial(measure, each))
+        if len(found) == 1 and max(found[each.name].values()) < 1:
+            break
+    return found
+
+
+def _remembered(key: str, ways: Iterable[str], measure: Callable[[], Speeds]) -> Speeds:
     known = _read_cache()
-    if key not in known:
-        known[key] = {name: round(value, 3) for name, value in measure().items()}
-        _write_cache(known)
-    return known[key]
+    speeds = known.get(key)
+    if speeds is None or set(speeds) != set(ways):
+        speeds = {name: round(value, 3) for name, value in measure().items()}
+        _write_cache({**known, key: speeds})
+    return speeds
 
 
 def compare(
@@ -74,15 +92,17 @@ def compare(
 
 
 def _cache_file() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "hf_sparse" / "speed.json"
+    return platformdirs.user_cache_path("hf_sparse", appauthor=False) / "speed.json"
 
 
 def _read_cache() -> dict[str, Speeds]:
-    """What was measured before; a file that is missing or damaged counts as empty."""
+    """What was measured before; what is missing, damaged or no speed counts as not measured."""
+    file = _cache_file()
     try:
-        content = json.loads(_cache_file().read_text())
-    except (OSError, ValueError):
+        if not file.is_file() or file.stat().st_size > MOST_BYTES:
+            return {}
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(content, dict):
         return {}
@@ -93,7 +113,7 @@ def _are_speeds(found: object) -> bool:
     return (
         isinstance(found, dict)
         and bool(found)
-        and all(isinstance(speed, (int, float)) and speed > 0 for speed in found.values())
+        and all(type(speed) in (int, float) and 0 < speed < FASTEST for speed in found.values())
     )
 
 
@@ -102,6 +122,11 @@ def _write_cache(content: dict[str, Speeds]) -> None:
     file = _cache_file()
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=file.parent, delete=False, encoding="utf-8"
+        ) as temporary:
             json.dump(content, temporary, indent=1, sort_keys=True)
-        os.replace(temporary.name, file)
+        try:
+            os.replace(temporary.name, file)
+        except OSError:
+            os.unlink(temporary.name)

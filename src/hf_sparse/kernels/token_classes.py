@@ -68,3 +68,10 @@ def fastest(
         clear = best not in measured or measured[best] >= MARGIN * measured.get(first, 0)
         found.append(Way(each.name, best if clear else first, measured))
     return tuple(found)
+
+
+def in_words(ways: tuple[Way, ...]) -> str:
+    """What was measured, for a verdict's reason."""
+    if all(way.speedup is None for way in ways):
+        return "not measured"
+    return "measured over dense: " + "; ".join(map(str, ways))

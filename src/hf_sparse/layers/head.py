@@ -1,4 +1,4 @@
-"""The dense output head of a sparse model, multiplied by the native GEMV while it decodes."""
+"""The dense output head of a sparse model, multiplied natively while it decodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEAST = 1.05
 
 
 class HeadLinear(nn.Linear):
-    """An `nn.Linear` whose product of one token comes from `kernels.gemv`.
+    """An `nn.Linear` whose product of one token comes from `kernels.cpu.dense_row`.
 
     A layer becomes one by its class alone: parameters, ties, hooks and names stay as they are.
 
@@ -26,12 +26,12 @@ class HeadLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not dense_row.fits(input, self.weight):
             return super().forward(input)
-        y: Tensor = dense_row.gemv(input, self.weight)
+        y: Tensor = dense_row.dense_row(input, self.weight)
         return y if self.bias is None else y + self.bias
 
 
 def speed_up_head(model: nn.Module) -> None:
-    """Let a transformers model's head use the GEMV if that measures faster here."""
+    """Let a transformers model's head use the native product if that measures faster here."""
     find = getattr(model, "get_output_embeddings", None)
     head: Any = None if find is None else find()
     if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):

@@ -84,7 +84,7 @@ _HOOKS = (
 )
 
 
-class Places:
+class ModuleParents:
     """Where a model has its modules, to put others there; it is looked through once for all."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -96,10 +96,10 @@ class Places:
 
     def put(self, old: nn.Module, new: nn.Module) -> None:
         """Put `new` wherever the model has `old`."""
-        places = self._found.pop(old, [])
-        for parent, name in places:
+        parents = self._found.pop(old, [])
+        for parent, name in parents:
             setattr(parent, name, new)
-        self._found[new] = places
+        self._found[new] = parents
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
         """`put`, and mode and hooks go with it."""
@@ -108,8 +108,8 @@ class Places:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """`Places.replace` for one module."""
-    Places(model).replace(old, new)
+    """`ModuleParents.replace` for one module."""
+    ModuleParents(model).replace(old, new)
 
 
 def inherit(old: nn.Module, new: nn.Module) -> None:

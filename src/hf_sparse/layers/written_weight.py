@@ -8,6 +8,7 @@ was written into it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,6 +16,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+from ..core.errors import AdapterError, FormatError
+from ..formats import Dense, Quantized, pack_weight
+from .held import PackedWeight
 
 MERGED = (
     "A weight that does not fit its packed form was written into a sparse layer, as PEFT's merge() "
@@ -109,7 +114,60 @@ def _writes(func: Callable[..., Any]) -> bool:
     return name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
 
 
-def equal_but_rounding(value: Tensor, current: Tensor, old: Tensor) -> bool:
+def take(layer: Any, value: Tensor) -> Tensor | None:
+    """Have a sparse layer hold a weight that was written from outside.
+
+    Returns:
+        The weight that it had before others were written over it, if `value` is that up to
+        rounding: then the layer has it again, packed as it was.
+
+    Raises:
+        AdapterError: the layer's tensors are offloaded, or trained.
+        FormatError: the weight has another shape.
+    """
+    if layer.trains_values:
+        raise AdapterError(
+            "a weight was written into a sparse layer whose values are trained: call "
+            "hf_sparse.training.finish_training(model) first"
+        )
+    if layer.is_offloaded():
+        raise AdapterError(
+            "a weight was written into a sparse layer that is offloaded, where it would be "
+            "lost: load the model without offloading to merge an adapter"
+        )
+    shape = layer.weight_shape
+    if value.shape != shape:
+        raise FormatError(f"the weight has shape {tuple(value.shape)}, expected {shape}")
+    value = value.detach().to(layer.weight_dtype).as_subclass(Tensor).reshape(layer.shape)
+    current, before = layer.matrix, layer.written_over
+    if torch.equal(value, current):
+        return None
+    resolved = layer.kernel is not None
+    if before is not None and _equal_but_rounding(
+        value, current, before.dense(layer.shape, layer.weight_dtype)
+    ):
+        _hold(layer, before, resolved)
+        whole: Tensor = layer.matrix.view(shape)
+        return whole
+    layout = layer.format.layout if isinstance(layer.format, Quantized) else layer.format
+    if layer.rank or bool(value[current == 0].any()):
+        layout = Dense()
+    if layout != layer.format:
+        lost = "dense" if isinstance(layout, Dense) else "no longer quantised"
+        warnings.warn(MERGED.format(lost), stacklevel=3)
+    before = before or layer.stored
+    _hold(layer, PackedWeight(layout, pack_weight(layout, value)), resolved)
+    layer.written_over = before
+    return None
+
+
+def _hold(layer: Any, weight: PackedWeight, resolved: bool) -> None:
+    layer.hold(weight)
+    if resolved:
+        layer.resolve()
+
+
+def _equal_but_rounding(value: Tensor, current: Tensor, old: Tensor) -> bool:
     """Is `value` the old weight, up to what adding to it, and subtracting again, has rounded?"""
     size = current.abs().max() + old.abs().max()
     return bool((value - old).abs().max() <= 8 * torch.finfo(old.dtype).eps * size)

@@ -16,7 +16,7 @@ from ..core.low_rank import LowRank
 from ..core.statistics import OutputMetric
 from ..formats import Dense, choose_format
 from ..formats.bitmask import Bitmask
-from ..layers.replace import Places, pack_linear
+from ..layers.replace import ModuleParents, pack_linear
 from ..solvers import Solution
 from ..solvers.layer_solver import LayerSolver
 from .plan import LayerPlan
@@ -43,7 +43,7 @@ class PrunedLayer:
     sparse: Tensor | None
     low_rank: LowRank | None
 
-    def pack(self, places: Places, requested: str) -> LayerReport:
+    def pack(self, parents: ModuleParents, requested: str) -> LayerReport:
         """Put a sparse layer in its place, in the format that was asked for; the whole report.
 
         Raises:
@@ -59,7 +59,7 @@ class PrunedLayer:
             if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
                 fmt = choose_format(weight, pattern, Bitmask.name)
             sparse = pack_linear(module, weight, fmt, self.quantized, low_rank)
-            places.replace(module, sparse)
+            parents.replace(module, sparse)
             stored = sparse.resident_bytes()  # before a kernel takes the weight over
             sparse.resolve()
             with torch.no_grad(), align_module_device(sparse):

@@ -13,7 +13,7 @@ from typing import Any
 from ..checkpoint.folder import REPORT_FILE
 from ..core.data_record import DataRecord
 from ..core.errors import CheckpointError, PackageError
-from ..core.json_records import read_record
+from ..core.json_records import parse_json, read_json, read_record
 from ..kernels.machine import Environment
 
 # Beside the weights of a checkpoint.
@@ -152,11 +152,7 @@ class PruningReport:
         Raises:
             CheckpointError: it is no JSON, or not that of a report.
         """
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise CheckpointError(f"{where} is not JSON: {error}") from None
-        return read_record(cls, content, where)
+        return cls._from_content(parse_json(text, where), where)
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> PruningReport | None:
@@ -167,11 +163,19 @@ class PruningReport:
         """
         path = Path(folder) / REPORT_FILE
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+            content = read_json(path)
         except FileNotFoundError:
             return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} can't be read: {error}") from None
+        return cls._from_content(content, str(path))
+
+    @classmethod
+    def _from_content(cls, content: Any, where: str) -> PruningReport:
+        report = read_record(cls, content, where)
+        for layer in report.layers:
+            size = math.prod(layer.shape)
+            if not (layer.zeros <= size > 0 and layer.sparsity <= 1 and layer.bytes_before):
+                raise CheckpointError(f"{where}: the counts of {layer.name} contradict each other")
+        return report
 
     def to_pandas(self) -> Any:
         """The layers as a `pandas.DataFrame`, one row each; see `rows`.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from ..config.sparse_config import SparseConfig
 from ..core.logging import progress_bar
 from ..core.statistics import OutputMetric
 from ..layers.blocks import Block
-from ..layers.replace import Places, write_weight
+from ..layers.replace import ModuleParents, write_weight
 from ..solvers import Solver
 from ..solvers.layer_solver import LayerSolver
 from .dense_measurements import DenseMeasurements
@@ -54,7 +54,7 @@ class BlockSolver:
         measurements: DenseMeasurements,
     ) -> None:
         self._model, self._config, self._measurements = model, config, measurements
-        self._places = Places(model)
+        self._parents = ModuleParents(model)
         self._solver = LayerSolver(
             solver, config.refit, config.damp_percent, config.grid, config.low_rank
         )
@@ -76,8 +76,9 @@ class BlockSolver:
         plans = self._prepared(plans, blocks)
         self._clock = time.perf_counter()
         try:
-            with progress_bar(len(plans), "Pruning") as bar:
-                for label, layer in self._solve_all(plans, blocks):
+            steps = closing(self._solve_all(plans, blocks))
+            with progress_bar(len(plans), "Pruning") as bar, steps as layers:
+                for label, layer in layers:
                     bar.set_description(f"Pruning: {label}", refresh=False)
                     bar.set_postfix_str(layer.brief(), refresh=False)
                     bar.update()
@@ -110,7 +111,7 @@ class BlockSolver:
 
     def _solve_all(
         self, plans: Sequence[LayerPlan], blocks: Sequence[Block]
-    ) -> Iterator[tuple[str, LayerReport]]:
+    ) -> Generator[tuple[str, LayerReport]]:
         """Solve block by block; yields where it is, and the report of each layer that is done."""
         if self._measurements.data is None:
             for i, plan in enumerate(plans, 1):
@@ -121,13 +122,14 @@ class BlockSolver:
         by_name = {plan.target.name: plan for plan in plans}
         batches = self._measurements.batches
         walk = walk_stages(self._model, blocks, batches, self._config, self._dense_weights)
-        for done, (block, layers) in enumerate(walk, 1):
-            # The block before has fed its pruned outputs on: its dense weights can go.
-            self._pack()
-            for name, observed in layers:
-                yield f"block {done} of {len(blocks)}", self._solve(by_name[name], observed)
-                del observed
-            self._count_seconds(block.name)
+        with closing(walk):
+            for done, (block, layers) in enumerate(walk, 1):
+                # The block before has fed its pruned outputs on: its dense weights can go.
+                self._pack()
+                for name, observed in layers:
+                    yield f"block {done} of {len(blocks)}", self._solve(by_name[name], observed)
+                    del observed
+                self._count_seconds(block.name)
         solved = self._solved()
         given = {key for batch in batches for key in batch}
         for name in by_name:
@@ -175,5 +177,5 @@ class BlockSolver:
     def _pack(self) -> None:
         """Replace the layers pruned since by sparse ones, and complete their reports."""
         for pruned in self._pruned.values():
-            self.layers.append(pruned.pack(self._places, self._config.format))
+            self.layers.append(pruned.pack(self._parents, self._config.format))
         self._pruned.clear()

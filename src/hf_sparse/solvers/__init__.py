@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
+from ..core.errors import RegistrationError
+from ..core.registry import Registry
+from ..core.statistics import Needs
 from .adaprune import AdaPrune
 from .admm import ADMM
 from .alps import ALPS
@@ -14,9 +17,25 @@ from .obc import OBC
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
-SOLVERS: dict[str, type[Solver]] = {
-    cls.name: cls for cls in (SparseGPT, ALPS, ADMM, Wanda, Magnitude, OBC, AdaPrune, Keep)
-}
+
+def _check_solver(cls: type[Solver]) -> None:
+    """What a run reads of the class before there is an instance."""
+    if not (is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise RegistrationError(f"{cls.__name__} must be a @dataclass(frozen=True)")
+    for attribute, kind in {"needs": Needs, "chooses_pattern": bool}.items():
+        found = getattr(cls, attribute, None)
+        if not isinstance(found, kind):
+            raise RegistrationError(
+                f"{cls.__name__}.{attribute} is {found!r}: set it to a {kind.__name__}"
+            )
+
+
+SOLVERS: Registry[Solver] = Registry(
+    "method",
+    Solver,  # type: ignore[type-abstract]
+    (SparseGPT, ALPS, ADMM, Wanda, Magnitude, OBC, AdaPrune, Keep),
+    _check_solver,
+)
 
 __all__ = ["SOLVERS", "Solution", "Solver", "make_solver"]
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from ..core.patterns import Pattern, keep_highest
+from ..core.patterns import Pattern, partial_mask
 from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
 from .refinement.refit import keep_better
@@ -54,19 +54,9 @@ class ADMM(Solver):
         for i in range(ITERATIONS):
             value = value + dual
             if i < GROWTH:
-                mask = _growing_mask(value.abs(), pattern, 1 - (1 - (i + 1) / GROWTH) ** 3)
+                share = 1 - (1 - (i + 1) / GROWTH) ** 3
+                mask = partial_mask(pattern, value.abs(), share)
             sparse = value * mask
             dual = value - sparse
             value = (goal + sparse - dual) @ inverse
         return Solution(keep_better(sparse / scale, weight * mask, weight, hessian), mask)
-
-
-def _growing_mask(
-    scores: Float[Tensor, "out in"], pattern: Pattern, share: float
-) -> Bool[Tensor, "out in"]:
-    """The pattern's mask, of whose zeros only the `share` with the lowest scores are made."""
-    mask = pattern.mask(scores)
-    if share >= 1:
-        return mask
-    count = int(share * (mask.numel() - int(torch.count_nonzero(mask))))
-    return keep_highest(scores.masked_fill(mask, torch.inf).view(1, -1), count).view_as(mask)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -15,18 +15,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..config.sparse_config import SparseConfig
 from ..core.errors import TrainingError
 from ..core.logging import get_logger
-from ..core.patterns import Pattern
 from ..layers import sparse_layers
 from ..layers.default_dense import default_dense
-from ..layers.select import Target, layer_sparsity, select_targets
-from .input_norms import InputNorms
+from ..layers.select import Target, select_targets
+from .gradual import GradualPruning, check_method
 from .masks import Masks, stored_mask
-from .schedule import Cubic, partial_mask
+from .schedule import Cubic
 
 logger = get_logger(__name__)
 
 SCHEDULES = ("cubic",)
-METHODS = ("magnitude", "wanda")
 
 
 class SparsityCallback(TrainerCallback):
@@ -50,8 +48,9 @@ class SparsityCallback(TrainerCallback):
         end: step, or fraction, at which the whole sparsity is reached. Default 0.8: the rest is
             there to recover.
         sparsity, pattern, modules_to_not_convert: as in `SparseConfig`.
-        method: "magnitude", or "wanda": |w| times the norm of its input (Sun et al. 2023), over
-            what the layer has seen in training since masks were last chosen, padding included.
+        method: "magnitude", "wanda", or any registered method that needs no more than the norms of
+            a layer's inputs and chooses no pattern. The norms are of what the layer has seen in
+            training since masks were last chosen, padding included.
         frequency: steps between two choices.
         targets: regexes of the layers, as in `SparseConfig`.
 
@@ -74,10 +73,10 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         if schedule not in (None, *SCHEDULES):
             raise TrainingError(f"schedule={schedule!r} is not known: pass 'cubic', or None")
-        if method not in METHODS:
-            raise TrainingError(
-                f"method={method!r} can't prune while training: pass one of {', '.join(METHODS)}"
-            )
+        check_method(method)
+        for name, step in {"start": start, "end": end}.items():
+            if type(step) not in (int, float) or not math.isfinite(step):
+                raise TrainingError(f"{name}={step!r} must be a step, or a fraction of all steps")
         if type(frequency) is not int or frequency < 1:
             raise TrainingError(f"frequency={frequency!r} must be a number of steps, 1 or more")
         if schedule is None and (sparsity is not None or pattern != "unstructured"):
@@ -91,19 +90,19 @@ class SparsityCallback(TrainerCallback):
             modules_to_not_convert=modules_to_not_convert,
         )
         self._masks = Masks()
-        self._patterns: dict[str, tuple[Target, Pattern]] = {}
-        self._held: dict[str, Target] = {}
-        self._cubic: Cubic | None = None
-        self._norms: InputNorms | None = None
+        self._held: list[Target] = []
+        self._pruning: GradualPruning | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remember the masks, or find out how far a resumed run has pruned."""
         model = kwargs["model"]
-        self._masks, self._held, self._patterns = Masks(), {}, {}
+        if self._pruning is not None:
+            self._pruning.stop_watching()
+        self._masks, self._held, self._pruning = Masks(), [], None
         for name, layer in sparse_layers(model).items():
             self._masks[name] = stored_mask(layer.format, layer.packed, layer.shape)
         if self._schedule is not None:
-            self._begin_pruning(model, state)
+            self._begin_pruning(model, state.global_step, state.max_steps)
         elif self._config.targets is not None:
             self._hold(model)
         elif not list(self._masks):
@@ -114,10 +113,10 @@ class SparsityCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the optimiser's step: zeros again, and more of them if it is time."""
-        for name, target in self._held.items():
-            self._apply(name, target)
-        if self._cubic is not None and self._cubic.due(state.global_step):
-            self._choose(state.global_step)
+        self._apply_masks()
+        if self._pruning is not None and self._pruning.cubic.due(state.global_step):
+            self._held = self._pruning.choose(state.global_step, self._masks)
+            self._apply_masks()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compare the model, and the checkpoint that was just written, with the masks."""
@@ -128,74 +127,45 @@ class SparsityCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compare the model once more."""
-        if self._norms is not None:
-            self._norms.remove()
-        if self._cubic is not None and state.global_step < self._cubic.end:
+        if self._pruning is not None:
+            self._end_pruning(state.global_step)
+        self._masks.check_model(kwargs["model"])
+
+    def _begin_pruning(self, model: nn.Module, step: int, steps: int) -> None:
+        cubic = Cubic.over(steps, *self._span, self._frequency)
+        self._pruning = GradualPruning(model, self._targets(model), self._config, cubic)
+        reached = cubic.last_due(step)
+        if step and reached is not None:
+            self._held = self._pruning.recover(reached, self._masks)
+            self._apply_masks()
+        if step < cubic.end:
+            self._pruning.watch_inputs()
+
+    def _end_pruning(self, step: int) -> None:
+        assert self._pruning is not None
+        self._pruning.stop_watching()
+        end = self._pruning.cubic.end
+        if step < end:
             logger.warning(
                 "training ended after step %d, pruning would have at step %d: the final sparsity "
                 "is not reached",
-                state.global_step,
-                self._cubic.end,
+                step,
+                end,
             )
-        self._masks.check_model(kwargs["model"])
-
-    def _begin_pruning(self, model: nn.Module, state: Any) -> None:
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise TrainingError(
-                f"{type(model).__name__} has adapters, what they are attached to is not trained: "
-                "merge or unload them to prune while training"
-            )
-        self._cubic = Cubic.over(state.max_steps, *self._span, self._frequency)
-        for target in self._targets(model):
-            sparsity = self._config.sparsity
-            if isinstance(sparsity, dict):
-                sparsity = layer_sparsity(sparsity, target.name)
-            if sparsity:
-                pattern = self._config.layer_pattern(sparsity)
-                self._patterns[target.name] = target, pattern
-        reached = self._cubic.last_due(state.global_step)
-        if state.global_step and reached is not None:
-            self._choose(reached, resumed=True)
-        if self._config.method == "wanda" and state.global_step < self._cubic.end:
-            self._norms = InputNorms(target for target, _ in self._patterns.values())
 
     def _hold(self, model: nn.Module) -> None:
-        for target in self._targets(model):
+        self._held = list(self._targets(model))
+        for target in self._held:
             with target.weight() as weight:
                 self._masks[target.name] = weight != 0
-            self._held[target.name] = target
 
     def _targets(self, model: nn.Module) -> tuple[Target, ...]:
         config, dense = self._config, default_dense(model)
         chosen = select_targets(model, config.targets, config.modules_to_not_convert, dense)
         return chosen.targets
 
-    def _choose(self, step: int, resumed: bool = False) -> None:
-        """Choose all masks for a step and apply them.
-
-        A resumed run has its zeros where the masks were: they are the lowest magnitudes.
-        """
-        assert self._cubic is not None
-        fraction = self._cubic.fraction(step)
-        if not fraction:
-            return
-        norms = None
-        if self._config.method == "wanda" and not resumed:
-            assert self._norms is not None
-            norms = self._norms.take()
-        for name, (target, pattern) in self._patterns.items():
-            with target.weight() as weight:
-                scores = weight.float().abs()
-                if norms is not None:
-                    scores = scores * norms[name]
-                per_row = self._config.method == "wanda"
-                self._masks[name] = partial_mask(scores, pattern, per_row, fraction)
-            self._held[name] = target
-            self._apply(name, target)
-        if fraction == 1 and self._norms is not None:
-            self._norms.remove()
-
     @torch.no_grad()
-    def _apply(self, name: str, target: Target) -> None:
-        weight = target.axes.matrix(target.module.weight)  # type: ignore[arg-type]
-        weight.masked_fill_(~self._masks[name].to(weight.device), 0)
+    def _apply_masks(self) -> None:
+        for target in self._held:
+            weight = target.axes.matrix(target.module.weight)  # type: ignore[arg-type]
+            weight.masked_fill_(~self._masks[target.name].to(weight.device), 0)

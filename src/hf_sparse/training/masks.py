@@ -39,6 +39,9 @@ class Masks:
     def __iter__(self) -> Iterator[str]:
         return iter(self._bits)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._bits
+
     def __getitem__(self, name: str) -> Bool[Tensor, "out in"]:
         return unpack_bits(self._bits[name], self._columns[name])
 

@@ -11,12 +11,11 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..core.errors import TrainingError
-from ..core.patterns import NM, Pattern, keep_highest
+from ..core.patterns import Pattern, Unstructured, partial_mask
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Cubic:
     """The steps of a run at which masks are chosen, and how far they go.
 
     Attributes:
-        start: step t0, after which nothing is pruned yet.
-        end: step t1, after which everything is.
+        start: step t0, after which nothing is gone yet.
+        end: step t1, after which all of it is.
         frequency: steps between two choices.
     """
 
@@ -50,16 +49,15 @@ class Cubic:
 
     def due(self, step: int) -> bool:
         """Are masks chosen after this step?"""
-        within = self.start <= step < self.end
+        within = self.start < step < self.end
         return step == self.end or (within and (step - self.start) % self.frequency == 0)
 
     def last_due(self, step: int) -> int | None:
         """The latest step up to this one after which masks were chosen."""
         if step >= self.end:
             return self.end
-        if step < self.start:
-            return None
-        return step - (step - self.start) % self.frequency
+        last = step - (step - self.start) % self.frequency
+        return last if last > self.start else None
 
     def fraction(self, step: int) -> Fraction:
         """How much of the final sparsity is reached after a step, 0 to 1."""
@@ -70,22 +68,28 @@ def _step(given: float, steps: int) -> int:
     return round(given * steps) if isinstance(given, float) else given
 
 
-def partial_mask(
-    scores: Float[Tensor, "out in"], pattern: Pattern, per_row: bool, fraction: Fraction
-) -> Bool[Tensor, "out in"]:
-    """The pattern's mask, of whose zeros only a fraction, those of the lowest scores, is there yet.
+@dataclass(frozen=True, eq=False)
+class Partial(Unstructured):
+    """What a solver gets in the place of a pattern of whose zeros only a part is there yet.
 
-    Args:
-        scores: what is gone already has 0, so that it stays so.
-        pattern: the final one; an n:m mask drops no weight on the way that it would keep.
-        per_row: choose within each output row.
-        fraction: how many of the pattern's zeros, floor of each row's or of all; 1 is exact.
+    Attributes:
+        sparsity: how many zeros there are by now.
+        final: the pattern in the end.
+        fraction: of its zeros that are there by now.
+        gone: weights that go before all others, whatever their scores: those that went before.
     """
-    final = pattern.mask(scores, per_row=per_row)
-    if fraction == 1:
-        return final
-    by_row = per_row or isinstance(pattern, NM)
-    candidates = scores.masked_fill(final, math.inf)
-    rows = candidates if by_row else candidates.reshape(1, -1)
-    zeros = int(torch.count_nonzero(~final)) // len(rows)
-    return keep_highest(rows, math.floor(fraction * zeros)).view_as(scores)
+
+    final: Pattern
+    fraction: Fraction
+    gone: Bool[Tensor, "out in"]
+
+    @classmethod
+    def of(cls, final: Pattern, fraction: Fraction, gone: Bool[Tensor, "out in"]) -> Partial:
+        """With the sparsity that follows from the others."""
+        return cls(float(fraction) * final.sparsity, final, fraction, gone)
+
+    def mask(
+        self, scores: Float[Tensor, "out in"], *, per_row: bool = False
+    ) -> Bool[Tensor, "out in"]:
+        scores = scores.masked_fill(self.gone, -math.inf)
+        return partial_mask(self.final, scores, self.fraction, per_row=per_row)

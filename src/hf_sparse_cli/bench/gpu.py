@@ -31,8 +31,9 @@ from hf_sparse.formats.bitmask import Bitmask
 from hf_sparse.formats.n_of_m import NMPacked
 from hf_sparse.kernels import Stored
 from hf_sparse.kernels.gpu import timing
-from hf_sparse.kernels.gpu.kernel import WAYS, SlicedKernel
-from hf_sparse.kernels.gpu.semi_structured import SemiWeight
+from hf_sparse.kernels.gpu.kernel import SlicedKernel
+from hf_sparse.kernels.gpu.product import WAYS
+from hf_sparse.kernels.gpu.semi_structured import SemiStructuredWeight
 from hf_sparse.layers.explain import explain
 from hf_sparse.quantizer import prune
 from hf_sparse.solvers.sparsegpt import SparseGPT
@@ -122,7 +123,7 @@ def _decode(copied: float, layers: int) -> list[dict[str, Any]]:
             dense = _pruned(shape, Unstructured(sparsity))
             weight = _sliced(dense, Bitmask())
             for tokens in (1, 4, 16):
-                for way in ("direct",) if tokens < 16 else tuple(WAYS):
+                for way in ("packed",) if tokens < 16 else tuple(WAYS):
                     points.append(_product(way, WAYS[way], dense, weight, sparsity, tokens, copied))
     return points
 
@@ -132,13 +133,11 @@ def _prefill(copied: float, layers: int) -> list[dict[str, Any]]:
     for shape in PREFILL_SHAPES:
         dense = _pruned(shape, NM(2, 4))
         for tokens in (1, 16, 512, PREFILL_TOKENS):
-            semi = SemiWeight.of(dense)
-            points.append(
-                _product("2:4", lambda x, w: w.linear(x), dense, semi, 0.5, tokens, copied)
-            )
+            semi = SemiStructuredWeight.of(dense)
+            points.append(_product("2:4", lambda x, w: w(x), dense, semi, 0.5, tokens, copied))
         weight = _sliced(dense, NMPacked(2, 4))
         for tokens in (64, 512, PREFILL_TOKENS):
-            points.append(_product("windows", WAYS["windows"], dense, weight, 0.5, tokens, copied))
+            points.append(_product("decoded", WAYS["decoded"], dense, weight, 0.5, tokens, copied))
     return points
 
 

@@ -24,7 +24,9 @@ from hf_sparse.core.logging import get_logger, progress_bar
 from hf_sparse.core.patterns import Unstructured
 from hf_sparse.kernels.cpu import library
 from hf_sparse.kernels.cpu.decode import decode
-from hf_sparse.kernels.cpu.tile_weight import TileWeight, linear, narrow, pack_dense
+from hf_sparse.kernels.cpu.pack import narrow, pack_dense
+from hf_sparse.kernels.cpu.product import packed_linear
+from hf_sparse.kernels.cpu.weight import TileWeight
 
 logger = get_logger(__name__)
 
@@ -197,9 +199,9 @@ def _candidates(weights: _Weights, rows: int, path: str | None) -> dict[str, Cal
     other = sparse[len(sparse) // 2 :] + sparse[: len(sparse) // 2]
     candidates: dict[str, Call] = {
         "torch fp32": lambda i: F.linear(x, fp32[i % len(fp32)]),
-        "sparse, fp32 x": lambda i: linear(x, sparse[i % len(sparse)], path=path),
+        "sparse, fp32 x": lambda i: packed_linear(x, sparse[i % len(sparse)], path=path),
         "torch bf16": lambda i: F.linear(half, bf16[i % len(bf16)]),
-        "sparse, bf16 x": lambda i: linear(half, other[i % len(other)], path=path),
+        "sparse, bf16 x": lambda i: packed_linear(half, other[i % len(other)], path=path),
         INT8: lambda i: int8[i % len(int8)].forward(x),
     }
     return candidates if int8 else {k: v for k, v in candidates.items() if k != INT8}

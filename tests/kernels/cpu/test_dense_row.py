@@ -70,9 +70,9 @@ def test_wrong_arguments_are_named():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_operator_keeps_torch_s_rules_and_has_gradients():
     x, weight = (t.bfloat16().requires_grad_() for t in (normal(1, 36), normal(20, 36)))
-    torch.library.opcheck(dense_row.gemv, (x, weight))
+    torch.library.opcheck(dense_row.dense_row, (x, weight))
     upstream = normal(1, 20).bfloat16()
-    (dense_row.gemv(x, weight) * upstream).sum().backward()
+    (dense_row.dense_row(x, weight) * upstream).sum().backward()
     other, dense = (t.detach().double().requires_grad_() for t in (x, weight))
     (F.linear(other, dense) * upstream.double()).sum().backward()
     torch.testing.assert_close(x.grad.double(), other.grad, rtol=2e-2, atol=2e-2)
@@ -86,7 +86,7 @@ def test_the_measurement_is_kept_and_can_be_switched_off(monkeypatch, tmp_path):
     monkeypatch.setenv(SWITCH, "1")
     first = dense_row.over_dense(weight)
     assert first > 0
-    monkeypatch.setattr(dense_row, "_measure", lambda x, w: pytest.fail("it was measured before"))
+    monkeypatch.setattr(dense_row, "_measure", lambda w, t: pytest.fail("it was measured before"))
     assert dense_row.over_dense(weight) == first
     monkeypatch.setattr(library, "_load", lambda: "no library")
     assert dense_row.over_dense(weight) is None

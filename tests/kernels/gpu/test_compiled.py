@@ -30,7 +30,7 @@ def launches(tmp_path_factory):
     assert {(each["capability"], each["kernel"]) for each in found} == {
         (capability, kernel)
         for capability in (80, 90)
-        for kernel in ("_product", "_panel", "_solve_block")
+        for kernel in ("_product", "_decode_window", "_solve_block")
     }
     return found
 

@@ -7,7 +7,7 @@ from hf_sparse.formats import Bitmask
 from hf_sparse.formats.n_of_m import NMPacked
 from hf_sparse.kernels import KERNELS, Stored, choose
 from hf_sparse.kernels.dense import DenseKernel
-from hf_sparse.kernels.gpu import kernel, semi_structured, timing
+from hf_sparse.kernels.gpu import kernel, product, semi_structured, timing
 
 GB = 1 << 30
 
@@ -44,7 +44,7 @@ def test_what_is_faster_is_taken_and_says_how_much(gpu, stored):
     considered = kernel.SlicedKernel.consider(stored)
     assert considered.kernel is not None
     assert considered.verdict.speedup == 2
-    assert [way.tokens for way in considered.verdict.ways] == [c.name for c in kernel.CLASSES]
+    assert [way.tokens for way in considered.verdict.ways] == [c.name for c in product.CLASSES]
     assert "2.00" in considered.verdict.reason
 
 
@@ -118,18 +118,18 @@ def test_2_4_is_taken_only_where_it_is_not_slower(gpu, monkeypatch, seconds, tak
         def copy(self):
             return self
 
-        def linear(self, x):
+        def __call__(self, x):
             return x @ self.own.T
 
-        def tensors(self):
-            return {"semi_values": self.own}
+        values = meta = property(lambda self: self.own)
+        shape = (32, 64)
 
     weight = torch.randn(32, 64).bfloat16().view(32, 16, 4)
     weight[:, :, :2] = 0
     fmt = NMPacked(2, 4)
     packed = fmt.pack(weight.view(32, 64))
     monkeypatch.setattr(semi_structured, "obstacle", lambda stored: None)
-    monkeypatch.setattr(semi_structured, "SemiWeight", Weight)
+    monkeypatch.setattr(semi_structured, "SemiStructuredWeight", Weight)
     gpu.sparse = seconds
     considered = semi_structured.SemiStructuredKernel.consider(
         Stored(fmt, packed, (32, 64), torch.bfloat16)

@@ -71,7 +71,9 @@ def test_our_2_4_weights_survive_torch_s_form_and_take_0_5625_of_the_bytes():
 
 def test_tensors_of_no_layer_are_refused():
     with pytest.raises(ValueError, match="belong to no 2:4 layer"):
-        semi_structured.semi_linear(torch.randn(2, 64), torch.randn(32, 32), None, 32, 64)
+        semi_structured.semi_structured_linear(
+            torch.randn(2, 64), torch.randn(32, 32), None, 32, 64
+        )
 
 
 # --- torch's own tensors, with a product on the CPU in place of the GPU's -----------------------
@@ -90,7 +92,7 @@ def kernel(monkeypatch):
 
     monkeypatch.setattr(torch, "_sparse_semi_structured_mm", product)
     weight = stored(NMPacked(2, 4), shape=(64, 128)).dense(torch.bfloat16)
-    return semi_structured.SemiStructuredKernel(semi_structured.SemiWeight.of(weight))
+    return semi_structured.SemiStructuredKernel(semi_structured.SemiStructuredWeight.of(weight))
 
 
 @pytest.mark.parametrize("shape", [(128,), (0, 128), (3, 128), (2, 3, 128), (2, 0, 128)])

@@ -6,7 +6,6 @@ contents right after. The parts of a weight may lie in different files.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ...core.errors import CheckpointError
+from ...core.json_records import read_json
 from ..headers import LARGEST_SIDE
 from .parameters import (
     BITMASK,
@@ -47,12 +47,13 @@ def weight_files(folder: Path) -> list[Path]:
         if not single.is_file():
             raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
         return [single]
-    try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{index}: it can't be read: {error!r}") from None
+    content = read_json(index)
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
+        raise CheckpointError(f"{index}: it has no object 'weight_map' of file names")
+    files = sorted(set(listed.values()))
     for name in files:
-        plain = isinstance(name, str) and Path(name).name == name
+        plain = Path(name).name == name
         if not plain or not name.endswith(".safetensors") or not (folder / name).is_file():
             raise CheckpointError(f"{index}: it names {name!r}, which is no file beside it")
     return [folder / name for name in files]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...config.sparse_config import QUANT_METHOD
 from ...core.errors import CheckpointError
+from ...core.json_records import read_json
 from .parameters import PARTS
 
 WRITER = "compressed-tensors"
@@ -55,11 +55,9 @@ def old_format(config: Mapping[str, Any], where: str) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, any_number=True)  # a config may hold an infinity
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no config.json: it is no model's folder") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: it can't be read: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: it holds no object")
     return content

@@ -7,22 +7,26 @@ torch's product of one row doesn't read 16-bit weights as fast as memory gives t
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..timing import compare, remembered
+from .. import timing
+from ..operator import define, transformed
+from ..token_classes import TokenClass
 from . import library
 from .speed import COLD_ROUNDS, machine
+
+ONE_TOKEN = TokenClass("1", 1, 1, ("native",))
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Is it one row on the CPU, of the weight's 16-bit dtype?"""
     return (
-        x.dtype == weight.dtype
+        not transformed()  # which torch's custom operators know nothing of
+        and x.dtype == weight.dtype
         and x.dtype in library.HALVES
         and x.device.type == weight.device.type == "cpu"
         and x.shape[-1] == weight.shape[1]
@@ -34,28 +38,23 @@ def over_dense(weight: Float[Tensor, "out in"]) -> float | None:
     """Speed over `F.linear` at one token; None if measuring is off or there is no library."""
     if not library.available():
         return None
-    x = torch.randn(1, weight.shape[1]).to(weight.dtype)
-    shape = (weight.shape[0], weight.shape[1])
-    found = remembered(
-        shape,
-        weight.dtype,
-        "dense, 1 tokens",
-        functools.partial(_measure, x, weight.detach()),
-        machine(),
-    )
-    return None if found is None else found["gemv"]
+    shape, own = (weight.shape[0], weight.shape[1]), weight.detach()
+    measure = functools.partial(_measure, own)
+    found = timing.over_dense(shape, own.dtype, "dense", machine(), (ONE_TOKEN,), measure)
+    return found[ONE_TOKEN.name]["native"] if found else None
 
 
-def _measure(x: Tensor, weight: Tensor) -> dict[str, float]:
+def _measure(weight: Tensor, tokens: TokenClass) -> timing.Speeds:
+    x = torch.randn(tokens.measured, weight.shape[1]).to(weight.dtype)
     # A head is larger than the private caches: it needs no copies to be cold.
-    seconds = compare(
+    seconds = timing.compare(
         {
-            "gemv": (lambda matrix: gemv(x, matrix), [weight]),
+            "native": (lambda matrix: dense_row(x, matrix), [weight]),
             "dense": (lambda matrix: F.linear(x, matrix), [weight]),
         },
         COLD_ROUNDS,
     )
-    return {"gemv": seconds["dense"] / seconds["gemv"]}
+    return {"native": seconds["dense"] / seconds["native"]}
 
 
 def product(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:
@@ -64,8 +63,8 @@ def product(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:
     Summed in fp32, in x's dtype, fp32, bf16 or fp16. The result doesn't depend on the number of
     threads.
     """
-    library.check_tensor(x, "x", library.FLOATS)
-    library.check_tensor(weight, "weight", library.HALVES)
+    x = library.checked(x, "x", library.FLOATS)
+    weight = library.checked(weight, "weight", library.HALVES)
     if weight.dim() != 2 or weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
         raise ValueError(f"weight {tuple(weight.shape)} must have contiguous rows")
     n, k = weight.shape
@@ -83,29 +82,18 @@ def product(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:
     return y
 
 
-@torch.library.custom_op(
-    "hf_sparse::gemv", mutates_args=(), schema="(Tensor x, Tensor w) -> Tensor"
+def _sizes(weight: Tensor) -> tuple[int, int]:
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (out, in)")
+    return weight.shape[1], weight.shape[0]
+
+
+# F.linear(x, W) for one row x[..., in] and W[out, in], in x's dtype, summed in fp32.
+dense_row = define(
+    "dense_row",
+    "Tensor weight",
+    _sizes,
+    run=lambda x, weight: product(x, weight),
+    gradient=lambda grad, weight: grad @ weight.to(grad.dtype),
+    weight_gradient=lambda grad, x: grad.reshape(-1, 1) * x.reshape(1, -1),
 )
-def gemv(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear(x, W) for one row x[..., in] and W[out, in], in x's dtype, summed in fp32."""
-    return product(x, weight)
-
-
-@gemv.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    x, weight = ctx.saved_tensors
-    needs_x, needs_weight = ctx.needs_input_grad
-    grad_x = grad @ weight if needs_x else None
-    grad_weight = grad.reshape(-1, 1) * x.reshape(1, -1) if needs_weight else None
-    return grad_x, grad_weight
-
-
-gemv.register_autograd(_backward, setup_context=_setup_context)

@@ -190,8 +190,12 @@ def raise_on(code: int, doing: str) -> None:
         raise NativeError(f"{doing}: {library().tile_message(code).decode()}")
 
 
-def check_tensor(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Is it a strided tensor on the CPU, of one of the dtypes? An error that names it if not."""
+def checked(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """The tensor as it can be read: strided, on the CPU, of one of the dtypes, signs in place.
+
+    Raises:
+        TypeError, ValueError: names the tensor and what it isn't.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if tensor.device.type != "cpu":
@@ -201,6 +205,7 @@ def check_tensor(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> 
     if tensor.dtype not in dtypes:
         expected = ", ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} is {tensor.dtype}, expected {expected}")
+    return tensor.resolve_neg()  # views may leave the sign to whoever reads them
 
 
 def check_shape(tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import timing
 from ..machine import processor
-from ..timing import Speeds, compare, remembered
+from ..timing import Speeds, compare
 from ..token_classes import TokenClass
 from . import library
 from .decode import decode
 from .product import CLASSES, WAYS
-from .tile_weight import ROWS, TileWeight
+from .weight import ROWS, TileWeight
 
 COLD_BYTES = 16 << 20
 COLD_TOKENS = 32  # up to so many the weight's way from memory counts
@@ -42,18 +43,9 @@ def over_dense(weight: TileWeight, dtype: torch.dtype) -> dict[str, Speeds]:
     sparsity = round(20 * (1 - weight.count / (weight.shape[0] * weight.shape[1]))) * 5
     group = weight.group_size if weight.scales is not None else 0
     values = f"{weight.dtype} values" + (f" in groups of {group}" if group else "")
-    found = {}
-    for each in CLASSES:
-        what = f"{values}, {sparsity} %, {each.name} tokens"
-        speeds = remembered(
-            weight.shape, dtype, what, functools.partial(_measure, weight, dtype, each), machine()
-        )
-        if speeds is None:
-            return {}
-        found[each.name] = speeds
-        if max(speeds.values()) < 1 and each is CLASSES[0]:
-            break
-    return found
+    what = f"{values}, {sparsity} %"
+    measure = functools.partial(_measure, weight, dtype)
+    return timing.over_dense(weight.shape, dtype, what, machine(), CLASSES, measure)
 
 
 def copies_of(nbytes: int) -> int:

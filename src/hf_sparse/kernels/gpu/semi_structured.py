@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -34,8 +33,9 @@ from torch.sparse import (
 from ...formats import Format, pack_weight
 from ...formats.base import Packed
 from ...formats.n_of_m import NMPacked
-from ..base import Considered, Kernel, Stored, Verdict
-from ..token_classes import TokenClass, fastest
+from ..base import Considered, Stored, Verdict
+from ..operator import AliveWeights, PackedKernel, check_input, define_product
+from ..token_classes import TokenClass, fastest, in_words
 from . import timing
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -49,7 +49,7 @@ CLASSES = (
 )
 
 
-class SemiWeight:
+class SemiStructuredWeight:
     """A 2:4 weight in torch's form, of one backend.
 
     Attributes:
@@ -64,16 +64,16 @@ class SemiWeight:
         self.shape = (tensor.shape[0], tensor.shape[1])
 
     @classmethod
-    def of(cls, dense: Float[Tensor, "out in"]) -> SemiWeight:
+    def of(cls, dense: Float[Tensor, "out in"]) -> SemiStructuredWeight:
         with warnings.catch_warnings():  # that torch may change its tensors is our concern
             warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor")
             return cls(_backend().from_dense(dense.contiguous()))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SemiWeight:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SemiStructuredWeight:
         names, rest = self.tensor.__tensor_flatten__()
         inner = {name: copy.deepcopy(getattr(self.tensor, name), memo) for name in names}
         tensor: Any = self.tensor.__tensor_unflatten__(inner, rest, None, None)
-        return SemiWeight(tensor)
+        return SemiStructuredWeight(tensor)
 
     @property
     def nbytes(self) -> int:
@@ -82,15 +82,16 @@ class SemiWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is resident, by name."""
-        found = {"semi_values": self.values, "semi_meta": self.meta}
+        found = {"semi_structured_values": self.values, "semi_structured_meta": self.meta}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def copy(self) -> SemiWeight:
+    def copy(self) -> SemiStructuredWeight:
         """The same in memory of its own."""
-        return SemiWeight(self.tensor.clone())  # type: ignore[arg-type]
+        return SemiStructuredWeight(self.tensor.clone())  # type: ignore[arg-type]
 
-    def linear(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """x W' for x [..., in]; in the weight's dtype by the matrix units, else decoded."""
+        check_input(x, self.shape[1], (self.values,))
         if x.dtype != self.tensor.dtype:
             return F.linear(x, self.dense().to(x.dtype))
         rows = x.reshape(-1, self.shape[1]).contiguous()
@@ -111,17 +112,37 @@ class SemiWeight:
         return dense
 
 
-_alive: weakref.WeakValueDictionary[int, SemiWeight] = weakref.WeakValueDictionary()
+def _refuse(*operands: Any) -> SemiStructuredWeight:
+    raise ValueError(
+        "these tensors belong to no 2:4 layer of this process: torch's compressed form can't "
+        "be checked, so it is only made here, from the stored one"
+    )
 
 
-class SemiStructuredKernel(Kernel):
+_alive = AliveWeights(_refuse)
+
+# x W' for the 2:4 weight that `values` and `meta` belong to, in x's dtype.
+semi_structured_linear, semi_structured_linear_grad = define_product(
+    "semi_structured_linear",
+    "Tensor values, Tensor? meta, int out_features, int in_features",
+    shape=lambda *weight: weight[2:],
+    find=_alive.find,
+    product=lambda x, weight: weight(x),
+    transposed=lambda x, weight: x @ weight.dense().to(x.dtype),
+)
+
+
+class SemiStructuredKernel(PackedKernel):
     """2:4 products on NVIDIA GPUs for values in fp16 and bf16."""
 
     name: ClassVar[str] = "2:4"
+    operators: ClassVar[Any] = (semi_structured_linear, semi_structured_linear_grad)
+    alive: ClassVar[Any] = _alive
 
-    def __init__(self, weight: SemiWeight) -> None:
-        self._weight = weight
-        _alive[weight.tensors()["semi_values"].data_ptr()] = weight
+    @property
+    def _weight(self) -> SemiStructuredWeight:
+        weight: SemiStructuredWeight = self._product
+        return weight
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self._weight.dense(),)
@@ -136,43 +157,36 @@ class SemiStructuredKernel(Kernel):
             return Considered(Verdict(cls.name, False, reason))
         dense = stored.dense(stored.dtype)
         try:
-            weight = SemiWeight.of(dense)
-            weight.linear(dense[:1])
+            weight = SemiStructuredWeight.of(dense)
+            weight(dense[:1])
         except RuntimeError as error:  # cuSPARSELt knows its GPUs, and no other way to ask for them
             refused = f"torch refuses: {str(error).strip().splitlines()[0]}"
             return Considered(Verdict(cls.name, False, refused))
-        ways = {_WAY: _linear}
+        ways = {_WAY: _multiply}
         speedups = timing.over_dense(dense, weight, ways, CLASSES, f"2:4 {_backend().BACKEND}")
         found = fastest(speedups, CLASSES)
         speedup = found[0].speedup
-        measured = "not measured"
-        if speedups:
-            measured = "measured over dense: " + "; ".join(map(str, found))
         if any((found[i].speedup or 1) < 1 for i in (0, -1)):
-            return Considered(Verdict(cls.name, False, measured, speedup))
-        reason = f"{_backend().BACKEND}, {measured}"
+            return Considered(Verdict(cls.name, False, in_words(found), speedup))
+        reason = f"{_backend().BACKEND}, {in_words(found)}"
         return Considered(Verdict(cls.name, True, reason, speedup, found), cls(weight))
 
     def tensors(self) -> dict[str, Tensor]:
         return self._weight.tensors()
 
-    def linear(
-        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
-    ) -> Float[Tensor, "*batch out"]:
-        y: Tensor
-        if not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
-            y = self._weight.linear(x)
-        else:
-            tensors = self._weight.tensors()
-            operands = tensors["semi_values"], tensors.get("semi_meta"), *self._weight.shape
-            y = semi_linear(x, *operands)
-        return y if bias is None else y + bias.to(y.dtype)
+    def operands(self) -> tuple[Any, ...]:
+        weight = self._weight
+        return weight.values, weight.meta, *weight.shape
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         return self._weight.dense().to(dtype)
 
     def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
         return pack_weight(fmt, self.weight(dtype))
+
+
+def _multiply(x: Tensor, weight: SemiStructuredWeight) -> Tensor:
+    return weight(x)
 
 
 def obstacle(stored: Stored) -> str | None:
@@ -211,64 +225,4 @@ def _backend() -> type[SparseSemiStructuredTensor]:
 
 
 def _again(dense: Tensor) -> SemiStructuredKernel:
-    return SemiStructuredKernel(SemiWeight.of(dense))
-
-
-def _linear(x: Tensor, weight: SemiWeight) -> Tensor:
-    return weight.linear(x)
-
-
-def _find(values: Tensor) -> SemiWeight:
-    weight = _alive.get(values.data_ptr())
-    if weight is None:
-        raise ValueError(
-            "these tensors belong to no 2:4 layer of this process: torch's compressed form can't "
-            "be checked, so it is only made here, from the stored one"
-        )
-    return weight
-
-
-_SCHEMA = "(Tensor x, Tensor values, Tensor? meta, int out_features, int in_features) -> Tensor"
-
-
-@torch.library.custom_op("hf_sparse::semi_linear", mutates_args=(), schema=_SCHEMA)
-def semi_linear(
-    x: Tensor, values: Tensor, meta: Tensor | None, out_features: int, in_features: int
-) -> Tensor:
-    """x W' for the 2:4 weight that `values` belong to, in x's dtype."""
-    return _find(values).linear(x)
-
-
-@semi_linear.register_fake
-def _(
-    x: Tensor, values: Tensor, meta: Tensor | None, out_features: int, in_features: int
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-@torch.library.custom_op("hf_sparse::semi_linear_grad", mutates_args=(), schema=_SCHEMA)
-def semi_linear_grad(
-    x: Tensor, values: Tensor, meta: Tensor | None, out_features: int, in_features: int
-) -> Tensor:
-    """x W for x (..., out): takes the gradient of x W' back to its x."""
-    return x @ _find(values).dense().to(x.dtype)
-
-
-@semi_linear_grad.register_fake
-def _(
-    x: Tensor, values: Tensor, meta: Tensor | None, out_features: int, in_features: int
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], in_features))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:3])
-    ctx.shape = inputs[3:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = semi_linear_grad(grad.contiguous(), *ctx.saved_tensors, *ctx.shape)
-    return grad_x, None, None, None, None
-
-
-semi_linear.register_autograd(_backward, setup_context=_setup_context)
+    return SemiStructuredKernel(SemiStructuredWeight.of(dense))

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..timing import Speeds, remembered
+from .. import timing
+from ..timing import Speeds
 from ..token_classes import TokenClass
 
 COLD_BYTES = 256 << 20
@@ -51,19 +52,13 @@ def over_dense(
     """
     kept = round(20 * int(torch.count_nonzero(dense)) / dense.numel()) * 5
     shape = (dense.shape[0], dense.shape[1])
-    found = {}
-    for each in classes:
-        measure = functools.partial(_measure, dense, weight, ways, each)
-        name = f"{what}, {kept} % kept, {each.name} tokens"
-        try:
-            with torch.cuda.device_of(dense):  # type: ignore[no-untyped-call]
-                speeds = remembered(shape, dense.dtype, name, measure, gpu())
-        except torch.OutOfMemoryError:
-            speeds = None
-        if speeds is None:
-            return {}
-        found[each.name] = speeds
-    return found
+    measure = functools.partial(_measure, dense, weight, ways)
+    try:
+        with torch.cuda.device_of(dense):  # type: ignore[no-untyped-call]
+            name = f"{what}, {kept} % kept"
+            return timing.over_dense(shape, dense.dtype, name, gpu(), classes, measure)
+    except torch.OutOfMemoryError:
+        return {}
 
 
 def _measure(dense: Tensor, weight: Weight, ways: Mapping[str, Way], tokens: TokenClass) -> Speeds:

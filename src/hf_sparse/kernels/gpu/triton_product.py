@@ -1,20 +1,14 @@
-"""The Triton kernels of the sliced layout: products of few tokens, and rows decoded to dense.
+"""The Triton kernel of the sliced layout for products of few tokens.
 
-`product` takes up to `TOKENS` tokens at a time. A program is 8 or 16 warps on a slice of 32 rows; a
-warp walks through one segment of the rows, a lane through one row of it: gaps and values come in
-wide loads that the whole warp makes side by side, and the columns of the 32 lanes lie close
-together, so that their elements of x share cache lines. Sums are in fp32. The warps' sums are added
-at the end in a fixed order; where there are too few rows to fill the GPU, several programs share
-them and write sums of their own, which torch adds up. No atomics: a result is the same every time.
-
-`panel` writes a window of rows as a dense matrix, for a dense product with many tokens.
-
-Triton's interpreter runs them on a CPU (TRITON_INTERPRET=1).
+It takes up to `TOKENS` tokens at a time. A program is 8 or 16 warps on a slice of 32 rows; a warp
+walks through one segment of the rows, a lane through one row of it: gaps and values come in wide
+loads that the whole warp makes side by side, and the columns of the 32 lanes lie close together, so
+that their elements of x share cache lines. Sums are in fp32. The warps' sums are added at the end
+in a fixed order; where there are too few rows to fill the GPU, several programs share them and
+write sums of their own, which torch adds up. No atomics: a result is the same every time.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .weight import GROUP, INT4, LANES, UNIT, SlicedWeight
+from .triton_slices import constants, first_column, slice_of, tensors
+from .weight import SlicedWeight
 
 TOKENS = 8  # of one program: more would spill the products of a group out of the registers
 
@@ -122,14 +117,6 @@ def _spread(stored, NIBBLES: tl.constexpr):
 
 
 @triton.jit
-def _first_column(anchor, unit, groups, padded, WIDTH: tl.constexpr):
-    """Where a segment that begins with a unit begins, but for its first gap."""
-    # In 64 bits: with 131072 columns the product needs more than 31.
-    even = (unit * 4 + groups * 0).to(tl.int64) * padded // tl.maximum(groups, 1)
-    return (anchor.to(tl.int32) + (even >> WIDTH).to(tl.int32)) << WIDTH
-
-
-@triton.jit
 def _product(
     x,
     values,
@@ -160,10 +147,7 @@ def _product(
     slice_ = tl.program_id(1)
     split = tl.program_id(2)
     slots = tl.num_programs(1) * 32
-    first_group = tl.load(slices + 3 * slice_)
-    first_unit = tl.load(slices + 3 * slice_ + 1)
-    first_segment = tl.load(slices + 3 * slice_ + 2)
-    groups = tl.load(slices + 3 * slice_ + 3) - first_group
+    first_group, first_unit, first_segment, groups = slice_of(slices, slice_)
     lane = tl.arange(0, 32)[None, :]
     segment = split * SEGMENTS + tl.arange(0, SEGMENTS)[:, None]
     token = tl.arange(0, TOKENS)[None, None, :]
@@ -171,7 +155,7 @@ def _product(
     start = segment * SEGMENT_UNITS
     there = (start * 4 < groups) & (lane >= 0)
     anchor = tl.load(anchors + (first_segment + segment) * 32 + lane, mask=there, other=0)
-    column = _first_column(anchor, start, groups, padded, WIDTH)
+    column = first_column(anchor, start, groups, padded, WIDTH)
     own_x = x + block.to(tl.int64) * padded * TOKENS
     sums = tl.zeros((SEGMENTS, 32, TOKENS), tl.float32)
     first = split * SEGMENTS * SEGMENT_UNITS  # of the program's first warp, which has most to do
@@ -220,72 +204,6 @@ def _product(
     )
 
 
-@triton.jit
-def _panel(
-    values,
-    gaps,
-    anchors,
-    slices,
-    order,
-    scales,
-    out,
-    first_slice,
-    first_row,
-    slots,
-    rows,
-    columns,
-    WIDTH: tl.constexpr,
-    SEGMENT_UNITS: tl.constexpr,
-    NIBBLES: tl.constexpr,
-    SCALED: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-):
-    """out[row - first_row, column] of one segment of one slice; programs are (slices, segments)."""
-    slice_ = first_slice + tl.program_id(0)
-    segment = tl.program_id(1)
-    first_group = tl.load(slices + 3 * slice_)
-    first_unit = tl.load(slices + 3 * slice_ + 1)
-    first_segment = tl.load(slices + 3 * slice_ + 2)
-    groups = tl.load(slices + 3 * slice_ + 3) - first_group
-    lane = tl.arange(0, 32)
-    entry = tl.arange(0, 8)
-    start = segment * SEGMENT_UNITS
-    row = tl.load(order + slice_ * 32 + lane)
-    anchor = tl.load(
-        anchors + (first_segment + segment) * 32 + lane, mask=start * 4 + lane * 0 < groups, other=0
-    )
-    column = _first_column(anchor, start, groups, tl.cdiv(columns, 8) * 8, WIDTH)
-    line = (row - first_row).to(tl.int64) * columns
-    if SCALED and GROUP_SIZE == 0:
-        scale = tl.load(scales + slice_ * 32 + lane)[:, None]
-    for group in range(start * 4, tl.minimum((start + SEGMENT_UNITS) * 4, groups)):
-        # The 8 gaps of the group start at bit 8 WIDTH (group % 4) of the unit's words.
-        at = 8 * WIDTH * (group % 4)
-        words = gaps + (first_unit + group // 4) * WIDTH * 32 + lane
-        low = tl.load(words + at // 32 * 32).to(tl.uint32, bitcast=True).to(tl.uint64)
-        last = (at + 8 * WIDTH - 1) // 32
-        high = tl.load(words + last * 32).to(tl.uint32, bitcast=True).to(tl.uint64)
-        gap = ((low | (high << 32)) >> (at % 32).to(tl.uint64)).to(tl.uint32)
-        gap = (gap[:, None] >> (WIDTH * entry)[None, :]) & ((1 << WIDTH) - 1)
-        ends = tl.cumsum(gap.to(tl.int32) + 1, axis=1)
-        place = column[:, None] + ends - 1
-        column += tl.sum(gap.to(tl.int32) + 1, axis=1)
-        if NIBBLES:
-            word = tl.load(values + (first_group + group) * 32 + lane)
-            found = ((word[:, None] << (28 - 4 * entry)[None, :]) >> 28).to(tl.float32)
-        else:
-            found = tl.load(
-                values + ((first_group + group) * 32 + lane[:, None]) * 8 + entry[None, :]
-            )
-        if SCALED and GROUP_SIZE == 0:
-            found = found.to(tl.float32) * scale
-        elif GROUP_SIZE > 0:
-            at = (place // GROUP_SIZE) * slots + slice_ * 32 + lane[:, None]
-            found = found.to(tl.float32) * tl.load(scales + at, mask=place < columns, other=0.0)
-        wanted = (row < rows)[:, None] & (place < columns)
-        tl.store(out + line[:, None] + place, found.to(out.dtype.element_ty), wanted)
-
-
 def product(x: Tensor, weight: SlicedWeight) -> Tensor:
     """x W' for x [tokens, in], in x's dtype. Meant for few tokens."""
     tokens, rows = len(x), weight.shape[0]
@@ -303,46 +221,8 @@ def product(x: Tensor, weight: SlicedWeight) -> Tensor:
     if tokens:
         with torch.cuda.device_of(x):  # Triton launches on the current GPU, whatever the tensors'
             _product[(blocks, slices, splits)](
-                own, *_tensors(weight), out, *weight.shape, weight.padded, tokens,
+                own, *tensors(weight), out, *weight.shape, weight.padded, tokens,
                 SEGMENTS=weight.warps, TOKENS=block, num_warps=weight.warps,
-                **_constants(weight),
+                **constants(weight),
             )  # fmt: skip
     return out[0] if splits == 1 else out.sum(dim=0).to(x.dtype)
-
-
-def windows(weight: SlicedWeight) -> list[tuple[int, int]]:
-    """First and last row of each part that `panel` decodes at once."""
-    rows, step = weight.shape[0], weight.window
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def panel(weight: SlicedWeight, first: int, last: int, out: Tensor) -> Tensor:
-    """Rows first..last of the dense weight, one of `windows`, into `out` [>= last - first, in]."""
-    dense = out[: last - first].zero_()
-    start, end = first // LANES, -(-last // LANES)
-    rows, columns = weight.shape
-    with torch.cuda.device_of(out):
-        _panel[(end - start, weight.warps * weight.splits)](
-            *_tensors(weight), dense, start, first, (len(weight.slices) - 1) * LANES, rows, columns,
-            num_warps=1, **_constants(weight),
-        )  # fmt: skip
-    return dense
-
-
-def _tensors(weight: SlicedWeight) -> tuple[Any, ...]:
-    scales = weight.order if weight.scales is None else weight.scales  # any pointer: it isn't read
-    return weight.values, weight.gaps, weight.anchors, weight.slices, weight.order, scales
-
-
-def _constants(weight: SlicedWeight) -> dict[str, Any]:
-    grouped = weight.scales is not None and len(weight.scales) > 1
-    return {
-        "WIDTH": weight.width,
-        "SEGMENT_UNITS": weight.segment_units,
-        "NIBBLES": weight.dtype == INT4,
-        "SCALED": weight.scales is not None,
-        "GROUP_SIZE": weight.group_size if grouped else 0,
-    }
-
-
-assert (GROUP, UNIT, LANES) == (8, 4, 32), "the kernels are written for these"

@@ -9,7 +9,7 @@ import importlib.util
 import torch
 
 from ...core.logging import get_logger
-from .packer import sliced
+from .pack import pack_dense
 from .weight import GROUP
 
 logger = get_logger(__name__)
@@ -24,7 +24,7 @@ def obstacle(device: torch.device) -> str | None:
 
     ones = torch.ones(1, GROUP, device=device)
     try:
-        works = product(ones, sliced(ones)).item() == GROUP
+        works = product(ones, pack_dense(ones)).item() == GROUP
         reason = "its product of ones is wrong"
     except Exception as error:  # Triton's, a compiler's, the driver's: dense products need none
         works, reason = False, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

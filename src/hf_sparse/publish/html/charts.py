@@ -77,7 +77,7 @@ def line_chart(
 
 def _step(highest: float) -> float:
     """1, 2 or 5 times a power of ten, so that three to seven of it reach a value."""
-    if highest <= 0:
+    if highest < 1e-300:  # nothing to see, and the power of ten below it may be no float
         return 1.0
     most = highest / 3 * (1 + 1e-9)  # 0.3 / 3 is a little less than 0.1
     power = 10.0 ** math.floor(math.log10(most))

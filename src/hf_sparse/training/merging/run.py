@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ...core.logging import get_logger, progress_bar
 from ...formats import pack_weight
 from ...layers import SparseLinear
 from ...layers.blocks import find_blocks
-from ...layers.replace import Places, inherit
+from ...layers.replace import ModuleParents, inherit
 from ...solvers import Solution
 from ...solvers.layer_solver import dense_target
 from .adapted import Adapted, check_mergeable, find_adapted, merged_layer, stand_in, step_back
@@ -153,11 +153,13 @@ class _Merge:
         if not batches:
             return
         blocks = find_blocks(self._base, list(self._adapted.sparse), self._config.blocks)
-        for _, layers in walk_stages(self._base, blocks, batches, self._config, self.unmerged):
-            for name, observed in layers:
-                self._solve(name, observed)
-                del observed
-                bar.update()
+        walk = walk_stages(self._base, blocks, batches, self._config, self.unmerged)
+        with closing(walk):
+            for _, layers in walk:
+                for name, observed in layers:
+                    self._solve(name, observed)
+                    del observed
+                    bar.update()
 
     def _module(self, name: str) -> nn.Module:
         module: Any = self._adapted.sparse[name]
@@ -227,14 +229,14 @@ class _Merge:
 
     def finish(self, model: Any) -> Any:
         """Put the merged layers in their places for good, and have PEFT merge the rest."""
-        places = Places(self._base)
+        parents = ModuleParents(self._base)
         for tuner, layer in self._merged.items():
-            places.put(tuner, layer)
+            parents.put(tuner, layer)
         try:
             return model.merge_and_unload(safe_merge=True)
         except BaseException:
             for tuner, layer in self._merged.items():
-                places.put(layer, tuner)
+                parents.put(layer, tuner)
             raise
 
 

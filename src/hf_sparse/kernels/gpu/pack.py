@@ -17,14 +17,14 @@ from .weight import (
     WIDTHS,
     WINDOW_WEIGHTS,
     SlicedWeight,
-    _even,
+    even_column,
 )
 
 WARPS_TO_FILL = 2048  # 16 on each multiprocessor of an H200; with few rows, rows are split more
 SHORTEST_SEGMENT = 2  # units
 
 
-def sliced(
+def pack_dense(
     weight: Tensor, scales: Tensor | None = None, group_size: int | None = None
 ) -> SlicedWeight:
     """Pack a dense (out, in) weight, or int8 codes with `scales` (out, groups of columns).
@@ -172,7 +172,7 @@ def _fill(
     starts = entry % size == 0
     gap = (column - before - 1).where(~starts, column & ((1 << width) - 1))
     gaps[place[:, 1] * UNIT + group, lane, inside] = gap.to(torch.uint8)
-    even = _even(group[starts], lengths[row[starts]] // GROUP, dense.shape[1])
+    even = even_column(group[starts], lengths[row[starts]] // GROUP, dense.shape[1])
     anchor = (column[starts] >> width) - (even >> width)
     anchors[(place[:, 2] + entry // size)[starts], lane[starts]] = anchor.int()
 

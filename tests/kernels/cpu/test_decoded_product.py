@@ -1,11 +1,11 @@
-"""Products by way of dense panels."""
+"""Products by way of decoded blocks."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_sparse.kernels.cpu import decode
-from hf_sparse.kernels.cpu.tile_weight import pack_dense
+from hf_sparse.kernels.cpu import product
+from hf_sparse.kernels.cpu.pack import pack_dense
 
 
 def normal(*shape, seed):
@@ -14,13 +14,13 @@ def normal(*shape, seed):
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(36,), (3, 36), (2, 3, 36), (0, 36)])
-def test_products_by_panels_agree_with_float64(monkeypatch, x_dtype, shape):
-    monkeypatch.setattr(decode, "PANEL_BYTES", 16 * 36 * 2)  # 53 rows are then several panels
+def test_products_by_decoded_blocks_agree_with_float64(monkeypatch, x_dtype, shape):
+    monkeypatch.setattr(product, "BLOCK_BYTES", 16 * 36 * 2)  # 53 rows are then several
     weight = F.dropout(normal(53, 36, seed=2), 0.6).bfloat16()
     bias, x = normal(53, seed=1).to(x_dtype), normal(*shape, seed=0).to(x_dtype)
     packed = pack_dense(weight)
     for given in (None, bias):
-        y = decode.linear(x, packed, given)
+        y = product.decoded_linear(x, packed, given)
         other = None if given is None else given.double()
         expected = F.linear(x.double(), weight.double(), other)
         assert y.dtype == x_dtype

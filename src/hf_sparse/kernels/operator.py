@@ -1,0 +1,273 @@
+"""Products with a packed weight as torch operators, made from a description of the weight.
+
+An operator takes x and, behind it, the tensors and numbers of the weight. It brings its shapes
+(the fake implementation) and its gradient, so that compilers and tracers see one node. The gradient
+of x W' is x W, an operator too, and each is the other's gradient: derivatives of any order exist.
+W is constant; a bias is added outside, where it trains. `torch.func` and forward-mode derivatives,
+of which torch's custom operators know nothing, go through an autograd function of the same two.
+
+Where nothing watches, a call goes straight to the kernel: torch's dispatcher would add more to a
+small layer than its product takes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+
+from .base import Kernel
+
+INPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+W = TypeVar("W")
+
+
+class AliveWeights(Generic[W]):
+    """Checked weights by the tensors and numbers that describe them, for as long as they live.
+
+    Args:
+        check: makes a weight of operands that belong to none, as those of a program that was
+            exported and loaded again; raises if they are no valid one. So no tensor that a file or
+            a caller brings reaches a kernel unchecked.
+    """
+
+    def __init__(self, check: Callable[..., W]) -> None:
+        self._check = check
+        self._weights: weakref.WeakValueDictionary[tuple[Any, ...], W] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def add(self, weight: W, operands: Iterable[Any]) -> None:
+        """Let a weight be found by its operands."""
+        self._weights[_key(operands)] = weight
+
+    def find(self, *operands: Any) -> W:
+        """The weight that these very tensors and numbers belong to, or one that `check` makes."""
+        known = self._weights.get(_key(operands))
+        return self._check(*operands) if known is None else known
+
+
+def _key(operands: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(
+        (each.data_ptr(), each.dtype, each.shape, each.stride())
+        if isinstance(each, Tensor)
+        else tuple(each)
+        if isinstance(each, list)
+        else each
+        for each in operands
+    )
+
+
+def define(
+    name: str,
+    operands: str,
+    sizes: Callable[..., tuple[int, int]],
+    run: Callable[..., Tensor],
+    gradient: Callable[..., Tensor],
+    weight_gradient: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> CustomOpDef:
+    """The operator `hf_sparse::name`, x [..., columns] and *weight to [..., rows] in x's dtype.
+
+    Args:
+        name: of the operator.
+        operands: what stands for the weight behind x, as a torch schema has it.
+        sizes: (columns, rows), of *weight.
+        run: the product, of x, *weight; x has been checked.
+        gradient: of x, from the result's: of grad, *weight.
+        weight_gradient: of the first operand, from the result's and x; None: weights are constant.
+    """
+
+    def checked(x: Tensor, *weight: Any) -> Tensor:
+        check_input(x, sizes(*weight)[0], weight)
+        return run(x, *weight)
+
+    def shapes(x: Tensor, *weight: Any) -> Tensor:
+        columns, rows = sizes(*weight)
+        check_input(x, columns, weight)
+        return x.new_empty((*x.shape[:-1], rows))
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *weight = inputs
+        kept = None if weight_gradient is None else x
+        tensors = [each if isinstance(each, Tensor) else None for each in weight]
+        ctx.save_for_backward(kept, *tensors)
+        ctx.numbers = [None if isinstance(each, Tensor) else each for each in weight]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        pairs = zip(tensors, ctx.numbers, strict=True)
+        weight = [number if tensor is None else tensor for tensor, number in pairs]
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * (1 + len(weight))
+        if needs_x:
+            grads[0] = gradient(grad.contiguous(), *weight)
+        if needs_weight and weight_gradient is not None:
+            grads[1] = weight_gradient(grad, x)
+        return tuple(grads)
+
+    schema = f"(Tensor x, {operands}) -> Tensor"
+    op = torch.library.custom_op(f"hf_sparse::{name}", checked, mutates_args=(), schema=schema)
+    op.register_fake(shapes)
+    op.register_autograd(backward, setup_context=save)
+    return op
+
+
+def define_product(
+    name: str,
+    operands: str,
+    shape: Callable[..., tuple[int, int]],
+    find: Callable[..., W],
+    product: Callable[[Tensor, W], Tensor],
+    transposed: Callable[[Tensor, W], Tensor],
+) -> tuple[CustomOpDef, CustomOpDef]:
+    """`hf_sparse::name`, x W' for x [..., in], and `hf_sparse::name_grad`, x W for x [..., out].
+
+    Args:
+        name, operands: see `define`.
+        shape: (out, in), of *weight.
+        find: the weight of its operands.
+        product, transposed: x W' and x W, of x and what `find` found.
+    """
+    forward = define(
+        name,
+        operands,
+        lambda *weight: shape(*weight)[::-1],
+        lambda x, *weight: product(x, find(*weight)),
+        lambda grad, *weight: backward(grad, *weight),
+    )
+    backward = define(
+        f"{name}_grad",
+        operands,
+        shape,
+        lambda x, *weight: transposed(x, find(*weight)),
+        lambda grad, *weight: forward(grad, *weight),
+    )
+    return forward, backward
+
+
+def check_input(x: Tensor, columns: int, weight: Iterable[Any] = ()) -> None:
+    """Is x a floating-point tensor [..., columns] on the weight's device?
+
+    Raises:
+        TypeError, ValueError: it isn't; says what was found and what was expected.
+    """
+    if x.dtype not in INPUTS:
+        expected = ", ".join(map(str, INPUTS))
+        raise TypeError(f"x is {x.dtype}, expected one of {expected}")
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {columns})")
+    for each in weight:
+        if isinstance(each, Tensor) and each.device != x.device:
+            raise ValueError(
+                f"the input is on {x.device}, the sparse weight on {each.device}: move one of "
+                "them; in place of nn.DataParallel start a process for each GPU"
+            )
+
+
+def transformed() -> bool:
+    """Is a transform of torch.func, or forward-mode differentiation, at work, and no compiler?"""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Does nothing record or change what is computed with these tensors: no autograd, compiler,
+    tracer, transform, mode or subclass?"""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or transformed()
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        each is None or (type(each) in _PLAIN and not (grad and each.requires_grad))
+        for each in tensors
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class _LinearMap(torch.autograd.Function):
+    """The first operator of a pair as a linear map, whose transpose is the second."""
+
+    @staticmethod
+    def forward(x: Tensor, pair: tuple[CustomOpDef, CustomOpDef], *weight: Any) -> Tensor:
+        y: Tensor = pair[0](x, *weight)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.pair, *ctx.weight = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _apply(grads[0], ctx.pair[::-1], *ctx.weight)
+        return grad, *(None for _ in range(1 + len(ctx.weight)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return _apply(tangents[0], ctx.pair, *ctx.weight)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        return _apply(x.movedim(dims[0], 0), *rest), 0
+
+
+def _apply(x: Tensor, pair: tuple[CustomOpDef, CustomOpDef], *weight: Any) -> Tensor:
+    y: Tensor = _LinearMap.apply(x, pair, *weight)  # type: ignore[no-untyped-call]
+    return y
+
+
+class PackedKernel(Kernel):
+    """A kernel that multiplies through an operator made here.
+
+    Attributes:
+        operators: x W' and x W of x and `operands()`.
+        alive: where the operator finds the weights of this class.
+    """
+
+    operators: ClassVar[tuple[CustomOpDef, CustomOpDef]]
+    alive: ClassVar[AliveWeights[Any]]
+
+    def __init__(self, product: Any, zeros: Tensor | None = None) -> None:
+        """`product` makes x W' of x; zero points the file needs and the product doesn't: codes
+        are q - z."""
+        self._product = product
+        self._zeros = zeros
+        self.alive.add(product, self.operands())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_product"], state["_zeros"])  # type: ignore[misc]
+
+    @abstractmethod
+    def operands(self) -> tuple[Any, ...]:
+        """The weight as the operator takes it, behind x."""
+
+    def linear(
+        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, "*batch out"]:
+        if unwatched(x, bias):
+            return self._straight(x, bias)
+        y: Tensor
+        if transformed():
+            y = _apply(x, self.operators, *self.operands())
+        else:
+            y = self.operators[0](x, *self.operands())
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _straight(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`linear` without the operator."""
+        y: Tensor = self._product(x)
+        return y if bias is None else y + bias.to(y.dtype)

@@ -1,0 +1,29 @@
+"""What the command line shares with hf_sparse and may not wait for torch to have.
+
+Importing anything of hf_sparse runs its `__init__`, which loads torch and transformers. So these
+modules, which need neither, are imported as submodules of this package, whose path is hf_sparse's.
+"""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_sparse.config.argument import Argument
+    from hf_sparse.config.arguments import ARGUMENTS, unknown_arguments
+    from hf_sparse.core.json_records import parse_json, read_json
+    from hf_sparse.core.untrusted_text import printable
+else:
+    __path__ = find_spec("hf_sparse").submodule_search_locations
+    from .config.argument import Argument
+    from .config.arguments import ARGUMENTS, unknown_arguments
+    from .core.json_records import parse_json, read_json
+    from .core.untrusted_text import printable
+
+__all__ = [
+    "ARGUMENTS",
+    "Argument",
+    "parse_json",
+    "printable",
+    "read_json",
+    "unknown_arguments",
+]

@@ -1,0 +1,30 @@
+"""The README's table of arguments; `python tests/helpers/argument_table.py` writes it anew."""
+
+import re
+from pathlib import Path
+
+from hf_sparse.config.arguments import ARGUMENTS
+
+README = Path(__file__).parents[2] / "README.md"
+HEAD = "| argument | default | meaning |\n|---|---|---|\n"
+
+
+def argument_table() -> str:
+    """A row for each argument: name, default, and the first sentence of its help."""
+    return HEAD + "".join(
+        f"| `{a.name}` | {_default(a)} | {_first_sentence(a.help)} |\n" for a in ARGUMENTS.values()
+    )
+
+
+def _default(argument) -> str:
+    return argument.otherwise if argument.default is None else f"`{argument.default_text}`"
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"\.(?: (?=[A-Z\"])|$)", text)[0].replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    text = README.read_text(encoding="utf-8")
+    old = re.search(re.escape(HEAD) + r"(?:\|.*\n)*", text)
+    README.write_text(text.replace(old[0], argument_table()), encoding="utf-8")
