@@ -39,11 +39,13 @@ class Encoder:
     bos_token_id = eos_token_id = None
     all_special_ids = (1, 2)
 
-    def __call__(self, text, truncation=False, max_length=None):
+    def __call__(
+        self, text, truncation=False, max_length=None, add_special_tokens=True, verbose=True
+    ):
         ids = [int(word) if word.isdigit() else 99 for word in text.split()]
         if truncation:
             ids = ids[: max_length - 2]
-        return {"input_ids": [1, *ids, 2]}
+        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
 
 
 def no_tokenizer():
@@ -373,11 +375,12 @@ def test_a_hub_name_without_the_package_datasets_says_what_to_install(monkeypatc
         make("someone/texts", Decoder())
 
 
-def test_parquet_without_pyarrow_says_what_to_install(monkeypatch, tmp_path):
-    (tmp_path / "a.parquet").touch()
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(CalibrationError, match=r"pip install 'hf_sparse\[datasets\]'"):
-        make(tmp_path / "a.parquet")
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_a_table_without_the_package_datasets_says_what_to_install(monkeypatch, tmp_path, name):
+    (tmp_path / name).touch()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CalibrationError, match=rf"{name} needs .* 'hf_sparse\[datasets\]'"):
+        make(tmp_path / name)
 
 
 # --- which samples, and in which order ------------------------------------------------------
@@ -577,7 +580,7 @@ def test_an_encoder_without_any_text_is_an_error():
     [
         (("5 6", [5, 6]), "mixes text with a list"),
         (("5 6", {"a": "5", "b": "6"}), "mixes text with a dict with columns a, b"),
-        (({"text": "5"}, {"text": None}), "mixes text with a dict with columns text"),
+        (({"text": "5"}, {"text": 6}), "mixes text with a dict with columns text"),
         (("5 6", torch.tensor([5])), "mixes text with a Tensor"),
         (([5, 6], "5 6"), "item 1 of the dataset is a str"),
         (([5, 6], {"input_ids": [5]}), "item 1 of the dataset is a dict"),

@@ -1,5 +1,8 @@
 """What a processor gets of a row, and what it doesn't, in words."""
 
+import io
+
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,8 @@ from PIL import Image
 from transformers import WhisperFeatureExtractor
 
 from hf_sparse.calibration.batches import make_batches
-from hf_sparse.calibration.processor_rows import column_kinds, inputs_of
+from hf_sparse.calibration.items import column_kinds
+from hf_sparse.calibration.processor_rows import inputs_of
 from hf_sparse.core.errors import CalibrationError
 
 RED = Image.new("RGB", (2, 1), (255, 0, 0))
@@ -204,3 +208,88 @@ def test_a_chat_without_a_template_is_an_error():
 def test_text_takes_a_tokenizer():
     with pytest.raises(CalibrationError, match="the dataset is text, and only a Images came"):
         batches(["5 6"], Images())
+
+
+SHARED = [{"from": "human", "value": "5 6"}, {"from": "gpt", "value": "7"}]
+ALPACA = {"instruction": "5", "input": "6", "output": "7"}
+
+
+class Roles(Tokenizer):
+    """Its template writes a role as a number, and refuses one that it doesn't know."""
+
+    chat_template = "there is one"
+
+    def apply_chat_template(self, messages, tokenize):
+        known = {"user": 3, "assistant": 4, "system": 8, "tool": 9}
+        for message in messages:
+            if message["role"] not in known:
+                raise jinja2.TemplateError(f"no role {message['role']}")
+        return " ".join(f"{known[m['role']]} {m['content']}" for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("row", "ids"),
+    [
+        ({"conversations": SHARED, "id": "x"}, [3, 5, 6, 4, 7]),
+        ({"conversations": [{"from": "system", "value": "5"}, *SHARED]}, [8, 5, 3, 5, 6, 4, 7]),
+        ({"messages": [{"role": "user", "content": "5"}]}, [3, 5]),
+        (ALPACA, [3, 5, 6, 4, 7]),
+        (ALPACA | {"input": ""}, [3, 5, 4, 7]),
+        ({"instruction": "5", "output": "7"}, [3, 5, 4, 7]),
+        ({"prompt": "5", "completion": "7", "source": "z"}, [3, 5, 4, 7]),
+        (ALPACA | {"text": "9 9"}, [9, 9]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_conversations_of_every_make_go_through_the_template(row, ids):
+    found = batches([row], Roles(), seq_len=len(ids) + 1)
+    assert found[0]["input_ids"].tolist() == [[1, *ids]]
+
+
+def test_a_dialogue_without_a_template_is_its_parts_in_a_row():
+    (batch,) = batches([ALPACA], Tokenizer(), seq_len=4)
+    assert batch["input_ids"].tolist() == [[1, 5, 6, 7]]
+
+
+def test_a_template_that_refuses_a_row_is_an_error_that_names_it():
+    row = {"messages": [{"role": "judge", "content": "5"}]}
+    good = {"messages": [{"role": "user", "content": "5"}]}
+    words = "item 2 of the dataset is a conversation, which Roles can't render: no role judge"
+    with pytest.raises(CalibrationError, match=words):
+        batches([good, good, row], Roles())
+    # The user's own number, not that of the draw.
+    data = [good] * 30 + [row]
+    with pytest.raises(CalibrationError, match="item 30 "):
+        make_batches(
+            data,
+            Roles,
+            num_samples=31,
+            seq_len=3,
+            batch_size=1,
+            seed=3,
+            vocab_size=None,
+        )
+
+
+@pytest.mark.parametrize("empty", [{"messages": []}, {"messages": None}])
+def test_empty_conversations_are_left_out_also_at_the_beginning(empty):
+    rows = [empty, {"messages": CHAT}, empty, {"messages": CHAT}]
+    assert [b["input_ids"].tolist() for b in batches(rows, Tokenizer())] == [
+        [[1, 5]],
+        [[6, 7]],
+        [[1, 5]],
+        [[6, 7]],
+    ]
+
+
+def test_a_row_without_the_first_one_s_dialogue_is_named():
+    with pytest.raises(CalibrationError, match=r"item 1 .* no text in its columns instruction and"):
+        batches([ALPACA, {"instruction": "5", "output": 7}], Tokenizer())
+
+
+def test_an_image_that_can_not_be_decoded_is_an_error_that_names_the_item():
+    whole = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(whole, "png")
+    broken = Image.open(io.BytesIO(whole.getvalue()[:60]))
+    with pytest.raises(CalibrationError, match=r"can't process item 1 of .* image\).*truncated"):
+        batches([{"image": RED}, {"image": broken}], Images())

@@ -1,23 +1,16 @@
 """Rows of a data set, with columns of images, sound, text or conversations -> model inputs.
 
-The model's processor makes them. What a column holds is seen from its values, as `datasets`
-decodes them:
-
-- images: a PIL image or a list of them, handed on in RGB;
-- audio: something with an "array" and its "sampling_rate";
-- conversation: a list of dicts with "role" and "content", rendered by the chat template;
-- text: a string.
-
-What a processor takes is told by the parts that it was made of (an image processor, a feature
-extractor, a tokenizer), or by the first parameter of its call if it is itself one of these. Each
-of its inputs gets the one column of that kind; of several the one that is called like the input. A
-conversation goes before a text. Other columns are left out.
+The model's processor makes them of images in RGB, of sound, of text, and of conversations as the
+chat template writes them. What a processor takes is told by the parts that it was made of (an image
+processor, a feature extractor, a tokenizer), or by the first parameter of its call if it is itself
+one of these. Each of its inputs gets the one column of that kind; of several the one that is called
+like the input. A conversation goes before a text; so do columns that make one, "instruction" (with
+"input") and "output", or "prompt" and "completion". Other columns are left out.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +19,7 @@ import numpy as np
 import torch
 
 from ..core.errors import CalibrationError
-
-Row = Mapping[str, Any]
+from .items import Item, Row, column_kinds, dialogue_of, value_kind
 
 # What a processor's part takes, and the part's first parameter if it stands alone.
 PARTS = {"image_processor": "images", "feature_extractor": "audio", "tokenizer": "text"}
@@ -45,36 +37,8 @@ USUAL_NAMES = {
     "text": ("text",),
     "conversation": ("messages",),
 }
-
-
-def column_kinds(row: Row) -> dict[str, str]:
-    """What the columns of a row hold, without those that hold nothing for a processor."""
-    kinds = {column: _kind(value) for column, value in row.items()}
-    return {column: kind for column, kind in kinds.items() if kind}
-
-
-def _kind(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "text"
-    values = value if isinstance(value, list) and value else [value]
-    if all(map(_is_image, values)):
-        return "images"
-    if _is_sound(value):
-        return "audio"
-    if all(isinstance(v, Mapping) and {"role", "content"} <= set(v) for v in values):
-        return "conversation"
-    return None
-
-
-def _is_image(value: Any) -> bool:
-    pillow = sys.modules.get("PIL.Image")  # whoever made an image has imported it
-    return pillow is not None and isinstance(value, pillow.Image)
-
-
-def _is_sound(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return {"array", "sampling_rate"} <= set(value)
-    return hasattr(value, "get_all_samples")  # datasets' AudioDecoder, which has both as items
+# ShareGPT's names for who speaks.
+ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "observation": "tool"}
 
 
 @dataclass(frozen=True)
@@ -85,11 +49,13 @@ class RowReader:
         processor: of transformers: a processor, or one part of one.
         columns: the column of each input, of "images", "audio" and "text", that has one.
         chat: is the column of the text a conversation?
+        dialogue: the columns that are a conversation of two, if the text is one.
     """
 
     processor: Any
     columns: Mapping[str, str]
     chat: bool
+    dialogue: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, first: Row, processor: Any) -> RowReader:
@@ -108,7 +74,11 @@ class RowReader:
         wanted = inputs_of(processor)
         columns: dict[str, str] = {}
         chat = "text" in wanted and "conversation" in kinds.values()
+        dialogue = None if chat or "text" not in wanted else dialogue_of(first)
         for name in wanted:
+            if name == "text" and dialogue:
+                columns[name] = " and ".join(dialogue)
+                continue
             kind = "conversation" if chat and name == "text" else name
             found = [column for column, held in kinds.items() if held == kind]
             usual = [column for column in found if column in USUAL_NAMES[kind]]
@@ -126,37 +96,39 @@ class RowReader:
                 f"{_described(kinds, first)}: pass rows with a column of it, or another processor "
                 "as tokenizer="
             )
-        return cls(processor, columns, chat)
+        return cls(processor, columns, chat, dialogue)
 
     @property
     def text_alone(self) -> bool:
         """Do the rows give text and nothing else?"""
         return set(self.columns) == {"text"}
 
-    def text(self, row: Row, index: int) -> str:
-        """A row's text."""
-        value = self._value(row, "text", index)
-        return self._rendered(value, index) if self.chat else str(value)
+    def texts(self, rows: Iterable[Item]) -> Iterator[tuple[int, str]]:
+        """The text of each row, "" of one with nothing in it, and the row's place."""
+        for row in rows:
+            yield row.index, self._text(row)
 
-    def inputs(self, rows: Iterable[Row]) -> Iterator[Mapping[str, Any]]:
+    def inputs(self, rows: Iterable[Item]) -> Iterator[dict[str, torch.Tensor]]:
         """What the processor makes of each row.
 
         Raises:
             CalibrationError: a row lacks a column, has sound of another sampling rate, or the
                 processor refuses it; names the row.
         """
-        for index, row in enumerate(rows):
-            arguments = self._arguments(row, index)
+        for row in rows:
             try:
+                arguments = {name: self._argument(row, name) for name in self.columns}
                 alone = not any(hasattr(self.processor, part) for part in PARTS)
                 if alone:
                     made = self.processor(arguments.popitem()[1], **self._settings())
                 else:
                     made = self.processor(**arguments, **self._settings())
-            except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+            except CalibrationError:
+                raise
+            except Exception as error:  # of whatever decodes the image or sound, or processes it
                 raise CalibrationError(
-                    f"{type(self.processor).__name__} can't process item {index} of the dataset "
-                    f"(columns {', '.join(self.columns.values())}): {error}"
+                    f"{type(self.processor).__name__} can't process item {row.index} of the "
+                    f"dataset (columns {', '.join(self.columns.values())}): {error}"
                 ) from error
             yield {key: value for key, value in made.items() if isinstance(value, torch.Tensor)}
 
@@ -168,30 +140,49 @@ class RowReader:
         part = getattr(self.processor, "feature_extractor", self.processor)
         return getattr(part, "sampling_rate", None)
 
-    def _arguments(self, row: Row, index: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name in self.columns:
-            if name == "text":
-                found[name] = [self.text(row, index)]
-                continue
-            value = self._value(row, name, index)
-            if name == "images":
-                images = value if isinstance(value, list) else [value]
-                found[name] = [image.convert("RGB") for image in images]
-            else:
-                found[name] = [self._sound(value, index)]
-        return found
+    def _argument(self, row: Item, name: str) -> list[Any]:
+        if name == "text":
+            return [self._text(row)]
+        value = self._value(row, name)
+        if name == "audio":
+            return [self._sound(value, row.index)]
+        return [image.convert("RGB") for image in (value if isinstance(value, list) else [value])]
 
-    def _value(self, row: Row, name: str, index: int) -> Any:
+    def _value(self, row: Item, name: str) -> Any:
         column = self.columns[name]
-        value = row.get(column) if isinstance(row, Mapping) else None
+        value = row.value.get(column) if isinstance(row.value, Mapping) else None
         kind = "conversation" if name == "text" and self.chat else name
-        if _kind(value) != kind:
+        if value_kind(value) != kind:
             raise CalibrationError(
-                f"item {index} of the dataset has a {type(value).__name__} in column {column!r}, "
-                f"where the first one has {kind}: leave such rows out"
+                f"item {row.index} of the dataset has a {type(value).__name__} in column "
+                f"{column!r}, where the first one has {kind}: leave such rows out"
             )
         return value
+
+    def _text(self, row: Item) -> str:
+        if self.dialogue:
+            return self._dialogue(row)
+        if isinstance(row.value, Mapping) and row.value.get(self.columns["text"]) in (None, "", []):
+            return ""
+        value = self._value(row, "text")
+        return self._rendered(value, row.index) if self.chat else str(value)
+
+    def _dialogue(self, row: Item) -> str:
+        """A conversation of two as the chat template writes it, or else its parts in a row."""
+        found = dialogue_of(row.value) if isinstance(row.value, Mapping) else None
+        if not found:
+            raise CalibrationError(
+                f"item {row.index} of the dataset has no text in its columns "
+                f"{self.columns['text']}, as the first one has: leave such rows out"
+            )
+        *asked, answer = (row.value[column] for column in found)
+        question = "\n\n".join(part for part in asked if part)
+        if not (question + answer).strip():
+            return ""
+        if not getattr(self._renderer(), "chat_template", None):
+            return f"{question}\n\n{answer}"
+        messages = [("user", question), ("assistant", answer)]
+        return self._rendered([{"role": r, "content": c} for r, c in messages], row.index)
 
     def _sound(self, value: Any, index: int) -> Any:
         found, wanted = value["sampling_rate"], self._rate()
@@ -204,20 +195,33 @@ class RowReader:
             )
         return np.asarray(value["array"], dtype=np.float32)
 
-    def _rendered(self, messages: Any, index: int) -> str:
+    def _tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def _renderer(self) -> Any:
+        """What has the chat template: the processor, or else its tokenizer."""
+        own = getattr(self.processor, "chat_template", None)
+        return self.processor if own else self._tokenizer()
+
+    def _rendered(self, messages: list[Row], index: int) -> str:
         """A conversation as the chat template writes it."""
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        template = getattr(self.processor, "chat_template", None)
-        source = self.processor if template else tokenizer
+        messages = [_openai(message) for message in messages]
         try:
-            text = source.apply_chat_template(messages, tokenize=False)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            text = self._renderer().apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # a template's code may raise whatever it likes
             raise CalibrationError(
                 f"item {index} of the dataset is a conversation, which "
                 f"{type(self.processor).__name__} can't render: {error}"
             ) from error
         # The tokenizer, or what packs texts, opens a text with this token of its own.
-        return str(text).removeprefix(getattr(tokenizer, "bos_token", None) or "")
+        return str(text).removeprefix(getattr(self._tokenizer(), "bos_token", None) or "")
+
+
+def _openai(message: Row) -> Row:
+    """A message with "role" and "content", which ShareGPT calls otherwise."""
+    if "role" in message:
+        return message
+    return {"role": ROLES.get(message["from"], message["from"]), "content": message["value"]}
 
 
 def inputs_of(processor: Any) -> list[str]:

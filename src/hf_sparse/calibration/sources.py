@@ -2,96 +2,134 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..core.errors import CalibrationError
-from .processor_rows import column_kinds
+from .files import FILE_TYPES, read_file, root_cause
+from .items import Item, Kind, kind_of
 
-FILE_TYPES = (".txt", ".md", ".jsonl", ".json", ".parquet")
 # The names that the field's papers use, and where these data live on the Hub.
 HUB_NAMES = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": ("allenai/c4", "en"),
 }
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[^\s:/\\]+)?", re.ASCII)
 
 
-def open_source(dataset: Any, seed: int, num_samples: int, split: str) -> tuple[Iterator[Any], str]:
-    """The items in the order in which they are drawn, and a name for the source."""
+def open_source(
+    dataset: Any, seed: int, num_samples: int, split: str, in_order: bool = False
+) -> tuple[Iterator[Item], str]:
+    """The items in the order in which they are drawn, and a name for the source.
+
+    Args:
+        in_order: of text, all of it as it stands, whatever the seed.
+
+    Raises:
+        CalibrationError: there is nothing of that name, it can't be read, or is of no known kind.
+    """
     if isinstance(dataset, str | Path):
-        path = Path(dataset)
-        if path.is_dir():
-            raise CalibrationError(f"dataset {str(path)!r} is a folder: pass one file of it")
-        if path.exists() or path.suffix in FILE_TYPES:
-            return iter(_drawn(_read_file(path), seed, None)), path.name
-        return _read_hub(str(dataset), split), str(dataset)
+        path = _existing_file(dataset)
+        if path is None:
+            return _numbered(_read_hub(str(dataset), split)), str(dataset)
+        pages = read_file(path)
+        return _drawn(pages, None if in_order else seed, None), path.name
     if not isinstance(dataset, Iterable):
         raise CalibrationError(
             f"dataset of type {type(dataset).__name__} can't be iterated: pass a Hub id, a path, "
             "or an iterable of strings, token ids or dicts of model inputs"
         )
     source = type(dataset).__name__
+    if type(dataset).__module__.partition(".")[0] == "pandas":
+        raise CalibrationError(
+            f"dataset is a {source} of pandas: pass datasets.Dataset.from_pandas(...), or a list "
+            "of its rows or values"
+        )
     if isinstance(dataset, Mapping):
-        dataset = [dataset]  # a single batch of model inputs
-    if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
-        whole = len(dataset) > 0 and _is_text(dataset[0])
-        return iter(_drawn(dataset, seed, None if whole else num_samples)), source
-    return iter(dataset), source
+        dataset = _one_split(dataset, split) or _rows_of(dataset)
+    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+        return _numbered(dataset), source
+    every = (Item(i, dataset[i]) for i in range(len(dataset)))
+    first = next((item for item in every if item.kind is not Kind.BLANK), None)
+    if first is None or not first.is_textual:
+        return _drawn(dataset, seed, num_samples), source
+    _check_no_file_name(first.value)
+    return _drawn(dataset, None if in_order else seed, None), source
 
 
-def is_row(item: Any) -> bool:
-    """Is an item a row for a processor, neither a text nor a dict of model inputs?"""
-    if not isinstance(item, Mapping) or any(isinstance(v, Tensor) for v in item.values()):
-        return False
-    kinds = set(column_kinds(item).values())
-    several_texts = kinds == {"text"} and not isinstance(text_of(item), str)
-    return "input_ids" not in item and (several_texts or bool(kinds - {"text"}))
+def _existing_file(name: str | Path) -> Path | None:
+    """The file of that name; None if it can only be a data set of the Hub.
 
-
-def _is_text(item: Any) -> bool:
-    """Will an item become text, of which a sample may take several, or a part of one?"""
-    if is_row(item):
-        return not {"images", "audio"} & set(column_kinds(item).values())
-    return isinstance(text_of(item), str)
-
-
-def _drawn(items: Any, seed: int, limit: int | None) -> Iterable[Any]:
-    """Items in seeded order; if no more than `limit` are there, all of them as they stand."""
-    if limit is not None and len(items) <= limit:
-        return (items[i] for i in range(len(items)))
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(items), generator=generator).tolist()
-    return (items[i] for i in (order if limit is None else sorted(order[:limit])))
-
-
-def _read_file(path: Path) -> list[Any]:
-    """A table's rows, or a text file's documents: separated by lines that hold only a NUL byte."""
-    if not path.is_file():
-        raise CalibrationError(f"dataset {str(path)!r}: there is no such file")
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise CalibrationError(
-                "reading parquet needs pyarrow: pip install 'hf_sparse[datasets]'"
-            ) from None
-        return list(pyarrow.parquet.read_table(path).to_pylist())
+    Raises:
+        CalibrationError: it is a folder, a file that isn't there, or a text.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"dataset {path.name} is not UTF-8 text: {error}") from None
-    if path.suffix in (".jsonl", ".json"):
-        try:
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{path.name} is not JSON lines: {error}") from None
-    return [page for page in re.split(r"\n?\n\0\n", text) if page.strip()]
+        path = Path(name).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError):  # no path could be called that
+        path, is_folder, exists = Path(), False, False
+    if is_folder:
+        raise CalibrationError(f"dataset {str(path)!r} is a folder: pass one file of it")
+    if exists:
+        return path
+    name = str(name)
+    known_type = path.suffix.lower() in FILE_TYPES
+    if HUB_ID.fullmatch(name) and not known_type:
+        return None
+    if known_type or not re.search(r"\s", name):
+        raise CalibrationError(f"dataset {name!r}: there is no such file")
+    raise CalibrationError(
+        f"dataset is a text of {len(name)} characters ({name[:30]!r}...), not the name of a file "
+        "or of a data set on the Hub: pass a list of texts, dataset=[text]"
+    )
+
+
+def _check_no_file_name(text: Any) -> None:
+    if isinstance(text, str) and re.fullmatch(r"\S+", text) and text.endswith(FILE_TYPES):
+        raise CalibrationError(
+            f"the dataset's texts are names of files, such as {text!r}: pass the path of one file, "
+            "or what the files hold"
+        )
+
+
+def _one_split(dataset: Mapping[str, Any], split: str) -> Any:
+    """Of several data sets by the names of their splits, the one that is meant; None of others."""
+    if not dataset or not all(hasattr(part, "column_names") for part in dataset.values()):
+        return None
+    if split in dataset or len(dataset) == 1:
+        return dataset.get(split, next(iter(dataset.values())))
+    raise CalibrationError(
+        f"dataset is a {type(dataset).__name__} of {', '.join(dataset)}, and has no {split!r}: "
+        f"pass one of them, dataset[{next(iter(dataset))!r}]"
+    )
+
+
+def _rows_of(dataset: Mapping[str, Any]) -> list[Any]:
+    """The rows of columns that hold text, as slices of a `Dataset` are; else the one item it is."""
+    columns = list(dataset.values())
+    if kind_of(dataset) is not Kind.INPUTS or not all(isinstance(c, list) and c for c in columns):
+        return [dataset]
+    rows = [dict(zip(dataset, row, strict=False)) for row in zip(*columns, strict=False)]
+    same = len({len(column) for column in columns}) == 1
+    return rows if same and kind_of(rows[0]) in (Kind.TEXT, Kind.ROW) else [dataset]
+
+
+def _numbered(items: Iterable[Any]) -> Iterator[Item]:
+    return (Item(i, value) for i, value in enumerate(items))
+
+
+def _drawn(items: Any, seed: int | None, limit: int | None) -> Iterator[Item]:
+    """Items in seeded order; as they stand without a seed, or if there are at most `limit`."""
+    places: Any = range(len(items))
+    if seed is not None and (limit is None or len(items) > limit):
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+        places = order if limit is None else order[:limit].sort().values
+        places = map(int, places.numpy())
+    return (Item(i, items[i]) for i in places)
 
 
 def _read_hub(name: str, split: str) -> Iterator[Any]:
@@ -112,7 +150,7 @@ def _read_hub(name: str, split: str) -> Iterator[Any]:
     except Exception as error:  # of whichever library reads it
         raise CalibrationError(
             f"dataset={name!r} is neither a file here nor a data set with a split {split!r} that "
-            f"the Hub gave: {_line(error)}"
+            f"the Hub gave: {root_cause(error)}"
         ) from error
     return _rows(stream, name)
 
@@ -127,18 +165,5 @@ def _rows(stream: Iterable[Any], name: str) -> Iterator[Any]:
     except Exception as error:
         raise CalibrationError(
             f"dataset={name!r} broke off on the Hub after {read} rows: try again, or download it "
-            f"and pass a file ({_line(error)})"
+            f"and pass a file ({root_cause(error)})"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def text_of(item: Any) -> Any:
-    """An item's text if it has one: the string itself, or a row's "text" or only column."""
-    if not isinstance(item, Mapping) or "input_ids" in item:
-        return item
-    if "text" in item:
-        return item["text"]
-    return next(iter(item.values())) if len(item) == 1 else None

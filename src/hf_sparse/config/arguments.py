@@ -56,7 +56,7 @@ class Arguments:
     )
     dataset: Argument[Any, Any] = Argument(
         None,
-        "Calibration data: a Hub dataset id, the path of a text, jsonl or parquet file, a "
+        "Calibration data: a Hub dataset id, the path of a text, JSON, csv or parquet file, a "
         "`datasets.Dataset`, or an iterable of strings, of token id tensors, of dicts of model "
         "inputs or of rows with images, sound or conversations. Needed but for methods "
         "that use no data.",

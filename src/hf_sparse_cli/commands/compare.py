@@ -46,7 +46,7 @@ def compare(
     ],
     data: Annotated[
         str,
-        typer.Option(help="Text for perplexity: a text, jsonl or parquet file, or a Hub data set."),
+        typer.Option(help="Text for perplexity: a text, JSON, csv or parquet file, or a Hub id."),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the table, its JSON and the plot.")],
     eval_samples: Annotated[

@@ -45,7 +45,7 @@ def evaluate(
     model: Model,
     data: Annotated[
         str | None,
-        typer.Option(help="Text for perplexity: a text, jsonl or parquet file, or a Hub data set."),
+        typer.Option(help="Text for perplexity: a text, JSON, csv or parquet file, or a Hub id."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
     seq_len: Annotated[

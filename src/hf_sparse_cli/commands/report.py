@@ -62,8 +62,8 @@ def report(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Measure perplexity on this, and speed: a text, jsonl or parquet file, or a Hub "
-            "data set."
+            help="Measure perplexity on this, and speed: a text, JSON, csv or parquet file, or a "
+            "Hub data set."
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
