@@ -43,3 +43,18 @@ def test_samples_longer_than_the_model_are_refused(tiny):
     longest = tiny.config.max_position_embeddings
     with pytest.raises(ConfigError, match=f"seq_len={longest + 1} is longer than the {longest}"):
         load(tiny, [torch.arange(4)], seq_len=longest + 1)
+
+
+def test_the_config_s_documents_are_joined_if_it_says_so(trained, tokenizer):
+    rows = ["Some words of it .\n", "", "And more of them .\n"] * 8
+    apart, joined = (
+        load_calibration(
+            trained,
+            SparseConfig(dataset=rows, seq_len=16, join_documents=join),
+            lambda: tokenizer,
+        )
+        for join in (False, True)
+    )
+    blank_lines = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    assert blank_lines[0] in joined.batches[0]["input_ids"]
+    assert joined.record.digest != apart.record.digest

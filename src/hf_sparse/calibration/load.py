@@ -43,6 +43,7 @@ def load_calibration(
         batch_size=config.batch_size,
         seed=config.seed,
         vocab_size=vocab_size,
+        join_documents=config.join_documents,
         keep_labels=getattr(getattr(model, "config", None), "is_encoder_decoder", False),
     )
     if data.record.count is not None and data.record.count < config.num_samples:

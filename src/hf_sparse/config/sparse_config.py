@@ -112,7 +112,8 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         if self.dataset is None and needed:
             raise ConfigError(
                 f"{self._describe_needs()} needs calibration data: pass dataset= a Hub id, the "
-                "path of a text, JSON, csv or parquet file, or a list of strings, token ids or dicts"
+                "path of a text, JSON, csv or parquet file, or a list of strings, token ids or "
+                "dicts"
             )
 
     def _describe_needs(self) -> str:
