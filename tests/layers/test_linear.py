@@ -73,12 +73,12 @@ def test_weight_reads_as_the_dense_weight(name, dtype):
 
 
 @every_format
-def test_no_parameter_takes_the_place_of_the_weight(name):
+def test_the_values_of_a_parameter_that_is_assigned_are_taken_over(name):
     weight = make_weight()
     layer = sparse_layer(name, weight)
-    with pytest.raises(KeyError):
-        layer.weight = nn.Parameter(weight + 1)
-    assert torch.equal(layer.weight, weight)
+    layer.weight = nn.Parameter(2 * weight)
+    assert torch.equal(layer.weight, 2 * weight)
+    assert [n for n, _ in layer.named_parameters()] == ["bias"]
 
 
 @every_format

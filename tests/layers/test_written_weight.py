@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse import AdapterError, FormatError, SparseLinear
+from hf_sparse import AdapterError, FormatError, SparseLinear, TrainingError
 from hf_sparse.core.grids import Grid
 from hf_sparse.core.low_rank import LowRank
 from hf_sparse.formats import Bitmask, NMPacked, Quantized, pack_weight
@@ -47,7 +47,25 @@ WRITES = {
     "rows": lambda s, new: [r.copy_(n) for r, n in zip(s.weight.unbind(), new, strict=True)],
     "[...] =": lambda s, new: s.weight.__setitem__(slice(None), new),
     "init": lambda s, new: nn.init.constant_(s.weight.data, 1.5),
+    "weight = Parameter": lambda s, new: setattr(s, "weight", nn.Parameter(new)),
+    "out=": lambda s, new: torch.add(new, 0, out=s.weight),
+    "foreach": lambda s, new: torch._foreach_copy_([s.weight.data], [new]),
+    "a keyword": lambda s, new: nn.init.constant_(tensor=s.weight, val=1.5),
+    "a second argument": lambda s, new: _copy_into(new, s.weight),
+    "aten": lambda s, new: torch.ops.aten.copy_(s.weight, new),
+    "an optimiser": lambda s, new: _step(s.weight.detach(), new),
+    "index_put": lambda s, new: torch.index_put_(s.weight, (torch.arange(3),), new),
+    "inference": lambda s, new: torch.inference_mode()(_copy_into)(new, s.weight.data),
 }
+
+
+def _copy_into(source, target):
+    target.copy_(source)
+
+
+def _step(parameter, new):
+    parameter.grad = parameter - new
+    torch.optim.SGD([parameter], lr=1.0).step()
 
 
 @pytest.mark.filterwarnings("ignore:A weight that does not fit")
@@ -172,3 +190,53 @@ def test_a_layer_in_training_refuses_another_weight():
     assert sparse.weight.requires_grad
     sparse.fix_values()
     check(sparse, WEIGHT, "bitmask")
+
+
+READS = {
+    "out of place": lambda w: w.add(1),
+    "names that end like those that write": lambda w: w.is_floating_point() or w.__len__(),
+    "out= elsewhere": lambda w: torch.add(w, 1, out=torch.empty(3, 4)),
+    "numpy": lambda w: w.numpy().sum(),
+    "an argument of a write": lambda w: torch.zeros(3, 4).copy_(w),
+}
+
+
+@pytest.mark.parametrize("way", READS)
+def test_what_only_reads_hands_nothing_back(way, monkeypatch):
+    taken = []
+    monkeypatch.setattr("hf_sparse.layers.linear.take", lambda *args: taken.append(args))
+    READS[way](layer().weight)
+    assert not taken
+
+
+@pytest.mark.parametrize("make", [lambda w: w.numpy(), lambda w: w.data.view(-1).numpy()])
+def test_an_array_of_it_can_not_be_written_to(make):
+    sparse = layer()
+    with pytest.raises(ValueError, match="read-only"):
+        make(sparse.weight)[...] = 1
+    check(sparse, WEIGHT, "bitmask")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda w: w.requires_grad_(True), lambda w: setattr(w, "requires_grad", True)],
+)
+def test_it_can_not_be_trained_by_itself(ask):
+    with pytest.raises(TrainingError, match=r"hf_sparse\.training\.prepare_for_training\(model\)"):
+        ask(layer().weight)
+    assert torch.equal(layer().weight.detach().requires_grad_(True), WEIGHT)
+
+
+@pytest.mark.parametrize("value", [None, 1.0, [[0.0]]])
+def test_what_is_no_tensor_is_refused(value):
+    with pytest.raises(FormatError, match="expected a tensor"):
+        layer().weight = value
+
+
+def test_without_contents_there_is_nothing_to_write_into():
+    empty = layer().to("meta")
+    nn.init.zeros_(empty.weight)
+    with pytest.raises(FormatError, match="a sparse layer that is on meta"):
+        empty.weight = WEIGHT
+    with pytest.raises(FormatError, match="a weight that was written is on meta"):
+        layer().weight = WEIGHT.to("meta")

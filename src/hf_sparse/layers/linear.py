@@ -63,14 +63,22 @@ class SparseLinear(PackedModule, nn.Linear):
         """The dense weight, unpacked anew at each access; the low-rank part is in it. Of shape
         (out, in), also in place of a `Conv1D`; a convolution's has its axes of size 1 behind.
         What is written into it, or assigned, becomes the layer's."""
-        weight = self.matrix.view(self.weight_shape)
         if torch.compiler.is_compiling():
-            return weight
+            return self.matrix.view(self.weight_shape)
+        with torch.inference_mode(False):  # whose tensors don't tell that they were written to
+            weight = self.matrix.view(self.weight_shape)
         return UnpackedWeight.of(weight, partial(take, self))
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
         take(self, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in `nn.Module`; of `layer.weight = nn.Parameter(...)` the values are taken over."""
+        if name == "weight":
+            take(self, param)
+        else:
+            super().register_parameter(name, param)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -3,7 +3,13 @@
 Code that changes a layer's weight does so in place: `layer.weight.data += delta`. On a weight that
 was unpacked a moment ago this would be lost without a word. So whatever shares memory with the
 unpacked weight remembers where it came from, and hands the whole of it to the layer once something
-was written into it.
+was written into it. Whether something was, torch tells by the tensor's version, which every
+operation that writes to a tensor counts up, whatever its name and in whichever argument it stands.
+
+What a write means: the layer has that weight from then on. It stays packed as it is where the new
+weight is 0 wherever the old one is, and becomes dense otherwise, with a warning. Where a weight
+can't be kept (in training, offloaded, on meta, of another shape), where it would be trained and
+in memory that torch doesn't watch (NumPy's arrays, which are read-only here), there is an error.
 """
 
 from __future__ import annotations
@@ -13,11 +19,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..core.errors import AdapterError, FormatError
+from ..core.errors import AdapterError, FormatError, TrainingError
 from ..formats import Dense, Quantized, pack_weight
 from .held import PackedWeight
 
@@ -30,6 +37,9 @@ MERGED = (
 # Is given all of a weight, and gives the one that the layer holds instead, if it is another.
 Take: TypeAlias = Callable[[Tensor], Tensor | None]
 
+# `tensor.data = other` gives a tensor other memory, which its version doesn't tell.
+_SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+
 
 @dataclass(frozen=True)
 class _Origin:
@@ -37,6 +47,12 @@ class _Origin:
 
     whole: Tensor
     take: Take
+
+    def changed(self) -> None:
+        """Hand the weight over; it is then what the layer has."""
+        held = self.take(self.whole.detach().as_subclass(Tensor))
+        if held is not None:
+            self.whole.data.copy_(held)
 
 
 class UnpackedWeight(torch.Tensor):
@@ -61,24 +77,29 @@ class UnpackedWeight(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        target = args[0] if args else kwargs.get("tensor")
+        own = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, UnpackedWeight)]
         with torch._C.DisableTorchFunctionSubclass():
+            versions = [tensor._version for tensor in own]
             result = func(*args, **kwargs)
-            if not isinstance(target, UnpackedWeight):
-                return result
-            origin = target._origin
-            if _writes(func):
-                if func.__name__ == "__set__" and target is not origin.whole:
-                    return result  # `view.data = x` lets go of the weight's memory
-                held = origin.take(origin.whole.detach().as_subclass(Tensor))
-                if held is not None:
-                    origin.whole.data.copy_(held)
-                return result
-            memory = _memory(target)
+            for tensor, version in zip(own, versions, strict=True):
+                whole = tensor is tensor._origin.whole
+                if tensor._version != version or (whole and func == _SET_DATA):
+                    tensor._origin.changed()
+                if whole and tensor.is_leaf and tensor.requires_grad:
+                    tensor.requires_grad_(False)
+                    raise TrainingError(
+                        "the weight of a sparse layer is unpacked anew whenever it is read and "
+                        "can't be trained itself: call "
+                        "hf_sparse.training.prepare_for_training(model) to train what is kept"
+                    )
+            if isinstance(result, np.ndarray):
+                result.flags.writeable = False
+            memories = {_memory(tensor): tensor._origin for tensor in own}
+            memories.pop(0, None)  # meta tensors have none
 
             def connect(tensor: Tensor) -> Tensor:
-                same = type(tensor) is Tensor and _memory(tensor) == memory
-                return _connected(tensor, origin) if same else tensor
+                origin = memories.get(_memory(tensor)) if type(tensor) is Tensor else None
+                return tensor if origin is None else _connected(tensor, origin)
 
             return tree_map_only(Tensor, connect, result)
 
@@ -105,16 +126,10 @@ def _connected(tensor: Tensor, origin: _Origin) -> Tensor:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
-def _writes(func: Callable[..., Any]) -> bool:
-    """Is it one of torch's functions that change their first argument?"""
-    name = getattr(func, "__name__", "")
-    return name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
-
-
-def take(layer: Any, value: Tensor) -> Tensor | None:
+def take(layer: Any, value: Tensor | None) -> Tensor | None:
     """Have a sparse layer hold a weight that was written from outside.
 
     Returns:
@@ -123,8 +138,10 @@ def take(layer: Any, value: Tensor) -> Tensor | None:
 
     Raises:
         AdapterError: the layer's tensors are offloaded, or trained.
-        FormatError: the weight has another shape.
+        FormatError: it is no tensor of that shape, or the layer or it is on meta.
     """
+    if not isinstance(value, Tensor):
+        raise FormatError(f"the weight is a {type(value).__name__}, expected a tensor")
     if layer.trains_values:
         raise AdapterError(
             "a weight was written into a sparse layer whose values are trained: call "
@@ -138,8 +155,14 @@ def take(layer: Any, value: Tensor) -> Tensor | None:
     shape = layer.weight_shape
     if value.shape != shape:
         raise FormatError(f"the weight has shape {tuple(value.shape)}, expected {shape}")
-    value = value.detach().to(layer.weight_dtype).as_subclass(Tensor).reshape(layer.shape)
+    empty = any(tensor.is_meta for tensor in layer.packed.values())
+    if empty and value.is_meta:
+        return None  # there is nothing to hold, as in a dense layer on meta
+    if empty or value.is_meta:
+        which = "written into a sparse layer that" if empty else "that was written"
+        raise FormatError(f"a weight {which} is on meta, without contents: load them first")
     current, before = layer.matrix, layer.written_over
+    value = value.detach().as_subclass(Tensor).to(current).reshape(layer.shape)
     if torch.equal(value, current):
         return None
     resolved = layer.kernel is not None
