@@ -1,7 +1,8 @@
 """What every test shares: checked shapes, no network, the models and texts of the project."""
 
+import importlib.util
 import os
-import runpy
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -54,8 +55,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    for file in config.getoption("--register"):
-        runpy.run_path(file)
+    for file in map(Path, config.getoption("--register")):
+        # A module like any other, which pickles and compilers find again.
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[file.stem])
 
 
 @pytest.fixture

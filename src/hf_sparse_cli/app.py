@@ -34,7 +34,14 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     register(app, command)
-bench.add_to(app)
+benchmarks = typer.Typer(
+    help="Time sparse layers, or a whole model, against dense ones on this machine.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+for command in bench.COMMANDS:
+    register(benchmarks, command)
+app.add_typer(benchmarks, name="bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

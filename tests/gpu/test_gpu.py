@@ -5,10 +5,13 @@ tests/solvers/test_sparsegpt_triton.py run on a GPU by themselves where there is
 """
 
 import copy
+import sys
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sparsegpt_loop import sparsegpt_loop
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import CompileConfig
 
@@ -16,11 +19,12 @@ import hf_sparse
 from hf_sparse import SparseConfig, SparseLinear
 from hf_sparse.calibration.sums import StatisticsCollector
 from hf_sparse.core.patterns import NM, Unstructured
-from hf_sparse.core.statistics import Needs
+from hf_sparse.core.statistics import Needs, Statistics
 from hf_sparse.formats import Bitmask
 from hf_sparse.formats.n_of_m import NMPacked
 from hf_sparse.kernels import Stored, dense
 from hf_sparse.kernels.gpu import kernel, product, room, semi_structured, timing
+from hf_sparse.solvers.sparsegpt import SparseGPT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -196,3 +200,28 @@ def test_layers_on_another_gpu_than_the_current_one_multiply(pattern):
         assert relative(layer(x), x.double() @ weight.double().T) < 4e-3
     with pytest.raises((ValueError, RuntimeError)):
         layer(x.to("cuda:0"))
+
+
+@pytest.mark.benchmarks
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)], ids=str)
+def test_sparsegpt_solves_as_well_as_its_loop_over_columns(pattern, capsys):
+    weight = torch.randn(4096, 11008, device="cuda")
+    inputs = torch.randn(4096, 11008, device="cuda") @ torch.randn(11008, 11008, device="cuda")
+    hessian = inputs.T @ inputs / len(inputs)
+
+    def ours():
+        known = Statistics(1, weight[:1], hessian=hessian)
+        return SparseGPT().solve(weight, known, pattern).weight
+
+    errors, seconds = [], []
+    for solve in (ours, lambda: sparsegpt_loop(weight, hessian, pattern)):
+        change = solve() - weight  # compiles, too
+        errors.append(float(((change @ hessian) * change).sum()))
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        solve()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+    with capsys.disabled():
+        sys.stdout.write(f"\n{pattern}: {seconds[0]:.3f} s, the loop {seconds[1]:.3f} s\n")

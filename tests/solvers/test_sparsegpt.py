@@ -10,10 +10,11 @@ from fractions import Fraction
 import pytest
 import torch
 from layer_oracle import Expected, damped, freeze, hessian_of, make_inputs, make_weight, parsed
+from sparsegpt_loop import sparsegpt_loop
 
 from hf_sparse.core.errors import SolveError
-from hf_sparse.core.patterns import Unstructured
-from hf_sparse.core.statistics import Needs
+from hf_sparse.core.patterns import NM, Unstructured
+from hf_sparse.core.statistics import Needs, Statistics
 from hf_sparse.solvers.sparsegpt import SparseGPT
 
 SHAPES = [(1, 1), (5, 17), (9, 64), (3, 128), (6, 150), (4, 300)]
@@ -206,3 +207,16 @@ def test_a_hessian_that_stays_unusable_is_an_error_and_no_other_method(broken):
 
 def test_sparsegpt_asks_for_the_hessian():
     assert SparseGPT.needs is Needs.HESSIAN
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_it_prunes_as_well_as_a_loop_over_the_columns(pattern):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(900, 256, generator=generator)
+    hessian = inputs.T @ inputs / len(inputs)
+    weight = torch.randn(24, 256, generator=generator)
+    ours = SparseGPT().solve(weight, Statistics(1, weight[:1], hessian=hessian), pattern).weight
+    loop = sparsegpt_loop(weight, hessian, pattern)
+    errors = [float((((w - weight) @ hessian) * (w - weight)).sum()) for w in (ours, loop)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+    assert (loop == 0).float().mean() == pytest.approx(0.5, abs=0.01)

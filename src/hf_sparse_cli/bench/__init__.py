@@ -1,1 +1,1 @@
-"""What sparse layers gain on this machine: `python -m hf_sparse_cli.bench`."""
+"""What sparse layers gain on this machine: `hf-sparse bench`."""

@@ -1,4 +1,4 @@
-"""What an NVIDIA GPU gains, each point of it measured: `python -m hf_sparse_cli.bench gpu`.
+"""What an NVIDIA GPU gains, each point of it measured: `hf-sparse bench gpu`.
 
 Single products are timed in CUDA graphs over copies of the weight that together exceed the L2 cache
 several times, sparse and dense in the same way, and compared with the product in double precision
@@ -9,12 +9,10 @@ what a large copy moves, reads and writes counted.
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +35,8 @@ from hf_sparse.kernels.gpu.semi_structured import SemiStructuredWeight
 from hf_sparse.layers.explain import explain
 from hf_sparse.quantizer import prune
 from hf_sparse.solvers.sparsegpt import SparseGPT
+
+from ..failures import Failure
 
 DEVICE = "cuda"
 COPIED_BYTES = 4 << 30
@@ -92,10 +92,11 @@ def measure(parts: tuple[str, ...], layers: int) -> Iterator[dict[str, Any]]:
     """What is known after each part, of `PARTS`; `layers` are those of the Llama-8B-shaped model.
 
     Raises:
-        RuntimeError: there is no CUDA GPU, or a sparse product is not the dense one.
+        Failure: there is no CUDA GPU.
+        RuntimeError: a sparse product is not the dense one.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("`bench gpu` needs a CUDA GPU")
+        raise Failure("`bench gpu` needs a CUDA GPU, and torch finds none here")
     copied = copy_bandwidth()
     found: dict[str, Any] = {"machine": timing.gpu(), "copy_bandwidth": copied}
     bar = progress_bar(len(parts), "bench gpu")
@@ -227,7 +228,7 @@ def _model(copied: float, layers: int) -> dict[str, Any]:
 
 
 def _solve(copied: float, layers: int) -> list[dict[str, Any]]:
-    """SparseGPT on one layer, against a loop over its columns in torch."""
+    """SparseGPT on one layer."""
     rows, columns = SOLVED
     weight = torch.randn(rows, columns, device=DEVICE)
     inputs = torch.randn(4096, columns, device=DEVICE) @ torch.randn(
@@ -236,58 +237,21 @@ def _solve(copied: float, layers: int) -> list[dict[str, Any]]:
     hessian = inputs.T @ inputs / len(inputs)
     points = []
     for pattern in (Unstructured(0.5), NM(2, 4)):
-        solve = {"ours": _ours, "torch loop": _torch_loop}
-        calls = {n: functools.partial(f, weight, hessian, pattern) for n, f in solve.items()}
-        errors = {}
-        for name, call in calls.items():  # compiles, too
-            change = call() - weight
-            errors[name] = float(((change @ hessian) * change).sum())
-        rounds = [{name: _seconds(call) for name, call in calls.items()} for _ in range(ROUNDS)]
-        seconds = {n: statistics.median(found[n] for found in rounds) for n in calls}
+        solve = functools.partial(_solved, weight, hessian, pattern)
+        change = solve() - weight  # compiles, too
+        error = float(((change @ hessian) * change).sum())
         torch.cuda.reset_peak_memory_stats()
-        calls["ours"]()
+        seconds = statistics.median(_seconds(solve) for _ in range(ROUNDS))
         peak = torch.cuda.max_memory_allocated()
-        ratio = seconds["torch loop"] / seconds["ours"]
-        points.append({"pattern": str(pattern), "seconds": seconds, "ratio": ratio,
-                       "errors": errors, "peak_bytes": peak})  # fmt: skip
+        points.append(
+            {"pattern": str(pattern), "seconds": seconds, "error": error, "peak_bytes": peak}
+        )
     return points
 
 
-def _ours(weight: Tensor, hessian: Tensor, pattern: Unstructured | NM) -> Tensor:
-    known = Statistics(1, weight[:1], hessian=hessian)
+def _solved(weight: Tensor, hessian: Tensor, pattern: Unstructured | NM) -> Tensor:
+    known = Statistics(1, weight[:1], hessian=hessian)  # new ones: they keep their factorisation
     return SparseGPT().solve(weight, known, pattern).weight
-
-
-def _torch_loop(weight: Tensor, hessian: Tensor, pattern: Unstructured | NM) -> Tensor:
-    """The published algorithm column by column (Frantar & Alistarh 2023, algorithm 1)."""
-    w, columns = weight.clone(), weight.shape[1]
-    damped = hessian.clone()
-    damped.diagonal().add_(0.01 * damped.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    for start in range(0, columns, 128):
-        end = min(start + 128, columns)
-        block, own = w[:, start:end].clone(), upper[start:end, start:end]
-        errors, keep = torch.zeros_like(block), torch.ones_like(block, dtype=torch.bool)
-        if isinstance(pattern, Unstructured):
-            scores = (block / own.diagonal()) ** 2
-            keep = scores > scores.flatten().sort().values[int(scores.numel() * pattern.sparsity)]
-        for i in range(end - start):
-            if isinstance(pattern, NM) and i % pattern.m == 0:
-                part = slice(i, i + pattern.m)
-                lowest = ((block[:, part] / own.diagonal()[part]) ** 2).topk(
-                    pattern.m - pattern.n, dim=1, largest=False
-                )
-                keep[:, part] = keep[:, part].scatter(1, lowest.indices, False)
-            column = block[:, i]
-            pruned = column * keep[:, i]
-            error = (column - pruned) / own[i, i]
-            block[:, i:] -= error.unsqueeze(1) @ own[i, i:].unsqueeze(0)
-            block[:, i] = pruned
-            errors[:, i] = error
-        w[:, start:end] = block
-        w[:, end:] -= errors @ upper[start:end, end:]
-    return w
 
 
 def _prune(copied: float, layers: int) -> dict[str, Any]:
@@ -324,36 +288,3 @@ PARTS: dict[str, Callable[[float, int], Any]] = {
     "model": _model,
     "prune": _prune,
 }
-
-
-def table(found: dict[str, Any]) -> str:
-    """The products as a table, the rest as it is."""
-    lines = [f"{found['machine']}; copies move {found['copy_bandwidth'] / 1e12:.2f} TB/s", ""]
-    products = [*found.get("decode", ()), *found.get("prefill", ())]
-    if products:
-        lines += [
-            "| way | shape | sparsity | M | us | cuBLAS bf16, us | ratio | bytes | of copy |",
-            "|---" * 9 + "|",
-        ]
-    for p in products:
-        rows, columns = p["shape"]
-        lines.append(
-            f"| {p['what']} | {rows}x{columns} | {p['sparsity']:.0%} | {p['tokens']} | "
-            f"{p['seconds'] * 1e6:.1f} | {p['dense_seconds'] * 1e6:.1f} | {p['ratio']:.2f} | "
-            f"{p['bytes_ratio']:.3f} | {p['bandwidth']:.2f} |"
-        )
-    lines += [
-        f"{part}: {json.dumps(found[part])}"
-        for part in found
-        if part in PARTS and part not in ("decode", "prefill")
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def write(folder: Path, found: dict[str, Any]) -> str:
-    """Write gpu.json and gpu.md into a folder and return the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu.json").write_text(json.dumps(found, indent=1))
-    text = table(found)
-    (folder / "gpu.md").write_text(text)
-    return text

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,8 +83,8 @@ def write(
     layers: Sequence[LayerPoint],
     speed: Sequence[SpeedPoint],
     memory: Sequence[MemoryPoint],
-) -> str:
-    """Write all files into a folder and return the tables."""
+) -> tuple[str, dict[str, Any]]:
+    """Write all files into a folder; the tables and what is in the JSON file."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": machine(),
@@ -96,7 +97,7 @@ def write(
     if layers:
         text += _plot(folder / "speedup.png", layers)
     (folder / "results.md").write_text(text)
-    return text
+    return text, content
 
 
 def _plot(file: Path, layers: Sequence[LayerPoint]) -> str:

@@ -120,7 +120,7 @@ def _config(policy: str, dataset: Any, damp: float, refit: int, **data: Any) -> 
     if dataset is None:
         raise ConfigError(
             "policy='resolve' needs calibration data: pass dataset= a Hub id, the path of a text, "
-            "JSON, csv or parquet file, or a list of strings, token ids or dicts; or pass "
+            "JSON, csv or parquet file, or a list of strings, token ids or dicts; or "
             "policy='masked'"
         )
     if refit < 1:
