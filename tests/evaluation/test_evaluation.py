@@ -253,3 +253,23 @@ def test_without_lm_eval_the_extra_is_named(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # an import of it fails
     with pytest.raises(EvaluationError, match=r"not installed: pip install 'hf_sparse\[eval\]'"):
         hf_sparse.evaluate_tasks(tiny, None, ["arc_easy"])
+
+
+def test_joined_documents_give_the_perplexity_of_the_papers_code(trained, tokenizer):
+    rows = ["", " = A title = \n", "", "Some words of it .\n", "And more of them .\n"] * 8
+    # The loop of GPTQ, SparseGPT and Wanda.
+    stream = tokenizer("\n\n".join(rows), return_tensors="pt")["input_ids"]
+    losses = []
+    for i in range(stream.shape[1] // 16):
+        block = stream[:, i * 16 : (i + 1) * 16]
+        with torch.no_grad():
+            scores = trained(block).logits[:, :-1]
+        losses.append(torch.nn.functional.cross_entropy(scores[0], block[0, 1:]))
+    expected = torch.stack(losses).mean().exp().item()
+    found = hf_sparse.perplexity(trained, tokenizer, rows, 16, join_documents=True)
+    assert found.windows == len(losses) > 3
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    apart = hf_sparse.perplexity(trained, tokenizer, rows, 16).perplexity
+    assert apart != pytest.approx(expected, rel=1e-2)
+    same = hf_sparse.agreement(trained, trained, tokenizer, rows, 16, join_documents=True)
+    assert same.data.digest == found.data.digest
