@@ -52,10 +52,10 @@ def put_in_place(staging: Path, target: Path, keep: Callable[[Path], bool]) -> N
         new = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
         new = [path for path in new if not ((target / path).is_file() and keep(target / path))]
         for path in new:
-            if (target / path).is_dir():
+            if obstacle := _obstacle(target, path):
                 raise SaveError(
-                    f"saving to {str(target)!r} failed, nothing was changed there: {str(path)!r} "
-                    "is a folder there: remove it, or pass another folder"
+                    f"saving to {str(target)!r} failed, nothing was changed there: {obstacle}: "
+                    "remove it, or pass another folder"
                 )
         held = [path.name for path in target.iterdir()]
         names = [path.as_posix() for path in new]
@@ -74,6 +74,16 @@ def put_in_place(staging: Path, target: Path, keep: Callable[[Path], bool]) -> N
             ) from error
         for name in stale:
             (target / name).unlink(missing_ok=True)
+
+
+def _obstacle(target: Path, path: Path) -> str | None:
+    """What keeps a file from its place, if anything does."""
+    if (target / path).is_dir():
+        return f"{str(path)!r} is a folder there"
+    for parent in [target / parent for parent in path.parents][:-1]:
+        if parent.is_symlink() or (parent.exists() and not parent.is_dir()):
+            return f"{parent.name!r}, in which a file is to go, is a file or link there"
+    return None
 
 
 def stale_files(

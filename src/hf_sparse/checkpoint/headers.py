@@ -111,11 +111,21 @@ class PackedLayer:
         file = self.file
         try:
             check_packed(self.format, tensors, self.shape)
+            for key, tensor in tensors.items():
+                _check_finite(key, tensor)
             if low_rank is not None:
                 file = self.files[KEY_A]
                 low_rank.check(self.shape)
         except FormatError as error:
             raise _damaged(file, f"{self.name}.{error}") from None
+
+
+def _check_finite(key: str, tensor: Tensor) -> None:
+    """Raise a FormatError if there is no number in a tensor of numbers."""
+    extremes = tensor.aminmax() if tensor.is_floating_point() and tensor.numel() else ()
+    # They are NaN if any value is, and take no temporary.
+    if not all(extreme.isfinite() for extreme in extremes):
+        raise FormatError(f"{key} holds NaN or infinite values")
 
 
 def metadata(layers: Iterable[PackedLayer]) -> dict[str, str]:
@@ -134,6 +144,7 @@ def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLaye
     """
     described: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Found] = {}
+    seen: dict[str, str] = {}
     saves: dict[str, str | None] = {}
     for path in [os.fspath(file) for file in files]:
         if not path.endswith(".safetensors"):
@@ -141,9 +152,17 @@ def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLaye
         try:
             with safe_open(path, framework="pt") as file:
                 said = file.metadata() or {}
-                described |= _parse(path, said.get(METADATA_KEY))
+                layers = _parse(path, said.get(METADATA_KEY))
+                if saves and layers != described:
+                    raise _damaged(
+                        path, f"its hf_sparse metadata differ from {next(iter(saves))}'s"
+                    )
+                described = layers
                 saves[path] = said.get(SAVE_KEY)
                 for key in file.keys():  # noqa: SIM118
+                    if key in seen:
+                        raise _damaged(path, f"{key} is in {seen[key]}, too")
+                    seen[key] = path
                     part = file.get_slice(key)
                     dtype = _DTYPES.get(part.get_dtype())
                     module, _, local = key.rpartition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ def build_layers(
     built: dict[str, PackedLayer] = {}
     for name, layer in described.items():
         own = next((n for n in _spellings(name, prefix) if n in modules), None)
+        if own in built:
+            raise CheckpointError(
+                f"{layer.file}: {layer.name} and {built[own].name} are one module, described twice"
+            )
         if own is not None:
             parents.replace(modules[own], _empty_layer(modules[own], layer, dtype))
             built[own] = layer
@@ -61,8 +66,15 @@ def finish_layers(model: nn.Module, layers: Mapping[str, PackedLayer]) -> None:
         module = modules[name]
         assert isinstance(module, SparseLinear)
         _finish_stored(module, layer)
-        layer.check(module.packed, module.low_rank)
+        _check(module, layer)
+        module.trust()
         module.resolve()
+
+
+def _check(module: SparseLinear, layer: PackedLayer) -> None:
+    """Raise a CheckpointError unless what was loaded agrees; there is nothing to check on meta."""
+    if not any(tensor.is_meta for tensor in module.packed.values()):
+        layer.check(module.packed, module.low_rank)
 
 
 def _empty_layer(module: nn.Module, layer: PackedLayer, dtype: torch.dtype) -> SparseLinear:
@@ -86,6 +98,8 @@ def _empty_layer(module: nn.Module, layer: PackedLayer, dtype: torch.dtype) -> S
     bias: Any = module.bias
     cls = sparse_class(axes)
     sparse = cls(layer.format, tensors, layer.shape, dtype, bias, axes, low_rank)
+    # Some models' initialisation reads weights of layers that are there: before `finish_layers`.
+    sparse.distrust(partial(_check, sparse, layer))
     # transformers would otherwise unpack each layer to initialise what isn't missing.
     sparse._is_hf_initialized = True  # type: ignore[assignment]
     return sparse

@@ -6,7 +6,7 @@ counts a module's tensors finds them. A way knows how they are registered, and w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -93,6 +93,27 @@ class Stored:
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         """The product with the packed part, and the bias."""
         return sparse_linear(x, layer.bias, layer.format, layer.shape, self.tensors(layer))
+
+
+class Unchecked(Stored):
+    """As a file has it: the contents are checked before anything is computed of them.
+
+    Args:
+        keys: the format's local keys.
+        check: raises unless the layer's contents agree.
+    """
+
+    def __init__(self, keys: Iterable[str], check: Callable[[], None]) -> None:
+        super().__init__(keys)
+        self._check = check
+
+    def dense(self, layer: Any, dtype: torch.dtype) -> Tensor:
+        self._check()
+        return super().dense(layer, dtype)
+
+    def linear(self, layer: Any, x: Tensor) -> Tensor:
+        self._check()
+        return super().linear(layer, x)
 
 
 class Trained(Stored):

@@ -15,7 +15,7 @@ from ..formats import Format
 from ..formats.base import Packed, check_packed, packed_bytes
 from ..kernels import Kernel, Verdict, choose
 from ..kernels import Stored as StoredWeight
-from .held import VALUES, Held, PackedWeight, Resolved, Stored, Trained, buffer_name
+from .held import VALUES, Held, PackedWeight, Resolved, Stored, Trained, Unchecked, buffer_name
 
 
 class PackedModule(nn.Module):
@@ -83,6 +83,14 @@ class PackedModule(nn.Module):
         self.format, self.written_over = weight.format, None
         self.trace = (Verdict("reference", True, "not resolved yet"),)
         self._enter(Stored(weight.packed), weight.named_tensors(), weight.low_rank)
+
+    def distrust(self, check: Callable[[], None]) -> None:
+        """Have `check` called before anything is computed of the stored form, until `trust`."""
+        self._held = Unchecked(self.packed, check)
+
+    def trust(self) -> None:
+        """The contents have been checked."""
+        self._held = Stored(self.packed)
 
     def resolve(self) -> None:
         """Hand the weight to the kernel that suits it here; its contents have been checked.

@@ -47,16 +47,17 @@ def weight_files(folder: Path) -> list[Path]:
         if not single.is_file():
             raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
         return [single]
-    content = read_json(index)
-    listed = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
-        raise CheckpointError(f"{index}: it has no object 'weight_map' of file names")
-    files = sorted(set(listed.values()))
-    for name in files:
-        plain = Path(name).name == name
+    try:
+        names = read_json(index)["weight_map"].values()
+    except (CheckpointError, OSError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index}: it can't be read: {error!r}") from None
+    for name in names:
+        plain = isinstance(name, str) and Path(name).name == name
         if not plain or not name.endswith(".safetensors") or not (folder / name).is_file():
-            raise CheckpointError(f"{index}: it names {name!r}, which is no file beside it")
-    return [folder / name for name in files]
+            raise CheckpointError(
+                f"{index}: it can't be read: it names {name!r}, which is no file beside it"
+            )
+    return [folder / name for name in sorted(set(names))]
 
 
 def read_parameters(files: Iterable[Path], structure: str) -> list[StoredParameter]:

@@ -12,23 +12,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...config.sparse_config import SparseConfig
-from ...core.logging import progress_bar
+from ...core.logging import get_logger, progress_bar
 from ..headers import metadata
 from .files import INDEX, SINGLE
 from .plan import Item
 from .source import without_storage
+
+logger = get_logger(__name__)
 
 # Weights in other forms: of no use beside the converted ones.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 def copy_others(source: Path, staging: Path) -> None:
-    """Copy what is neither weights nor config.json nor hidden."""
+    """Copy what is neither weights nor config.json nor hidden, and no link that leads elsewhere."""
+    folder = source.resolve()
+    # In the Hub's cache a snapshot's files are links to the blobs of its repository.
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
         left = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         if hidden or left or relative == Path("config.json") or not path.is_file():
+            continue
+        if not {folder, blobs}.intersection(path.resolve().parents):
+            logger.warning("%s is not copied: it leads out of the folder", str(path))
             continue
         (staging / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, staging / relative)
