@@ -76,7 +76,7 @@ def test_a_tensor_in_two_shards_is_refused(folder):
 
 def test_shards_that_describe_different_layers_are_refused(folder):
     edit(shards(folder)[1], lambda tensors, layers: layers[LAYER].update(n=1))
-    refused(folder, "00002-of.*metadata are not those of .*00001-of")
+    refused(folder, "00002-of.*metadata differ from .*00001-of")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
