@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -66,6 +67,18 @@ def model_path() -> Path:
 def data_path() -> Path:
     """Short calibration and evaluation texts."""
     return ROOT / "examples" / "data"
+
+
+@pytest.fixture(scope="session")
+def short_examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder examples/ with two blocks of its model: for what must run, whatever it finds."""
+    source, folder = ROOT / "examples", tmp_path_factory.mktemp("short") / "examples"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("models"))
+    path = Path("models", "tiny-llama-docs")
+    short = AutoModelForCausalLM.from_pretrained(source / path, num_hidden_layers=2)
+    short.save_pretrained(folder / path)
+    AutoTokenizer.from_pretrained(source / path).save_pretrained(folder / path)
+    return folder
 
 
 @pytest.fixture
