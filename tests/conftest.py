@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -98,6 +99,13 @@ def save_with_tokenizer(folder: Path, **changes) -> Path:
     example = ROOT / "examples" / "models" / "tiny-llama-docs"
     AutoTokenizer.from_pretrained(example).save_pretrained(folder)
     return folder
+
+
+def assert_said(caught: pytest.ExceptionInfo, given: object, known: Iterable[str]) -> None:
+    """An error names what was given and everything that it could have been."""
+    text = str(caught.value)
+    assert repr(given) in text
+    assert [name for name in known if name not in text] == []
 
 
 def logits(model, ids: torch.Tensor) -> torch.Tensor:
