@@ -30,6 +30,7 @@ from .layers.replace import ModuleParents, unpack_linear
 from .pruning.prune import prune_in_place, require_dense
 from .pruning.report import PruningReport
 from .pruning.saved_report import saved_report
+from .pruning.wrappers import unwrapped
 from .publish.html import write_report
 from .publish.save import install_saving, remove_saving
 from .training import peft_hooks
@@ -48,11 +49,13 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     `model.hf_quantizer.report`.
 
     Args:
-        model: a transformers model, or any module tree with linear layers.
+        model: a transformers model, or any module tree with linear layers; of a `PeftModel` the
+            base model is pruned and the adapters are left alone, and of a compiled or data-parallel
+            wrapper what is inside.
         config: what to do.
 
     Returns:
-        What was done to each layer.
+        What was done to each layer; names are those of the model inside a wrapper.
 
     Raises:
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
@@ -60,6 +63,7 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     """
     if not isinstance(config, SparseConfig):
         raise ConfigError(f"prune needs a SparseConfig, found {type(config).__name__}")
+    model = unwrapped(model)
     require_dense(model)
     if not isinstance(model, PreTrainedModel):
         return prune_in_place(model, config)
