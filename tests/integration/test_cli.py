@@ -190,7 +190,7 @@ def test_inspect_shows_layers_of_one_kind_in_a_line(cli, sparse):
     assert values["bytes_packed"] == sum(layer["bytes"] for layer in values["layers"])
 
 
-@pytest.mark.skipif(not memory.resident(), reason="the system doesn't tell")
+@pytest.mark.skipif(not memory.peak_resident(), reason="the system doesn't tell")
 def test_inspect_takes_little_memory_on_a_hundred_thousand_tensors(tmp_path):
     names = [f"model.layers.{i // 8}.experts.{i % 8}.up_proj" for i in range(50_000)]
     header = {"__metadata__": {"hf_sparse": json.dumps({
