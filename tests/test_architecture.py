@@ -160,7 +160,7 @@ def test_a_module_imports_only_from_below_or_from_its_own_folder(name):
 
 def plug_ins() -> set[str]:
     """Modules of the registered methods, layouts and kernels."""
-    registered = [*SOLVERS.values(), *FORMATS.values(), *KERNELS]
+    registered = [*SOLVERS.values(), *FORMATS.values(), *KERNELS.values()]
     return {cls.__module__.removeprefix("hf_sparse.") for cls in registered}
 
 

@@ -40,6 +40,7 @@ from .evaluation import (
     perplexity,
 )
 from .evaluation.comparison import Comparison, ComparisonPoint, compare
+from .kernels import register_kernel
 from .kernels.machine import Environment
 from .layers import SparseExperts, SparseLinear
 from .layers.explain import Explanation, explain
@@ -98,6 +99,7 @@ __all__ = [
     "merge_adapter",
     "perplexity",
     "prune",
+    "register_kernel",
     "register_solver",
     "split_low_rank",
     "write_report",

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tiny_models import tiny_bert
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertModel
 
-from conftest import tiny_bert
 from hf_sparse.calibration.block_walk import BlockWalk
 from hf_sparse.calibration.feeding_order import find_stages, residual_writers
 from hf_sparse.layers.blocks import find_blocks

@@ -27,7 +27,9 @@ def run(example, name, tests, folder):
 
 
 @pytest.mark.parametrize(
-    ("heading", "name", "tests"), [("A method", "ria", "test_solvers.py")], ids=str
+    ("heading", "name", "tests"),
+    [("A method", "ria", "test_solvers.py"), ("A kernel", "columns", "test_kernels.py")],
+    ids=str,
 )
 def test_the_example_of_a_section_passes_the_contract_tests(heading, name, tests, tmp_path):
     done = run(example(heading), name, tests, tmp_path)

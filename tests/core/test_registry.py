@@ -42,6 +42,14 @@ def test_a_registry_is_read_like_a_dict_in_the_order_of_registration(shapes):
     assert shapes.find("oval") is cls
 
 
+def test_a_class_can_stand_before_another(shapes):
+    shapes.register(shape("oval"), before="square")
+    assert list(shapes) == ["circle", "oval", "square"]
+    with pytest.raises(ConfigError, match="shape='sqare' does not exist; did you mean 'square'"):
+        shapes.register(shape("star"), before="sqare")
+    assert list(shapes) == ["circle", "oval", "square"]
+
+
 @pytest.mark.parametrize(
     ("cls", "words"),
     [

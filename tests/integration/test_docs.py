@@ -14,6 +14,7 @@ import pytest
 import hf_sparse
 from conftest import ROOT
 from hf_sparse.formats import FORMATS
+from hf_sparse.kernels import KERNELS
 from hf_sparse.solvers import SOLVERS
 from hf_sparse_cli import main
 
@@ -40,7 +41,8 @@ def run_commands(block):
 @pytest.fixture
 def registries(monkeypatch):
     """What a page registers is gone after it."""
-    monkeypatch.setattr(SOLVERS, "_classes", dict(SOLVERS))
+    for registry in (SOLVERS, KERNELS):
+        monkeypatch.setattr(registry, "_classes", dict(registry))
     before = dict(FORMATS)
     yield
     FORMATS.clear()

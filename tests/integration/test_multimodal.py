@@ -58,14 +58,9 @@ def test_pixels_of_another_dtype_than_the_model_reach_every_tower():
 
 def test_cross_attention_without_an_encoder_stays_dense(token_ids):
     config = BartConfig(
-        vocab_size=61,
-        d_model=24,
-        decoder_layers=1,
-        decoder_attention_heads=2,
-        decoder_ffn_dim=40,
-        max_position_embeddings=32,
-        is_encoder_decoder=False,
-    )
+        vocab_size=61, d_model=24, decoder_layers=1, decoder_attention_heads=2,
+        decoder_ffn_dim=40, max_position_embeddings=32, is_encoder_decoder=False,
+    )  # fmt: skip
     model = BartForCausalLM(config).eval()
     report = hf_sparse.prune(model, SparseConfig(dataset=list(token_ids)))
     never = {n for n, why in report.left_dense.items() if "never called" in why}

@@ -14,12 +14,13 @@ import torch
 from hub_client import Client
 from hub_server import READ_TOKEN, Files, Hub, Repo, card_errors, serve
 from huggingface_hub import ModelCard
+from tiny_models import tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 
 BASE_CARD = """---
 license: other

@@ -18,7 +18,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.:+-]*", re.ASCII)
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
-    """Classes of one kind by their `name`, in the order of registration; read like a dict.
+    """Classes of one kind by their `name`, in order; read like a dict.
 
     Args:
         kind: what they are, in a word, for errors: "method", "format", ...
@@ -42,12 +42,17 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         for cls in classes:
             self.register(cls)
 
-    def register(self, cls: type[T]) -> type[T]:
+    def register(self, cls: type[T], before: str | None = None) -> type[T]:
         """Add a class under its `name`; returns it, so that this is a decorator too.
+
+        Args:
+            cls: the class.
+            before: name of the one that it stands before; None: behind all others.
 
         Raises:
             RegistrationError: it is no subclass of the base, is abstract, has no usable name, or
                 one that is taken.
+            ConfigError: nothing is called `before`.
         """
         base = self._base.__name__
         if not (inspect.isclass(cls) and issubclass(cls, self._base)):
@@ -71,7 +76,11 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 f"take another name. Taken are {', '.join(self)}"
             )
         self._check(cls)
-        self._classes[name] = cls
+        if before is not None:
+            self.find(before)
+        behind = list(self)[list(self).index(before) :] if before is not None else []
+        moved = {each: self._classes.pop(each) for each in behind}
+        self._classes |= {name: cls, **moved}
         return cls
 
     def find(self, name: object) -> type[T]:

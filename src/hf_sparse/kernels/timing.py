@@ -22,6 +22,8 @@ import platformdirs
 import torch
 from torch import Tensor
 
+from ..core.errors import HfSparseError
+from ..core.json_records import read_json
 from .token_classes import TokenClass
 
 SWITCH = "HF_SPARSE_MEASURE"
@@ -97,12 +99,9 @@ def _cache_file() -> Path:
 
 def _read_cache() -> dict[str, Speeds]:
     """What was measured before; what is missing, damaged or no speed counts as not measured."""
-    file = _cache_file()
     try:
-        if not file.is_file() or file.stat().st_size > MOST_BYTES:
-            return {}
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(_cache_file(), any_number=True, largest=MOST_BYTES)
+    except (OSError, HfSparseError):
         return {}
     if not isinstance(content, dict):
         return {}

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import REPORT_FILE
+from ..checkpoint.commit import REPORT_FILE
 from ..core.data_record import DataRecord
 from ..core.errors import CheckpointError, PackageError
 from ..core.json_records import parse_json, read_json, read_record

@@ -15,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..calibration.tokenizers import known_processor
-from ..checkpoint.folder import stale_files
+from ..checkpoint.commit import stale_files
 from ..core.logging import get_logger
 from .card import model_card, write_card
 from .hub_errors import pushing
@@ -86,8 +86,13 @@ def push_to_hub(
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): path for path in paths}
         additions = [CommitOperationAdd(name, path) for name, path in files.items()]
-        deletions = [CommitOperationDelete(name) for name in stale_files(files, held)]
         with pushing(repo_id, token):
+            stale = stale_files(
+                files,
+                held,
+                lambda name: Path(api.hf_hub_download(repo_id, name, revision=revision)),
+            )
+            deletions = [CommitOperationDelete(name) for name in stale]
             return api.create_commit(
                 repo_id,
                 [*additions, *deletions],
