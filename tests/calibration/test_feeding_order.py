@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from transformers import BertModel
 
 from hf_sparse.calibration.block_walk import BlockWalk
-from hf_sparse.calibration.feeding_order import find_stages, residual_writers
+from hf_sparse.calibration.feeding_order import find_stages
+from hf_sparse.calibration.residual_stream import residual_writers
 from hf_sparse.layers.blocks import find_blocks
 
 WIDTH = 12

@@ -205,7 +205,7 @@ def test_names_from_a_file_do_nothing_to_the_terminal(cli, sparse, tmp_path):
     assert not {*"\x1b\x07"} & {*(out + more + err)}
 
 
-@pytest.mark.skipif(not memory.resident(), reason="the system doesn't tell")
+@pytest.mark.skipif(not memory.peak_resident(), reason="the system doesn't tell")
 def test_inspect_takes_little_memory_on_a_hundred_thousand_tensors(tmp_path):
     names = [f"model.layers.{i // 8}.experts.{i % 8}.up_proj" for i in range(50_000)]
     header = {"__metadata__": {"hf_sparse": json.dumps({

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..core.errors import SolveError
-from ..core.inverse_factor import InverseFactor
+from ..core.inverse_factor import damped
 from ..core.patterns import NM, Pattern, keep_highest
 from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
@@ -73,7 +73,7 @@ class OBC(Solver):
         assert statistics is not None
         assert statistics.hessian is not None
         factor = statistics.inverse_factor(self.damp_percent)
-        hessian = _damped(statistics.hessian, factor)
+        hessian = damped(statistics.hessian, factor.damping, torch.float64)
         dense = weight.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         try:
             mask = _choose(dense, hessian, factor.dead, pattern)
@@ -86,14 +86,6 @@ class OBC(Solver):
         raised = f"Hessian not positive definite: damping raised to {factor.damping:g}"
         notes = (raised,) if factor.damping != self.damp_percent else ()
         return Solution(updated, mask, notes)
-
-
-def _damped(hessian: Float[Tensor, "in in"], factor: InverseFactor) -> Float[Tensor, "in in"]:
-    """The fp64 matrix that `factor` was made of: dead inputs have H_jj = 1, then the damping."""
-    matrix = hessian.to(torch.float64, copy=True)
-    matrix.diagonal()[factor.dead] = 1.0
-    matrix.diagonal().add_(factor.damping * matrix.diagonal().mean())
-    return matrix
 
 
 def _chunk(columns: int) -> int:
