@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import hf_sparse
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 from hf_sparse import CheckpointError, SaveError, SparseConfig
 from hf_sparse.checkpoint.compressed_tensors import convert_checkpoint, write
 from hf_sparse.checkpoint.folder import write_folder

@@ -8,10 +8,10 @@ import stat
 import pytest
 import torch
 from safetensors import safe_open
+from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
-from conftest import tiny_llama
 from hf_sparse import CheckpointError, SaveError, SparseConfig
 from hf_sparse.checkpoint import commit, staging
 from hf_sparse.checkpoint.folder import write_file, write_folder
