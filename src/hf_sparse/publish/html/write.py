@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -17,6 +18,7 @@ from ...checkpoint.folder import write_file
 from ...core.untrusted_text import printable
 from ...evaluation import Evaluation
 from ...pruning.report import PruningReport
+from ..counted import counted
 from .masks import CORNER, GRID, LAYERS, MaskView, read_masks
 from .page import page_values
 
@@ -36,13 +38,16 @@ def write_report(
         report: from `prune`, `model.hf_quantizer.report` or `PruningReport.from_folder`.
         path: the file; appears complete or not at all.
         masks: the pruned model, or the folder of its checkpoint, to show masks of its layers: how
-            dense each of 48 x 48 parts is and the first 128 x 128 weights, of at most 256 layers.
+            dense each of 48 x 48 parts is and the first 128 x 128 weights, of at most 256 layers. The
+            zeros of a folder's layers are counted anew.
         evaluation: from `evaluate`, to show beside it.
 
     Raises:
         CheckpointError: the folder's files are damaged.
         SaveError: the file can't be written; what was there before is as it was.
     """
+    if masks is not None and not isinstance(masks, nn.Module):
+        report = counted(report, Path(masks))
     names = [layer.name for layer in report.layers]
     views = [] if masks is None else read_masks(masks, names)
     write_file(path, render(report, views, evaluation))
