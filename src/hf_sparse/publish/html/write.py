@@ -38,8 +38,8 @@ def write_report(
         report: from `prune`, `model.hf_quantizer.report` or `PruningReport.from_folder`.
         path: the file; appears complete or not at all.
         masks: the pruned model, or the folder of its checkpoint, to show masks of its layers: how
-            dense each of 48 x 48 parts is and the first 128 x 128 weights, of at most 256 layers. The
-            zeros of a folder's layers are counted anew.
+            dense each of 48 x 48 parts is and the first 128 x 128 weights, of at most 256 layers.
+            The zeros of a folder's layers are counted anew.
         evaluation: from `evaluate`, to show beside it.
 
     Raises:
