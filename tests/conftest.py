@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for each other
 os.environ["HF_SPARSE_MEASURE"] = "0"  # the choice of kernels must not depend on how busy we are
 
 import torch
@@ -25,14 +26,8 @@ with install_import_hook([f"hf_sparse.{name}" for name in CHECKED], "beartype.be
     import hf_sparse  # noqa: F401
 
 import pytest
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BertConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from tiny_models import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_sparse.pruning.report import LayerReport
@@ -41,7 +36,6 @@ from hf_sparse_cli import main
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT.parent / "shared" / "fixtures"
 logging.disable_progress_bar()
-torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 
 def pytest_addoption(parser):
@@ -85,38 +79,6 @@ def trained(model_path: Path):
     return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
 
 
-def tiny_llama(**changes) -> LlamaForCausalLM:
-    """A random two-block Llama that is pruned in a blink; head not tied."""
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 61,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
-
-
-def tiny_bert(cls: type[PreTrainedModel], **changes) -> PreTrainedModel:
-    """A random two-block encoder of one of BERT's classes, in eval mode."""
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 61,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-    }
-    return cls(BertConfig(**(sizes | changes))).eval()
-
-
 def save_with_tokenizer(folder: Path, **changes) -> Path:
     """A random Llama, as `tiny_llama`, in a folder with the tokenizer of the example."""
     tiny_llama(vocab_size=4096, pad_token_id=None, **changes).save_pretrained(folder)
@@ -130,24 +92,26 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
+LAYER = {
+    "name": "layers.0.q_proj",
+    "shape": (4, 10),
+    "pattern": "unstructured",
+    "format": "bitmask",
+    "zeros": 20,
+    "sparsity": 0.5,
+    "relative_error": 0.123456,
+    "tokens": 77,
+    "seconds": 0.5,
+    "bytes_before": 160,
+    "bytes_after": 88,
+    "bytes_resident": 90,
+    "kernel": "tile",
+}
+
+
 def layer_report(name: str = "layers.0.q_proj", **changes) -> LayerReport:
     """Half of 40 weights are zeros."""
-    values = {
-        "name": name,
-        "shape": (4, 10),
-        "pattern": "unstructured",
-        "format": "bitmask",
-        "zeros": 20,
-        "sparsity": 0.5,
-        "relative_error": 0.123456,
-        "tokens": 77,
-        "seconds": 0.5,
-        "bytes_before": 160,
-        "bytes_after": 88,
-        "bytes_resident": 90,
-        "kernel": "tile",
-    }
-    return LayerReport(**(values | changes))
+    return LayerReport(**(LAYER | {"name": name} | changes))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
-from .checkpoint.folder import PAGE_FILE
+from .checkpoint.commit import PAGE_FILE
 from .checkpoint.headers import PackedLayer, read_layers
 from .checkpoint.load import build_layers, finish_layers
 from .checkpoint.state_dict import ValuesRenaming, sparse_state_dict
@@ -22,18 +23,22 @@ from .core.logging import get_logger
 from .evaluation import Evaluation
 from .layers import SparseLinear, sparse_layers
 from .layers.conv import dense_twin
+from .layers.counts import num_parameters
 from .layers.experts import SparseExperts, fuse
 from .layers.head import restore_head, speed_up_head
 from .layers.replace import ModuleParents, unpack_linear
 from .pruning.prune import prune_in_place, require_dense
 from .pruning.report import PruningReport
 from .pruning.saved_report import saved_report
+from .pruning.wrappers import unwrapped
 from .publish.html import write_report
 from .publish.save import install_saving, remove_saving
+from .training import peft_hooks
 
 logger = get_logger(__name__)
 
 register_quantization_config(QUANT_METHOD)(SparseConfig)
+peft_hooks.install()
 
 
 def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
@@ -44,11 +49,13 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     `model.hf_quantizer.report`.
 
     Args:
-        model: a transformers model, or any module tree with linear layers.
+        model: a transformers model, or any module tree with linear layers; of a `PeftModel` the
+            base model is pruned and the adapters are left alone, and of a compiled or data-parallel
+            wrapper what is inside.
         config: what to do.
 
     Returns:
-        What was done to each layer.
+        What was done to each layer; names are those of the model inside a wrapper.
 
     Raises:
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
@@ -56,6 +63,7 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     """
     if not isinstance(config, SparseConfig):
         raise ConfigError(f"prune needs a SparseConfig, found {type(config).__name__}")
+    model = unwrapped(model)
     require_dense(model)
     if not isinstance(model, PreTrainedModel):
         return prune_in_place(model, config)
@@ -126,7 +134,7 @@ class SparseQuantizer(HfQuantizer):
         if self.pre_quantized:
             finish_layers(model, self._layers)
             speed_up_head(model)
-            install_saving(model)
+            _install(model)
         else:
             self.prune(model)
 
@@ -136,7 +144,7 @@ class SparseQuantizer(HfQuantizer):
         if self.report.data is not None:
             self.quantization_config = self.quantization_config.replaced(dataset=self.report.data)
         model.config.quantization_config = self.quantization_config
-        install_saving(model)
+        _install(model)
         return self.report
 
     def _dequantize(
@@ -156,6 +164,7 @@ class SparseQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
         remove_saving(model)
+        model.__dict__.pop("num_parameters", None)
         return model
 
     def write_page(self, model: PreTrainedModel, folder: Path) -> None:
@@ -183,6 +192,12 @@ class SparseQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _install(model: PreTrainedModel) -> None:
+    """What a sparse model does otherwise than its class: saving, and counting parameters."""
+    install_saving(model)
+    model.num_parameters = partial(num_parameters, model)  # type: ignore[method-assign]
 
 
 def _dense_twin(sparse: SparseLinear) -> nn.Module:

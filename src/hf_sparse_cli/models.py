@@ -19,6 +19,12 @@ Dtype = Annotated[
 DeviceMap = Annotated[
     str | None, typer.Option(help="Where weights go, as for from_pretrained: auto, cuda, ...")
 ]
+JoinDocuments = Annotated[
+    bool,
+    typer.Option(
+        "--join-documents", help="Join all texts with blank lines and cut that, as papers do."
+    ),
+]
 
 
 def read_config(model: str, revision: str | None) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def check_output_file(file: Path) -> None:
 
 def _check_writable(path: Path) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise Failure(f"--output {path}: nothing can be written in {parent}")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise Failure(f"--output {path}: nothing can be written in {path}")
+    places = [path] if path.is_dir() else [parent, path] if path.exists() else [parent]
+    for place in places:
+        if not os.access(place, os.W_OK) or (place is parent and not parent.is_dir()):
+            raise Failure(f"--output {path}: nothing can be written in {place}")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_sparse.calibration.block_walk import BlockWalk
-from hf_sparse.calibration.layer_inputs import collect_statistics
+from hf_sparse.calibration.layer_statistics import collect_statistics
 from hf_sparse.core.errors import CalibrationError
 from hf_sparse.core.statistics import Needs
 from hf_sparse.layers.blocks import find_blocks
@@ -217,8 +217,8 @@ def test_what_follows_the_last_unit_is_not_run_for_the_dense_model():
     with torch.no_grad():
         for visit in BlockWalk(model, find_blocks(model, ["layers.0", "layers.1"]), batches, True):
             hook = visit.block.module.register_forward_hook(lambda m, a, y: inner.append(y))
-            for index in range(len(visit.dense_calls)):
-                visit.leave_dense(index)
+            for call in visit.dense_calls:
+                visit.leave_dense(call)
             hook.remove()
     assert len(inner) == 6
     x = batches[2]["x"]

@@ -10,7 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_sparse.calibration.block_walk import BlockWalk
 from hf_sparse.calibration.experts import observe
-from hf_sparse.calibration.layer_inputs import DensePath
+from hf_sparse.calibration.layer_statistics import DensePath
 from hf_sparse.core.statistics import Needs
 from hf_sparse.layers.blocks import find_blocks
 from hf_sparse.layers.experts import unfuse

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from tiny_models import tiny_bert
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertModel
 
-from conftest import tiny_bert
 from hf_sparse.calibration.block_walk import BlockWalk
-from hf_sparse.calibration.feeding_order import find_stages, residual_writers
+from hf_sparse.calibration.feeding_order import find_stages
+from hf_sparse.calibration.residual_stream import residual_writers
 from hf_sparse.layers.blocks import find_blocks
 
 WIDTH = 12

@@ -4,6 +4,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+import transformers
 
 from hf_sparse import SparseConfig
 from hf_sparse.calibration import load as calibration_load
@@ -43,3 +44,39 @@ def test_samples_longer_than_the_model_are_refused(tiny):
     longest = tiny.config.max_position_embeddings
     with pytest.raises(ConfigError, match=f"seq_len={longest + 1} is longer than the {longest}"):
         load(tiny, [torch.arange(4)], seq_len=longest + 1)
+
+
+def test_the_config_s_documents_are_joined_if_it_says_so(trained, tokenizer):
+    rows = ["Some words of it .\n", "", "And more of them .\n"] * 8
+    apart, joined = (
+        load_calibration(
+            trained,
+            SparseConfig(dataset=rows, seq_len=16, join_documents=join),
+            lambda: tokenizer,
+        )
+        for join in (False, True)
+    )
+    blank_lines = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    assert blank_lines[0] in joined.batches[0]["input_ids"]
+    assert joined.record.digest != apart.record.digest
+
+
+# With the padding's row these tables have 40 rows for 38 tokens.
+SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 40, "pad_token_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "longest"),
+    [("Roberta", 38), ("MPNet", 38), ("IBert", 38), ("Bert", 40), ("Llama", 40)],
+)
+def test_the_longest_sequence_is_what_the_position_embedding_has_rows_for(name, longest):
+    config = getattr(transformers, f"{name}Config")(**SIZES)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    with torch.no_grad():
+        model(input_ids=torch.full((1, longest), 5))
+    long = torch.arange(2, 60)
+    (batch,) = load(model, [long]).batches
+    assert batch["input_ids"].shape == (1, longest)
+    with pytest.raises(ConfigError, match=f"seq_len={longest + 1} is longer than the {longest}"):
+        load(model, [long], seq_len=longest + 1)

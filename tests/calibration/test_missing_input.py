@@ -1,11 +1,11 @@
-"""Which input the data lack, told from a model with towers."""
+"""Which input the data lack, told from a model with an encoder."""
 
 from torch import nn
 
-from hf_sparse.calibration.towers import lacking_inputs, missing_input
+from hf_sparse.calibration.forward import lacking_inputs, missing_input
 
 
-class Tower(nn.Module):
+class Encoder(nn.Module):
     main_input_name = "pixel_values"
 
     def __init__(self):
@@ -16,7 +16,7 @@ class Tower(nn.Module):
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.vision, self.text = Tower(), nn.Linear(2, 2)
+        self.vision, self.text = Encoder(), nn.Linear(2, 2)
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, labels=None, **kwargs):
         pass
@@ -27,17 +27,17 @@ class Renaming(Model):
         pass
 
 
-def test_the_tower_and_its_input_are_named():
+def test_the_encoder_and_its_input_are_named():
     missing = missing_input(Model(), "vision.layer", ["input_ids"])
-    assert missing == "the tower vision (Tower) needs pixel_values"
+    assert missing == "vision (Encoder) needs pixel_values"
 
 
 def test_a_model_that_takes_the_input_under_another_name_shows_what_is_left():
     missing = missing_input(Renaming(), "vision.layer", ["input_ids"])
-    assert missing == "the tower vision (Tower) needs image_pixels or image_sizes"
+    assert missing == "vision (Encoder) needs image_pixels or image_sizes"
 
 
-def test_nothing_is_missing_where_the_data_have_it_or_no_tower_wants_it():
+def test_nothing_is_missing_where_the_data_have_it_or_no_encoder_wants_it():
     assert missing_input(Model(), "vision.layer", ["input_ids", "pixel_values"]) is None
     assert missing_input(Model(), "text", ["input_ids"]) is None
 

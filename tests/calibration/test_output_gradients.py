@@ -2,17 +2,15 @@
 
 import pytest
 import torch
+from tiny_models import tiny_bert, tiny_t5
 from torch import nn
 from transformers import (
     BertForSequenceClassification,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
-from conftest import tiny_bert
 from hf_sparse.calibration.output_gradients import ROWS, collect_metrics
 from hf_sparse.core.errors import CalibrationError
 from hf_sparse.layers.blocks import find_blocks
@@ -112,23 +110,8 @@ def test_padding_is_left_out(tiny, token_ids):
     assert not torch.allclose(unmasked[last].gram, metrics[last].gram, rtol=0.05)
 
 
-def small_t5() -> T5ForConditionalGeneration:
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=61,
-        d_model=16,
-        d_kv=4,
-        d_ff=24,
-        num_layers=1,
-        num_decoder_layers=1,
-        num_heads=4,
-        decoder_start_token_id=0,
-    )
-    return T5ForConditionalGeneration(config).eval()
-
-
 def test_an_encoder_s_padding_masks_no_label_of_the_decoder(token_ids):
-    model, mask = small_t5(), torch.ones(2, 16, dtype=torch.long)
+    model, mask = tiny_t5(num_layers=1), torch.ones(2, 16, dtype=torch.long)
     mask[:, 3:] = 0
     batch = {
         "input_ids": token_ids[:2],

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_sparse.calibration.block_walk import BlockWalk
-from hf_sparse.calibration.layer_inputs import collect_statistics
+from hf_sparse.calibration.layer_statistics import collect_statistics
 from hf_sparse.core.statistics import Needs
 from hf_sparse.layers.blocks import find_blocks
 

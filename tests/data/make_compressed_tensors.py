@@ -63,15 +63,10 @@ def make_mixtral(dtype):
     """A random one-block Mixtral, whose experts that version of transformers has as modules."""
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=23,
-        hidden_size=12,
-        intermediate_size=14,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=3,
+        vocab_size=23, hidden_size=12, intermediate_size=14, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3,
         max_position_embeddings=32,
-    )
+    )  # fmt: skip
     return MixtralForCausalLM(config).to(dtype)
 
 

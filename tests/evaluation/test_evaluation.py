@@ -141,7 +141,7 @@ def test_generation_is_timed_and_weighed(tiny):
     assert found.peak_bytes == 0 or found.peak_bytes > found.weight_bytes
 
 
-@pytest.mark.skipif(not memory.resident(), reason="the system doesn't tell")
+@pytest.mark.skipif(not memory.peak_resident(), reason="the system doesn't tell")
 def test_a_peak_is_seen_until_it_is_reset():
     cpu = torch.device("cpu")
     memory.reset_peak(cpu)
@@ -153,6 +153,18 @@ def test_a_peak_is_seen_until_it_is_reset():
     assert memory.peak(cpu) > before + (50 << 20)
     memory.reset_peak(cpu)
     assert memory.peak(cpu) < before + (50 << 20)
+
+
+def test_resident_memory_holds_what_was_touched():
+    before = memory.resident()
+    with mmap.mmap(-1, 64 << 20) as large:
+        for page in range(0, len(large), mmap.PAGESIZE):
+            large[page] = 1
+        assert memory.resident() > before + (50 << 20)
+
+
+def test_weights_that_are_not_there_weigh_nothing():
+    assert memory.weight_bytes(torch.nn.Linear(3, 4, device="meta")) == 0
 
 
 def test_tied_weights_are_weighed_once(trained):
@@ -241,3 +253,23 @@ def test_without_lm_eval_the_extra_is_named(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # an import of it fails
     with pytest.raises(EvaluationError, match=r"not installed: pip install 'hf_sparse\[eval\]'"):
         hf_sparse.evaluate_tasks(tiny, None, ["arc_easy"])
+
+
+def test_joined_documents_give_the_perplexity_of_the_papers_code(trained, tokenizer):
+    rows = ["", " = A title = \n", "", "Some words of it .\n", "And more of them .\n"] * 8
+    # The loop of GPTQ, SparseGPT and Wanda.
+    stream = tokenizer("\n\n".join(rows), return_tensors="pt")["input_ids"]
+    losses = []
+    for i in range(stream.shape[1] // 16):
+        block = stream[:, i * 16 : (i + 1) * 16]
+        with torch.no_grad():
+            scores = trained(block).logits[:, :-1]
+        losses.append(torch.nn.functional.cross_entropy(scores[0], block[0, 1:]))
+    expected = torch.stack(losses).mean().exp().item()
+    found = hf_sparse.perplexity(trained, tokenizer, rows, 16, join_documents=True)
+    assert found.windows == len(losses) > 3
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    apart = hf_sparse.perplexity(trained, tokenizer, rows, 16).perplexity
+    assert apart != pytest.approx(expected, rel=1e-2)
+    same = hf_sparse.agreement(trained, trained, tokenizer, rows, 16, join_documents=True)
+    assert same.data.digest == found.data.digest

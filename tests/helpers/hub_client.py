@@ -7,10 +7,10 @@ settings let it reach no other server than the test's.
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import fresh
 from hub_server import WRITE_TOKEN, Hub
 from safetensors.torch import load_file
 from torch import Tensor
@@ -51,6 +51,7 @@ class Client:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",
             "TRANSFORMERS_VERBOSITY": "warning",
+            "HF_SPARSE_MEASURE": "0",
             "HTTP_PROXY": nowhere,
             "HTTPS_PROXY": nowhere,
             "ALL_PROXY": nowhere,
@@ -63,13 +64,7 @@ class Client:
             for key, value in os.environ.items()
             if not key.startswith(foreign) and not key.upper().endswith("_PROXY")
         }
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, args)],
-            env=inherited | settings | env,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = fresh.run(code, *args, env=inherited | settings | env)
         assert not self.hub.unanswered, self.hub.unanswered
         return done
 

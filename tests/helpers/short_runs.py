@@ -1,4 +1,4 @@
-"""A few steps of Trainer on the CPU."""
+"""A few steps on the CPU, of Trainer or by hand."""
 
 from pathlib import Path
 
@@ -26,3 +26,15 @@ def arguments(folder: Path, **changes) -> TrainingArguments:
 
 def rows_of(token_ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "labels": ids} for ids in token_ids]
+
+
+def losses_of(model, token_ids: torch.Tensor, optimizer, steps: int) -> list[float]:
+    """The losses of training steps on the same batch."""
+    losses = []
+    for _ in range(steps):
+        loss = model(token_ids, labels=token_ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from hub_client import LAYERS, Client
 from hub_server import READ_TOKEN, Hub, Repo, serve
+from tiny_models import tiny_llama
 
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 
 # Runs command lines, given as JSON, one after the other; prints each one's results as JSON.
 RUN = """

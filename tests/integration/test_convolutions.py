@@ -11,7 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 import hf_sparse
 from hf_sparse import CheckpointError, SparseConfig
 from hf_sparse.calibration.block_walk import BlockWalk
-from hf_sparse.calibration.layer_inputs import collect_statistics
+from hf_sparse.calibration.layer_statistics import collect_statistics
 from hf_sparse.core.statistics import Needs
 from hf_sparse.layers.blocks import find_blocks
 from hf_sparse.layers.conv import SparseConv2d

@@ -7,10 +7,9 @@ from typing import ClassVar
 import pytest
 import torch
 from short_runs import arguments, rows_of
+from tiny_models import tiny_gpt2
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
 )
@@ -156,12 +155,7 @@ def test_layers_have_sparsities_of_their_own(tiny, token_ids, tmp_path):
 
 
 def test_conv1d_layers_are_pruned_along_their_inputs(token_ids, tmp_path):
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=61, n_positions=64, n_embd=24, n_layer=1, n_head=4, bos_token_id=1,
-        eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    model = tiny_gpt2(n_layer=1)
     changes = {"save_strategy": "steps", "save_steps": 6}
     callback = SparsityCallback("cubic", end=4, frequency=2, pattern="2:4", method="wanda")
     train(model, token_ids, tmp_path, callback, max_steps=6, **changes)
@@ -241,7 +235,6 @@ class Uneven(Solver):
 
     name: ClassVar[str] = "uneven"
     needs: ClassVar[Needs] = Needs.COLUMN_NORMS
-    chooses_pattern: ClassVar[bool] = False
 
     def solve(self, weight, statistics, pattern):
         size = weight.abs()
@@ -255,7 +248,6 @@ class Forgets(Solver):
 
     name: ClassVar[str] = "forgets"
     needs: ClassVar[Needs] = Needs.NOTHING
-    chooses_pattern: ClassVar[bool] = False
 
     def solve(self, weight, statistics, pattern):
         zeros = pattern.zeros(weight.numel())

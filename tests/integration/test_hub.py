@@ -10,9 +10,8 @@ from hub_client import LAYERS, Client
 from hub_server import READ_TOKEN, Hub, serve
 from safetensors import safe_open
 from safetensors.torch import load, load_file
+from tiny_models import tiny_llama
 from torch import Tensor
-
-from conftest import tiny_llama
 
 # Prunes the dense model in sys.argv[1]; results go to the folder sys.argv[2].
 PRUNE = """

@@ -2,17 +2,18 @@
 
 import copy
 import json
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from short_runs import losses_of
+from tiny_models import tiny_gpt2
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from conftest import logits
@@ -241,9 +242,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
 
 def test_plain_transformers_refuses_the_checkpoint(pruned, tmp_path):
     pruned.save_pretrained(tmp_path)
-    result = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
+    result = fresh.run(PLAIN, tmp_path)
     assert result.returncode != 0
     assert "mismatch" in result.stderr.lower()
 
@@ -300,12 +299,7 @@ def test_offloaded_layers_are_pruned_saved_and_reloaded(tiny, token_ids, tmp_pat
 @pytest.fixture
 def conv(token_ids):
     """Pruned, with layers that were transformers' Conv1D."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=61, n_positions=64, n_embd=24, n_layer=2, n_head=4, bos_token_id=1,
-        eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config).eval()
+    model = tiny_gpt2()
     prune(model, token_ids)
     return model
 
@@ -365,13 +359,7 @@ def test_the_low_rank_part_trains_while_the_sparse_part_stays(pruned, token_ids,
     assert all(".lora_" in name for name in trained)
     start = {n: p.detach().clone() for n, p in trained.items()}
     optimizer = torch.optim.SGD(trained.values(), lr=0.5)
-    losses = []
-    for _ in range(4):
-        loss = model(token_ids, labels=token_ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(model, token_ids, optimizer, 4)
     assert losses[-1] < losses[0]
     assert all(not torch.equal(parameter, start[n]) for n, parameter in trained.items())
     after = dict(model.named_buffers())

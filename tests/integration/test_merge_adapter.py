@@ -7,18 +7,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from tiny_models import DECODER, build, tiny_bert, tiny_gpt2
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
 )
 
 import hf_sparse
-from conftest import logits, tiny_bert
+from conftest import logits
 from hf_sparse import AdapterError, CalibrationError, ConfigError, SparseConfig, SparseLinear
 from hf_sparse.layers import sparse_layers
 from hf_sparse.training.merging import run
@@ -226,16 +225,9 @@ def test_dense_layers_and_modules_to_save_are_merged_by_peft(base, token_ids, id
     assert merged.model.embed_tokens is saved
 
 
-def biased(model):
-    """GPT-2 has biases, and Conv1D in place of Linear."""
-    config = GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=64)
-    return prune(GPT2LMHeadModel(config).eval())
-
-
 @pytest.mark.parametrize("policy", ["masked", "resolve"])
 def test_conv1d_and_biases_of_adapters(token_ids, ids, policy, tmp_path):
-    torch.manual_seed(0)
-    model = adapt(biased(None), target_modules=["c_attn", "c_proj"], lora_bias=True)
+    model = adapt(prune(tiny_gpt2()), target_modules=["c_attn", "c_proj"], lora_bias=True)
     for name, parameter in model.named_parameters():
         if "lora_B" in name and name.endswith("bias"):
             parameter.data.add_(0.3)
@@ -253,8 +245,7 @@ def test_conv1d_and_biases_of_adapters(token_ids, ids, policy, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:A weight that does not fit")
 def test_what_peft_merges_into_conv1d_layers_is_right_after_a_reload(token_ids, tmp_path):
-    torch.manual_seed(0)
-    model = adapt(biased(None), target_modules=["c_attn", "c_proj"])  # attn.c_proj is square
+    model = adapt(prune(tiny_gpt2()), target_modules=["c_attn", "c_proj"])  # attn.c_proj is square
     expected = logits(model, token_ids)
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged, token_ids), expected)
@@ -279,12 +270,8 @@ def test_a_low_rank_part_stays_beside_the_merged_weight(tiny, token_ids, ids, po
 
 
 def mixture():
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, head_dim=6,
-    )  # fmt: skip
-    return prune(MixtralForCausalLM(config).eval())
+    config = MixtralConfig(**DECODER, num_local_experts=4, head_dim=6)
+    return prune(build(MixtralForCausalLM, config))
 
 
 @pytest.mark.parametrize("policy", ["masked", "resolve"])

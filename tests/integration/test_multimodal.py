@@ -1,4 +1,6 @@
-"""Models with more than one tower, or with parts that the data don't use."""
+"""Models with an encoder beside the text model, or with parts that the data don't use."""
+
+import re
 
 import pytest
 import torch
@@ -30,45 +32,49 @@ def tiny_llava() -> LlavaForConditionalGeneration:
     ).eval()
 
 
-def test_a_tower_without_its_input_is_named_before_anything_is_changed():
+def test_an_encoder_that_the_data_cannot_reach_stays_dense_and_one_warning_says_why(caplog):
     model = tiny_llava()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    encoder = {n: t.clone() for n, t in model.state_dict().items() if "vision_tower" in n}
     data = [{"input_ids": torch.randint(1, 60, (1, 8))}]
-    message = (
-        r"the tower model\.vision_tower\S* \(CLIP\w+\) needs pixel_values.*data have input_ids"
-    )
-    with pytest.raises(CalibrationError, match=message):
-        hf_sparse.prune(model, SparseConfig(dataset=data))
-    after = model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    config = SparseConfig(dataset=data, modules_to_not_convert=["vision_tower", "lm_head"])
-    report = hf_sparse.prune(model, config)
+    report = hf_sparse.prune(model, SparseConfig(dataset=data))
     assert {layer.name.split(".")[1] for layer in report.layers} == {"language_model"}
-    assert "never called" in report.left_dense["model.multi_modal_projector.linear_1"]
+    projector = report.left_dense["model.multi_modal_projector.linear_1"]
+    assert projector == "no calibration token reached it"
+    words = r"model\.vision_tower\S* \(CLIP\w+\) needs pixel_values, the data have input_ids"
+    dense = [why for name, why in report.left_dense.items() if "vision_tower" in name]
+    assert len(dense) > 10
+    assert all(re.search(words, why) for why in dense if "kernel" not in why)
+    (told,) = [r.getMessage() for r in caplog.records if "stay dense" in r.getMessage()]
+    assert re.search(words, told)
+    assert "Pass dicts of all inputs" in told
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in encoder.items())
 
 
-def test_pixels_of_another_dtype_than_the_model_reach_every_tower():
+def test_a_model_of_which_the_data_reach_nothing_that_is_to_be_pruned_is_an_error():
+    data = [{"input_ids": torch.randint(1, 60, (1, 8))}]
+    config = SparseConfig(dataset=data, targets=["vision_tower"])
+    with pytest.raises(CalibrationError, match=r"needs pixel_values.*no other layer was to be"):
+        hf_sparse.prune(tiny_llava(), config)
+
+
+def test_pixels_of_another_dtype_than_the_model_reach_every_part():
     model = tiny_llava().bfloat16()
     ids = torch.cat([torch.full((2, 4), 60), torch.randint(1, 60, (2, 8))], dim=1)
     data = [{"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}]
     report = hf_sparse.prune(model, SparseConfig(dataset=data))
-    towers = {layer.name.split(".")[1] for layer in report.layers}
-    assert towers == {"vision_tower", "multi_modal_projector", "language_model"}
+    parts = {layer.name.split(".")[1] for layer in report.layers}
+    assert parts == {"vision_tower", "multi_modal_projector", "language_model"}
 
 
 def test_cross_attention_without_an_encoder_stays_dense(token_ids):
     config = BartConfig(
-        vocab_size=61,
-        d_model=24,
-        decoder_layers=1,
-        decoder_attention_heads=2,
-        decoder_ffn_dim=40,
-        max_position_embeddings=32,
-        is_encoder_decoder=False,
-    )
+        vocab_size=61, d_model=24, decoder_layers=1, decoder_attention_heads=2,
+        decoder_ffn_dim=40, max_position_embeddings=32, is_encoder_decoder=False,
+    )  # fmt: skip
     model = BartForCausalLM(config).eval()
     report = hf_sparse.prune(model, SparseConfig(dataset=list(token_ids)))
-    never = {n for n, why in report.left_dense.items() if "never called" in why}
+    never = {n for n, why in report.left_dense.items() if "no calibration token" in why}
     expected = {f"model.decoder.layers.0.encoder_attn.{p}_proj" for p in ("q", "k", "v", "out")}
     assert never == expected
     assert len(report.layers) == 6

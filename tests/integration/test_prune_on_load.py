@@ -5,21 +5,19 @@ import math
 
 import pytest
 import torch
+from tiny_models import tiny_bert, tiny_gpt2, tiny_t5
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertForSequenceClassification,
     BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaForCausalLM,
-    T5Config,
     T5ForConditionalGeneration,
     pipeline,
 )
 
 import hf_sparse
-from conftest import logits, tiny_bert
+from conftest import logits
 from hf_sparse import SparseConfig, SparseLinear
 
 
@@ -169,17 +167,7 @@ def test_weights_that_are_tied_by_name_alone_are_pruned_and_reloaded(
 
 
 def test_conv1d_layers_are_pruned_reloaded_and_restored(token_ids, tmp_path):
-    config = GPT2Config(
-        vocab_size=61,
-        n_positions=32,
-        n_embd=24,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    GPT2LMHeadModel(config).eval().save_pretrained(tmp_path / "dense")
+    tiny_gpt2().save_pretrained(tmp_path / "dense")
     model = load_pruned(tmp_path / "dense", token_ids, sparsity=0.6)
     assert len(sparse_names(model)) == 8
     assert model.transformer.h[0].mlp.c_fc.shape == (96, 24)
@@ -206,17 +194,7 @@ def test_an_encoder_with_a_task_head_keeps_the_head_dense(token_ids, tmp_path):
 
 
 def test_an_encoder_decoder_is_walked_through_both_stacks(token_ids, tmp_path):
-    config = T5Config(
-        vocab_size=61,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-    )
-    torch.manual_seed(0)
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
+    tiny_t5().save_pretrained(tmp_path / "dense")
     data = [{"input_ids": i[None], "decoder_input_ids": i[None, :8]} for i in token_ids]
     model = load_pruned(tmp_path / "dense", token_ids, cls=T5ForConditionalGeneration, dataset=data)
     # Six layers in each encoder block, ten in each decoder block; T5 keeps every wo in fp32.

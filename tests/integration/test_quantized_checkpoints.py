@@ -2,14 +2,14 @@
 
 import copy
 import json
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from short_runs import losses_of
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
@@ -160,9 +160,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_plain_transformers_refuses_the_checkpoint(pruned, layout, tmp_path):
     quantise(pruned, Grid(8, 8, True), layout).save_pretrained(tmp_path)
-    result = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
+    result = fresh.run(PLAIN, tmp_path)
     assert result.returncode != 0
     assert "hf_sparse" in result.stderr
     assert "mismatch" in result.stderr.lower()
@@ -178,13 +176,7 @@ def test_lora_learns_on_quantised_layers_and_leaves_them_as_they_are(pruned, gri
         model.base_model.model.model.layers[0].self_attn.q_proj.base_layer, SparseLinear
     )
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(token_ids, labels=token_ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(model, token_ids, optimizer, 8)
     assert losses[-1] < losses[0]
     after = {n.replace(".base_layer", ""): b for n, b in model.get_base_model().named_buffers()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

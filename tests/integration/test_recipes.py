@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.utils import align_module_device
+from tiny_models import tiny_bert, tiny_t5
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -14,12 +15,9 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 import hf_sparse
-from conftest import tiny_bert
 from hf_sparse import SparseConfig
 from hf_sparse.config.recipes import RECIPES
 from hf_sparse.core.errors import CalibrationError, ConfigError, SolveError, TargetError
@@ -374,18 +372,7 @@ def test_an_encoder_with_post_norm_is_pruned(token_ids, method, stages):
 @every_recipe
 @pytest.mark.parametrize("stages", [False, True])
 def test_an_encoder_decoder_is_pruned(token_ids, method, stages):
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=61,
-        d_model=24,
-        d_kv=6,
-        d_ff=40,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-    )
-    model = T5ForConditionalGeneration(config).eval()
+    model = tiny_t5()
     ids = token_ids.repeat(2, 1)[:16]
     data = [
         {"input_ids": row[None], "decoder_input_ids": other[None, :9]}

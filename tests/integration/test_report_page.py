@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tiny_models import tiny_llama
 
 import hf_sparse
-from conftest import tiny_llama
 from hf_sparse import SparseConfig
 from hf_sparse.publish.html.masks import view_mask
 

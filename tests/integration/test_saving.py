@@ -4,9 +4,8 @@ import copy
 import json
 import os
 import pickle
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -150,12 +149,6 @@ sys.stdout.write(f"zeros={zeros} dtype={model.dtype}")
 """
 
 
-def plain_transformers(folder):
-    return subprocess.run(
-        [sys.executable, "-c", PLAIN, str(folder)], capture_output=True, text=True, timeout=300
-    )
-
-
 def test_a_dense_export_loads_in_plain_transformers(sparse, tmp_path, token_ids):
     sparse.save_pretrained(tmp_path / "sparse")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype=torch.bfloat16)
@@ -164,7 +157,7 @@ def test_a_dense_export_loads_in_plain_transformers(sparse, tmp_path, token_ids)
     assert any(isinstance(module, SparseLinear) for module in model.modules())
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert "quantization_config" not in config
-    result = plain_transformers(tmp_path / "export")
+    result = fresh.run(PLAIN, tmp_path / "export")
     assert result.returncode == 0, result.stderr
     zeros = sum(layer.zeros for layer in sparse.hf_quantizer.report.layers)
     assert result.stdout.endswith(f"zeros={zeros} dtype=torch.bfloat16")
@@ -178,7 +171,7 @@ def test_plain_transformers_refuses_a_sparse_checkpoint_and_names_the_package(
 ):
     hf_sparse.prune(tiny, SparseConfig(method="magnitude", pattern=pattern))
     tiny.save_pretrained(tmp_path)
-    result = plain_transformers(tmp_path)
+    result = fresh.run(PLAIN, tmp_path)
     assert result.returncode != 0
     assert "hf_sparse" in result.stderr
     assert "size mismatch" in result.stderr.lower() or "mismatch" in result.stderr.lower()

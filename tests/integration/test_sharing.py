@@ -14,12 +14,13 @@ import torch
 from hub_client import Client
 from hub_server import READ_TOKEN, Files, Hub, Repo, card_errors, serve
 from huggingface_hub import ModelCard
+from tiny_models import tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 
 BASE_CARD = """---
 license: other
@@ -178,7 +179,7 @@ def test_the_card_s_numbers_are_the_report_s(hub: Hub, pushed: Path) -> None:
         "| calibration data | `list`, 8 samples, 256 tokens |",
         f"| SHA-256 of the data | `{report['data']['digest']}` |",
         "| seed | 3 |",
-        "| other settings | num_samples=8, seq_len=32 |",
+        "| other settings | `num_samples=8`, `seq_len=32` |",
         f"mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f} (`",
         f"hf_sparse {version('hf_sparse')}",
         f"torch {torch.__version__}",

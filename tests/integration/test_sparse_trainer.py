@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from short_runs import arguments, rows_of
+from tiny_models import tiny_bert
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -16,7 +17,6 @@ from transformers import (
 )
 
 import hf_sparse
-from conftest import tiny_bert
 from hf_sparse import SparseConfig, SparseLinear, TrainingError
 from hf_sparse.training import SparseTrainer
 

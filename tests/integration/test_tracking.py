@@ -3,10 +3,10 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import types
 
+import fresh
 import pytest
 
 import hf_sparse
@@ -59,8 +59,7 @@ def test_the_current_trackio_run_gets_the_report_and_nothing_is_imported_for_it(
     if importlib.util.find_spec("trackio") is None:
         pytest.skip("trackio is not installed: pip install 'hf_sparse[tracking]'")
     env = os.environ | {"TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LOG]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = fresh.run(LOG, env=env)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("logged ")]
     (logged,) = json.loads(line.removeprefix("logged "))

@@ -3,9 +3,8 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -292,7 +291,7 @@ for name, cls in FORMATS.items():
 def test_it_compiles_to_one_graph_in_every_format_with_the_same_results():
     # In a process of its own: the checks of shapes that these tests install can't be traced.
     # aot_eager traces forward and backward and needs no C++ compiler on the machine.
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    done = fresh.run(COMPILED)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == list(FORMATS)
 

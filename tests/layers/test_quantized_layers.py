@@ -2,9 +2,8 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -252,6 +251,6 @@ for name in FORMATS:
 
 def test_it_compiles_to_one_graph_in_every_layout_with_the_same_results():
     # In a process of its own: the checks of shapes that these tests install can't be traced.
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    done = fresh.run(COMPILED)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == list(FORMATS)

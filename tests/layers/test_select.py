@@ -9,10 +9,10 @@ from hf_sparse.core.errors import TargetError
 from hf_sparse.formats.bitmask import Bitmask
 from hf_sparse.layers import SparseLinear
 from hf_sparse.layers.axes import Axes
+from hf_sparse.layers.prunable import is_prunable
+from hf_sparse.layers.routers import find_routers
 from hf_sparse.layers.select import (
     Target,
-    find_routers,
-    is_prunable,
     layer_sparsity,
     matches,
     require_match,
@@ -266,9 +266,9 @@ def test_convolutions_that_are_not_pointwise_are_left_dense_with_the_reason():
         "0": "a convolution of kernel size 4x4, no linear layer",
         "1": "a convolution of kernel size 3x3, no linear layer",
         "3": "a convolution of stride 2, no linear layer",
-        "4": "a OwnConvolution computes in a way of its own, no linear layer",
+        "4": "OwnConvolution computes in a way of its own, no linear layer",
         "5": "a convolution of 2 groups, no linear layer",
-        "6": "a Conv3d, no linear layer",
+        "6": "Conv3d, no linear layer",
         "7": "a convolution that pads its inputs, no linear layer",
     }
 
@@ -356,12 +356,15 @@ def test_routers_stay_dense_by_default_and_other_layers_beside_experts_do_not(mo
         "mlp.gate": "it routes tokens to mlp.experts",
         "mlp.shared_gate": "it routes tokens to mlp.experts",
     }
-    selection = select_targets(model, None, None, routers)
+    selection = select_targets(model, None, None, {})
     experts = [f"mlp.experts.{i}" for i in range(3)] if modules else []
     assert names(selection) == ["mlp.latent", *experts]
     fused = {} if modules else {"mlp.experts.gate_up_proj": FUSED}
     assert selection.left_dense == {**routers, **fused}
-    assert names(select_targets(model, ["mlp.gate"], None, routers)) == ["mlp.gate"]
+    assert names(select_targets(model, ["mlp.gate"], None, {})) == ["mlp.gate"]
+    model.other = nn.Linear(4, 4)
+    kept = select_targets(model, None, ["latent"], {})
+    assert kept.left_dense == {**routers, **fused, "mlp.latent": "in modules_to_not_convert"}
 
 
 def test_fused_experts_with_one_weight_between_them_are_left_dense_as_tied():

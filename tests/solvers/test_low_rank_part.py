@@ -1,11 +1,10 @@
 """The low-rank part: its fit against an SVD, how it alternates with a solver, what a layer does."""
 
 import copy
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -327,6 +326,6 @@ print("done")
 
 def test_it_compiles_to_one_graph():
     # In a process of its own: the checks of shapes that these tests install can't be traced.
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    done = fresh.run(COMPILED)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["done"]

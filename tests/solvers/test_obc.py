@@ -239,7 +239,7 @@ def low_rank(columns: int, rank: int) -> Statistics:
 def test_a_damping_near_rounding_errors_still_gives_finite_weights_and_exact_counts():
     solver = OBC(damp_percent=1e-15)
     solution = solver.solve(make_weight(6, 64), low_rank(64, rank=2), Unstructured(0.9))
-    assert solution.notes == ()
+    # Whether that much is enough to factorise it depends on how sums are rounded.
     assert bool(torch.isfinite(solution.weight).all())
     assert int((~solution.mask).sum()) == 345
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from ..core.statistics import Needs, shrink
 from .block_walk import Visit
-from .layer_inputs import DensePath, Observed, collect_statistics, find_experts
+from .expert_routing import find_experts
+from .layer_statistics import DensePath, Observed, collect_statistics
 
 
 def observe(
@@ -61,8 +62,8 @@ def observe(
         found[name] = seen if everywhere else _filled(found.get(name), seen, limits[name])
     if dense and dense.leave:
         with dense.weights():
-            for index in range(len(visit.dense_calls)):
-                visit.leave_dense(index)
+            for call in visit.dense_calls:
+                visit.leave_dense(call)
     return {name: found[name] for name in layers if name in found}
 
 

@@ -43,6 +43,7 @@ def load_calibration(
         batch_size=config.batch_size,
         seed=config.seed,
         vocab_size=vocab_size,
+        join_documents=config.join_documents,
         keep_labels=getattr(getattr(model, "config", None), "is_encoder_decoder", False),
     )
     if data.record.count is not None and data.record.count < config.num_samples:
@@ -76,7 +77,7 @@ def _check_room(model: nn.Module, data: CalibrationData) -> None:
 
 
 def limits(model: nn.Module) -> tuple[int | None, int | None]:
-    """Positions and vocabulary that the model's config and embedding tell of."""
+    """Positions and vocabulary that the model's config and embeddings tell of."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(text, "max_position_embeddings", None)
@@ -87,4 +88,20 @@ def limits(model: nn.Module) -> tuple[int | None, int | None]:
         except NotImplementedError:
             embedding = None
     vocab = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
-    return (longest if isinstance(longest, int) and longest > 0 else None), vocab
+    if not isinstance(longest, int) or longest <= 0:
+        return None, vocab
+    return longest - _unused_positions(model, longest), vocab
+
+
+def _unused_positions(model: nn.Module, rows: int) -> int:
+    """How many of a position embedding's rows no token ever has.
+
+    In a table with a row for padding (RoBERTa and what came of it) the first token has the row
+    behind that one.
+    """
+    unused = [0]
+    for name, module in model.named_modules():
+        padding, weight = getattr(module, "padding_idx", None), getattr(module, "weight", None)
+        if "position" in name.rpartition(".")[2] and padding is not None and weight is not None:
+            unused.append(padding + 1 if weight.shape[0] == rows else 0)
+    return max(unused)

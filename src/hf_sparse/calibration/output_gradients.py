@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from ..core.statistics import OutputMetric
 from ..layers.axes import Axes
 from ..layers.blocks import Block
 from .batches import Batch
-from .feeding_order import stream_input
-from .forward import call_model, without_cache
+from .forward import call_model, plain_outputs
+from .hooks import hooked
+from .residual_stream import stream_input
 
 # Of the calibration batches; the gradients' second moments settle early.
 SHARE = 0.125
@@ -52,11 +54,11 @@ def collect_metrics(
     """
     layers = {name: model.get_submodule(name) for block in blocks for name in block.targets}
     sums: dict[str, _Sums] = {}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     used = batches[:: round(1 / SHARE)]
     with ExitStack() as stack, progress_bar(len(used), "Gradients") as bar:
         stack.enter_context(_frozen(model))
-        stack.enter_context(without_cache(model))
+        stack.enter_context(plain_outputs(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_recomputed(blocks))
         stack.enter_context(_watched(layers, sums, generator))
@@ -83,7 +85,8 @@ class _Sums:
         if self._exact:
             self._moments.addmm_(rows.T, rows)
         else:
-            signs = torch.randint(2, (ROWS, len(rows)), generator=self._generator)
+            size = ROWS, len(rows)
+            signs = torch.randint(2, size, generator=self._generator, device="cpu")
             signs = (2 * signs - 1).to(rows) / ROWS**0.5
             self._moments.addmm_(signs, rows)
 
@@ -137,7 +140,8 @@ def _label_gradients(output: Any, generator: torch.Generator) -> Iterator[tuple[
     for values in output if isinstance(output, (tuple, list)) else output.values():
         # A scalar is a loss.
         if isinstance(values, Tensor) and values.is_floating_point() and values.ndim:
-            yield values, torch.randn(values.shape, generator=generator).to(values)
+            noise = torch.randn(values.shape, generator=generator, device="cpu")
+            yield values, noise.to(values)
 
 
 @contextmanager
@@ -155,23 +159,20 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recomputed(blocks: Sequence[Block]) -> Iterator[None]:
-    """Units keep only their inputs for the backward pass; these take gradients."""
+    """Blocks keep only their inputs for the backward pass; these take gradients."""
     before = {block.module: block.module.__dict__.get("forward") for block in blocks}
-    hooks = [
-        module.register_forward_pre_hook(_take_gradients, with_kwargs=True) for module in before
-    ]
-    try:
-        for module in before:
-            module.forward = _checkpointed(module.forward)  # type: ignore[method-assign]
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward  # type: ignore[method-assign]
-        for hook in hooks:
-            hook.remove()
+    hooks = (m.register_forward_pre_hook(_take_gradients, with_kwargs=True) for m in before)
+    with hooked(hooks):
+        try:
+            for module in before:
+                module.forward = _checkpointed(module.forward)  # type: ignore[method-assign]
+            yield
+        finally:
+            for module, forward in before.items():
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward  # type: ignore[method-assign]
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,7 +200,7 @@ def _watched(
 ) -> Iterator[None]:
     """Add up the gradients of the layers' outputs; recomputed outputs have none of their own."""
 
-    def watch(name: str, module: nn.Module, output: Tensor) -> None:
+    def watch(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if not output.requires_grad or torch._C._current_graph_task_id() != -1:
             return
         axes = Axes.of(module)
@@ -209,12 +210,5 @@ def _watched(
         add = sums[name].add
         output.register_hook(lambda gradient: add(axes.channels_last(gradient)))  # type: ignore[no-untyped-call]
 
-    hooks = [
-        module.register_forward_hook(lambda m, args, output, name=name: watch(name, m, output))
-        for name, module in layers.items()
-    ]
-    try:
+    with hooked(m.register_forward_hook(partial(watch, name)) for name, m in layers.items()):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.errors import CalibrationError
 from ..layers.axes import Axes
 from .batches import Batch
+from .hooks import hooked
 
 # Each mask, and how the names of the inputs begin that it goes with.
 MASKS = {"attention_mask": "", "decoder_attention_mask": "decoder_"}
@@ -48,7 +49,7 @@ class Padding:
 
 
 def mask_owners(
-    run: Callable[[Batch], None], batches: Sequence[Batch], modules: Collection[nn.Module]
+    run: Callable[[Batch], object], batches: Sequence[Batch], modules: Collection[nn.Module]
 ) -> dict[str, set[nn.Module]]:
     """The modules whose rows are the tokens of each mask.
 
@@ -68,7 +69,7 @@ def mask_owners(
 
 
 def _owners(
-    run: Callable[[Batch], None], batch: Batch, name: str, modules: Collection[nn.Module]
+    run: Callable[[Batch], object], batch: Batch, name: str, modules: Collection[nn.Module]
 ) -> set[nn.Module]:
     samples, tokens = batch[name].shape
     rows = _count_rows(run, batch, modules)
@@ -92,7 +93,7 @@ def _cut(batch: Batch, name: str) -> Batch:
 
 
 def _count_rows(
-    run: Callable[[Batch], None], batch: Batch, modules: Iterable[nn.Module]
+    run: Callable[[Batch], object], batch: Batch, modules: Iterable[nn.Module]
 ) -> dict[nn.Module, list[int]]:
     """How many rows each module gets at each of its calls in a pass."""
     counts: dict[nn.Module, list[int]] = {module: [] for module in modules}
@@ -101,12 +102,8 @@ def _count_rows(
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         counts[module].append(Axes.of(module).channels_last(x).shape[:-1].numel())
 
-    hooks = [module.register_forward_pre_hook(count, with_kwargs=True) for module in counts]
-    try:
+    with hooked(m.register_forward_pre_hook(count, with_kwargs=True) for m in counts):
         run(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return counts
 
 

@@ -26,6 +26,9 @@ class StatisticsCollector:
     """Adds up one input's statistics over batches; `finish` freezes them.
 
     With `cross`, every batch comes with the same tokens' inputs in the dense model.
+
+    Attributes:
+        tokens: how many there were so far.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class StatisticsCollector:
         self._rows_per_batch = max(1, -(-SAMPLE_ROWS // batches))
         self._sample: list[Tensor] = []
         self._pending: list[Tensor] = []
-        self._tokens = 0
+        self.tokens = 0
         self._squares = torch.zeros(columns, device=device)
         self._hessian = (
             torch.zeros(columns, columns, device=device) if needs >= Needs.HESSIAN else None
@@ -57,7 +60,7 @@ class StatisticsCollector:
 
     def _add_tile(self, inputs: Tensor, dense: Tensor | None) -> None:
         rows = inputs.float()
-        self._tokens += rows.shape[0]
+        self.tokens += rows.shape[0]
         if self._cross is not None:
             assert dense is not None
             with full_precision():
@@ -77,21 +80,21 @@ class StatisticsCollector:
         Raises:
             SolveError: no token was seen, or an input was NaN or infinite.
         """
-        if self._tokens == 0:
+        if self.tokens == 0:
             raise SolveError("no calibration token reached it")
         if self._hessian is not None:
             self._flush()
             lower = self._hessian.tril_()
-            hessian = (lower + lower.tril(-1).T).div_(self._tokens)
+            hessian = (lower + lower.tril(-1).T).div_(self.tokens)
             squares = hessian.diagonal()
         else:
             hessian = None
-            squares = self._squares / self._tokens
+            squares = self._squares / self.tokens
         if not bool(torch.isfinite(squares).all()):
             raise SolveError("its input activations are NaN or infinite, or overflow fp32 squared")
         norms = squares.sqrt() if self._needs >= Needs.COLUMN_NORMS else None
-        cross = self._cross.div_(self._tokens) if self._cross is not None else None
-        return Statistics(self._tokens, torch.cat(self._sample), norms, hessian, cross)
+        cross = self._cross.div_(self.tokens) if self._cross is not None else None
+        return Statistics(self.tokens, torch.cat(self._sample), norms, hessian, cross)
 
     def _flush(self) -> None:
         if not self._pending:

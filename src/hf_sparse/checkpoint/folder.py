@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Collection
-from fnmatch import fnmatch
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from ..core.errors import SaveError
-from .headers import sort_metadata
-
-# What a sparse checkpoint has beside its weights: what pruning did, what was measured of it since,
-# and both as a page to read.
-REPORT_FILE = "pruning_report.json"
-EVALUATION_FILE = "pruning_evaluation.json"
-PAGE_FILE = "pruning_report.html"
-_OWN = ("model*.safetensors", "model*.safetensors.index.json", REPORT_FILE, EVALUATION_FILE)
+from .commit import put_in_place
+from .save_id import mark_shards, sort_metadata
+from .staging import new_file, settle, staging_folder, sync
 
 
 def write_folder(
@@ -28,10 +20,10 @@ def write_folder(
     save: Callable[[str], Any],
     keep: Callable[[Path], bool] = lambda path: False,
 ) -> None:
-    """Run `save` on a folder beside the target, then move its files over with renames alone.
+    """Run `save` on a hidden folder in the target, then put its files in their places.
 
-    Renaming needs no space, so a full disk can only strike before the target is touched. The
-    weights go before the index that names them: a reader never finds an index without its files.
+    A full disk can only strike before the target's own files are touched. Whenever the process
+    dies, the target is loaded as the old checkpoint or as the new one, see `commit`.
 
     Args:
         save_directory: folder; created if it isn't there.
@@ -40,36 +32,36 @@ def write_folder(
             is. Default: all are replaced.
 
     Raises:
-        SaveError: the path is a file, or writing failed; what was there before is as it was.
+        SaveError: the path is a file, or writing failed; says what is there now.
     """
     target = Path(save_directory)
-    if target.is_file():
+    if target.exists() and not target.is_dir():
         raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
-    missing = [p for p in (target, *target.parents) if not p.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        with staging_folder(target) as staging:
+            _fill(staging, save, target)
+            put_in_place(staging, target, keep)
+    except SaveError:
+        raise
     except OSError as error:
         raise SaveError(f"can't save to {str(target)!r}: {error}") from error
+
+
+def _fill(staging: Path, save: Callable[[str], Any], target: Path) -> None:
+    """Everything that takes room; the target is untouched."""
     try:
         save(str(staging))
         for path in staging.glob("*.safetensors"):
             sort_metadata(path)
-        target.mkdir(exist_ok=True)
-        _move(staging, target, keep)
+        mark_shards(staging)
+        settle(staging)
     except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        for created in missing:
-            if created.is_dir() and not any(created.iterdir()):
-                created.rmdir()
         if isinstance(error, RuntimeError) and "No space" not in str(error):
             raise
-        reason = error.__cause__ if isinstance(error, SaveError) else error
+        inner = error.__cause__ if isinstance(error, SaveError) else None
         raise SaveError(
-            f"saving to {str(target)!r} failed, nothing was changed there: {reason}"
-        ) from reason
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            f"saving to {str(target)!r} failed, nothing was changed there: {inner or error}"
+        ) from (inner or error)
 
 
 def write_file(path: str | os.PathLike[str], text: str) -> None:
@@ -79,40 +71,15 @@ def write_file(path: str | os.PathLike[str], text: str) -> None:
         SaveError: it could not be written; what was there before is as it was.
     """
     target = Path(path)
-    staging = target.with_name(f".{target.name}-{os.getpid()}")
+    staging = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        staging = new_file(target)
         staging.write_text(text, encoding="utf-8")
+        sync(staging)
         os.replace(staging, target)
     except OSError as error:
         raise SaveError(f"{str(target)!r} could not be written: {error}") from error
     finally:
-        staging.unlink(missing_ok=True)
-
-
-def _move(staging: Path, target: Path, keep: Callable[[Path], bool]) -> None:
-    new = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
-    new = [path for path in new if not ((target / path).is_file() and keep(target / path))]
-    held = [path.name for path in target.iterdir()]
-    stale = stale_files([path.as_posix() for path in new], held)
-    for path in sorted(new, key=lambda p: p.suffix == ".json"):
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging / path, target / path)
-    for name in stale:
-        (target / name).unlink()
-
-
-def stale_files(new: Collection[str], held: Collection[str]) -> list[str]:
-    """What an earlier checkpoint left that would be taken for a part of the new one.
-
-    Args:
-        new: names of the files that are written; if none is a checkpoint's, nothing is stale.
-        held: names of the files that are there.
-    """
-    if not any(_is_own(name) for name in new):
-        return []
-    return [name for name in held if _is_own(name) and name not in new]
-
-
-def _is_own(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in _OWN)
+        if staging is not None:
+            staging.unlink(missing_ok=True)

@@ -23,12 +23,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..config.sparse_config import SAVE_KEY
 from ..core.errors import CheckpointError, FormatError
 from ..core.json_records import parse_json
 from ..core.low_rank import KEY_A, KEY_B, LowRank, check_low_rank_layout
 from ..formats import Format, format_from_spec
 from ..formats.base import check_layout, check_packed
 from ..layers.axes import Axes
+from .save_id import check_one_save
 
 METADATA_KEY = "hf_sparse"
 VERSION = 1
@@ -127,16 +129,20 @@ def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLaye
 
     Raises:
         CheckpointError: a file can't be read, is no safetensors file, has no or unknown sparse
-            metadata, or tensors that contradict them; names file and tensor.
+            metadata, tensors that contradict them, or is of another save than the others; names
+            file and tensor.
     """
     described: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Found] = {}
+    saves: dict[str, str | None] = {}
     for path in [os.fspath(file) for file in files]:
         if not path.endswith(".safetensors"):
             raise _damaged(path, "a sparse checkpoint is stored in safetensors files only")
         try:
             with safe_open(path, framework="pt") as file:
-                described |= _parse(path, (file.metadata() or {}).get(METADATA_KEY))
+                said = file.metadata() or {}
+                described |= _parse(path, said.get(METADATA_KEY))
+                saves[path] = said.get(SAVE_KEY)
                 for key in file.keys():  # noqa: SIM118
                     part = file.get_slice(key)
                     dtype = _DTYPES.get(part.get_dtype())
@@ -145,30 +151,18 @@ def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLaye
                         tensors.setdefault(module, {})[local] = path, tuple(part.get_shape()), dtype
         except (SafetensorError, OSError) as error:
             raise _damaged(path, f"it can't be read: {error}") from None
+    check_one_save(saves)
     return {name: _describe(name, e, tensors.get(name, {})) for name, e in described.items()}
-
-
-def sort_metadata(path: str | os.PathLike[str]) -> None:
-    """Put a safetensors file's metadata in the order of their keys, in place.
-
-    The library writes them in the order of a hash table that is seeded anew in every process;
-    equal models should be equal files. Their order has no meaning and their length stays.
-    """
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-        header = {"__metadata__": header.pop("__metadata__"), **header}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:
-            file.seek(8)
-            file.write(text.ljust(size))
 
 
 def _parse(path: str, text: str | None) -> dict[str, dict[str, Any]]:
     """The `layers` object of one file's metadata."""
     if text is None:
-        raise _damaged(path, "it has no hf_sparse metadata: was it rewritten by another tool?")
+        raise _damaged(
+            path,
+            "it has no hf_sparse metadata: was it rewritten by another tool, or saved from a dense "
+            "model with the config of a sparse one? Then delete quantization_config in config.json",
+        )
     content = parse_json(text, f"{path}: its hf_sparse metadata")
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:

@@ -15,8 +15,8 @@ from ..layers.axes import Axes
 from ..layers.conv import sparse_class
 from ..layers.experts import is_fused, unfuse
 from ..layers.held import buffer_name
+from ..layers.prunable import is_prunable
 from ..layers.replace import ModuleParents
-from ..layers.select import is_prunable
 from .headers import PackedLayer
 
 

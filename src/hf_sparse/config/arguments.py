@@ -87,6 +87,13 @@ class Arguments:
         DATA,
         partial(integer, least=0),
     )
+    join_documents: Argument[bool, bool] = Argument(
+        False,
+        "Join all texts with blank lines and cut the stream, as papers do with wikitext2. "
+        "Otherwise each text is a document behind a BOS token.",
+        DATA,
+        partial(choice, allowed=(True, False)),
+    )
     modules_to_not_convert: Names = Argument(
         None,
         "Names or regexes of layers left dense.",

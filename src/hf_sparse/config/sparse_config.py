@@ -23,6 +23,8 @@ from .json_values import as_pairs, describe_dataset, describe_tokenizer, read_da
 from .recipes import get_recipe, get_solver
 
 QUANT_METHOD = "hf_sparse"
+# In shards, their index and config.json: the id of the save that they are of.
+SAVE_KEY = "hf_sparse_save"
 
 
 class SparseConfig(Arguments, QuantizationConfigMixin):
@@ -147,7 +149,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         Raises:
             ConfigError: an unknown key; a newer version of this package may have written it.
         """
-        arguments = {k: v for k, v in config_dict.items() if k != "quant_method"}
+        arguments = {k: v for k, v in config_dict.items() if k not in ("quant_method", SAVE_KEY)}
         if unknown := sorted(set(arguments) - set(ARGUMENTS)):
             raise unknown_arguments(
                 unknown,
@@ -181,6 +183,10 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         return isinstance(other, SparseConfig) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of `to_dict()`: transformers asks so where a model's own config is passed back."""
+        return self.to_dict().get(key, default)
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()

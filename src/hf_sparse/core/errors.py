@@ -74,7 +74,7 @@ class PackageError(HfSparseError, ImportError):
 
 
 class SaveError(HfSparseError, OSError):
-    """A checkpoint could not be written; what was there before is untouched."""
+    """A checkpoint could not be written; says whether what was there before is untouched."""
 
 
 class HubError(HfSparseError, OSError):

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import SolveError
-from .inverse_factor import InverseFactor, _factorise
+from .inverse_factor import InverseFactor, damped, factorise
 from .precision import full_precision
 
 
@@ -58,30 +58,21 @@ class Statistics:
         """
         if damp_percent not in self._damped:
             assert self.hessian is not None, "the solver did not ask for the Hessian"
-            matrix = self.hessian.clone()
-            diagonal = matrix.diagonal()
-            diagonal[diagonal == 0] = 1.0
-            diagonal.add_(damp_percent * float(diagonal.mean()))
+            matrix = damped(self.hessian, damp_percent, self.hessian.dtype)
             if not bool(torch.isfinite(matrix).all()):
                 raise SolveError("its Hessian holds NaN or infinite values")
             self._damped[damp_percent] = matrix
         return self._damped[damp_percent]
 
     def inverse_factor(self, damp_percent: float) -> InverseFactor:
-        """The factor U of H^-1 = U'U (SparseGPT, sec. 3.2); computed once, in fp64.
-
-        Dead inputs get H_jj = 1 first; then damp_percent * mean(diag H) is added to the diagonal,
-        and ten times more as long as H is not positive definite.
-
-        U is found without forming H^-1: with J the reversal of the order, J H J = L L' gives
-        H = V V' for the upper triangular V = J L J, and U = V^-1.
+        """The factor U of the damped H^-1 = U'U; computed once, see `factorise`.
 
         Raises:
             SolveError: H isn't positive definite even with 10^3 times the damping.
         """
         if damp_percent not in self._factors:
             assert self.hessian is not None, "the solver did not ask for the Hessian"
-            self._factors[damp_percent] = _factorise(self.hessian, damp_percent)
+            self._factors[damp_percent] = factorise(self.hessian, damp_percent)
         return self._factors[damp_percent]
 
     @full_precision()

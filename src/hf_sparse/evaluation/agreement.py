@@ -60,6 +60,7 @@ def agreement(
     batch_size: int = 1,
     seed: int = 0,
     split: str = "test",
+    join_documents: bool = False,
     depth: bool = False,
 ) -> Agreement:
     """Compare the next-token distributions of a model with those of the one it was made from.
@@ -70,7 +71,8 @@ def agreement(
     Args:
         model: the sparse model.
         dense: the model to compare with; same vocabulary.
-        tokenizer, data, seq_len, num_samples, batch_size, seed, split: as for `perplexity`.
+        tokenizer, data, seq_len, num_samples, batch_size, seed, split, join_documents: as for
+            `perplexity`.
         depth: also compare the hidden states after every block; those of one batch are then in
             memory twice.
 
@@ -78,16 +80,9 @@ def agreement(
         EvaluationError: an argument is out of range, or the vocabularies differ.
         CalibrationError: the data are unusable.
     """
-    loaded, seq_len = load_data(
-        model,
-        lambda: tokenizer,
-        data,
-        seq_len=seq_len,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=seed,
-        split=split,
-    )
+    loaded, seq_len = load_data(model, lambda: tokenizer, data, seq_len=seq_len,
+        num_samples=num_samples, batch_size=batch_size, seed=seed, split=split,
+        join_documents=join_documents)  # fmt: skip
     divergence, same, tokens = 0.0, 0, 0
     states: dict[str, Any] = {"output_hidden_states": True} if depth else {}
     deviation = _Deviation()

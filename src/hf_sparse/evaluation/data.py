@@ -25,6 +25,7 @@ def load_data(
     batch_size: int,
     seed: int,
     split: str,
+    join_documents: bool = False,
 ) -> tuple[CalibrationData, int]:
     """The batches to evaluate on, and the sequence length that holds.
 
@@ -36,7 +37,8 @@ def load_data(
         num_samples: samples wanted; None for all.
         batch_size: samples per batch.
         seed: order in which documents of a file are drawn.
-        split: of a data set that is named by its Hub id.
+        split: of a data set that is named by its Hub id, or of a `DatasetDict`.
+        join_documents: cut one stream of all texts, joined by blank lines.
 
     Raises:
         EvaluationError: a number is out of range, or the model can't take it.
@@ -59,6 +61,7 @@ def load_data(
         seed=seed,
         vocab_size=vocab_size,
         split=split,
+        join_documents=join_documents,
     )
     if not all("input_ids" in batch for batch in loaded.batches):
         raise EvaluationError("the evaluation data have no input_ids: pass text or token ids")

@@ -57,6 +57,7 @@ def evaluate(
     num_samples: int | None = None,
     seed: int = 0,
     split: str = "test",
+    join_documents: bool = False,
     speed: bool = True,
     prompts: Sequence[str] = (),
     new_tokens: int = 48,
@@ -70,7 +71,7 @@ def evaluate(
             dense one is loaded twice for that.
         tokenizer: of both; without it no text is generated.
         data: as for `perplexity`; None measures no perplexity and no agreement.
-        seq_len, num_samples, seed, split: as for `perplexity`.
+        seq_len, num_samples, seed, split, join_documents: as for `perplexity`.
         speed: time generation, too.
         prompts: beginnings for the models to go on with. Default the first 24 tokens of three
             samples of the data.
@@ -87,6 +88,7 @@ def evaluate(
         "num_samples": num_samples,
         "seed": seed,
         "split": split,
+        "join_documents": join_documents,
     }
 
     def measure(side: nn.Module) -> _Side:

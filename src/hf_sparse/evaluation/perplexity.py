@@ -5,10 +5,10 @@ With x the tokens of a sequence, the perplexity is
     exp(- 1/|S| sum over t in S of log p(x_t | x_0 .. x_{t-1} within the window)).
 
 Blocks: each sample (a block of `seq_len` tokens, if the data are text) is a window of its own, and
-S is all its tokens but the first. This is what the pruning papers report. Sliding windows: the
-samples in a row are one sequence; windows of `seq_len` tokens begin every `stride` tokens, and each
-scores the tokens that the windows before did not. It needs seq_len / stride times the work and
-gives each token more context, so its value is lower.
+S is all its tokens but the first. This is what the pruning papers report, of joined documents.
+Sliding windows: the samples in a row are one sequence; windows of `seq_len` tokens begin every
+`stride` tokens, and each scores the tokens that the windows before did not. It needs
+seq_len / stride times the work and gives each token more context, so its value is lower.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def perplexity(
     batch_size: int = 1,
     seed: int = 0,
     split: str = "test",
+    join_documents: bool = False,
 ) -> Perplexity:
     """Measure a causal language model's perplexity; logits are normalised in fp32.
 
@@ -88,22 +89,18 @@ def perplexity(
         num_samples: blocks or sequences to use at most. Default all.
         batch_size: blocks per forward pass; sliding windows go one by one.
         seed: order in which documents are drawn.
-        split: which split of a data set named by its Hub id.
+        split: which split of a data set named by its Hub id, or of a `DatasetDict`.
+        join_documents: join all texts, in their order, with blank lines, tokenise them as one text
+            and cut that into blocks: with `data="wikitext2"` and `seq_len=2048` what the papers
+            report (GPTQ, SparseGPT, Wanda). Otherwise each text is behind a BOS of its own.
 
     Raises:
         EvaluationError: an argument is out of range, or the model is no causal language model.
         CalibrationError: the data are unusable.
     """
-    loaded, seq_len = load_data(
-        model,
-        lambda: tokenizer,
-        data,
-        seq_len=seq_len,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=seed,
-        split=split,
-    )
+    loaded, seq_len = load_data(model, lambda: tokenizer, data, seq_len=seq_len,
+        num_samples=num_samples, batch_size=batch_size, seed=seed, split=split,
+        join_documents=join_documents)  # fmt: skip
     if stride is not None and not 1 <= stride < seq_len:
         raise EvaluationError(
             f"stride={stride} must be at least 1 and less than seq_len={seq_len}; leave it out for "

@@ -29,7 +29,8 @@ def find_blocks(
     A block is the outermost module around a target whose class the model names in
     `_no_split_modules`, else the outermost element of an `nn.ModuleList` that is no mere container
     (those are never called), else the experts that it belongs to. A target in none of them is a
-    block of its own; so is one outside the blocks that `blocks` names, or outside their experts.
+    block of its own; so is one outside the blocks that `blocks` names, or outside their experts,
+    and one that several blocks share, which is pruned on what all of them hand to it.
 
     Args:
         model: the model to look through.
@@ -40,15 +41,24 @@ def find_blocks(
         TargetError: a regex of `blocks` matches no module, or none that has a target; or one block
             is inside another.
     """
-    experts = {name for name, m in model.named_modules() if isinstance(m, SparseExperts)}
+    every = model.named_modules(remove_duplicate=False)
+    experts = {name for name, module in every if isinstance(module, SparseExperts)}
     found = _found(model) if blocks is None else [_named(model, targets, blocks)]
     ranks = [*found, experts]
+    all_names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        all_names.setdefault(module, []).append(name)
+    modules = {name: module for module, names in all_names.items() for name in names}
+
+    def block_of(target: str) -> str:
+        around = _ancestors(target)
+        return next((a for names in ranks for a in around if a in names), target)
+
     grouped: dict[str, list[str]] = {}
     for target in targets:
-        around = _ancestors(target)
-        block = next((a for names in ranks for a in around if a in names), target)
-        grouped.setdefault(block, []).append(target)
-    return [Block(n, model.get_submodule(n), tuple(t)) for n, t in grouped.items()]
+        owners = {modules[block_of(name)] for name in all_names[modules[target]]}
+        grouped.setdefault(block_of(target) if len(owners) == 1 else target, []).append(target)
+    return [Block(n, modules[n], tuple(t)) for n, t in grouped.items()]
 
 
 def _found(model: nn.Module) -> list[set[str]]:
@@ -56,10 +66,14 @@ def _found(model: nn.Module) -> list[set[str]]:
     whole: set[str] = set()
     for module in model.modules():
         whole.update(getattr(module, "_no_split_modules", None) or ())
-    by_class = {n for n, m in model.named_modules() if n and type(m).__name__ in whole}
+    by_class = {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and type(module).__name__ in whole
+    }
     by_list = {
         f"{name}.{child}".lstrip(".")
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.ModuleList)
         for child, element in module.named_children()
         if not _is_container(element)
@@ -70,7 +84,8 @@ def _found(model: nn.Module) -> list[set[str]]:
 def _named(model: nn.Module, targets: Sequence[str], blocks: Sequence[str]) -> set[str]:
     """The modules that regexes name as blocks."""
     inside = {a for target in targets for a in _ancestors(target)}
-    callable_ = [n for n, m in model.named_modules() if n and not _is_container(m)]
+    every = model.named_modules(remove_duplicate=False)
+    callable_ = [name for name, module in every if name and not _is_container(module)]
     chosen: set[str] = set()
     for regex in blocks:
         found = {name for name in callable_ if ends_with(regex, name)}

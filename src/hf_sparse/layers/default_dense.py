@@ -1,12 +1,27 @@
-"""Layers of a transformers model that stay dense unless a user asks for them."""
+"""Layers of transformers models that stay dense unless a user asks for them."""
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedModel
 
 
-def default_dense(model: PreTrainedModel) -> dict[str, str]:
-    """Layers that stay dense unless asked for: heads, tied weights, what needs fp32."""
+def default_dense(model: nn.Module) -> dict[str, str]:
+    """Layers that stay dense unless asked for: heads, tied weights, what needs fp32.
+
+    Args:
+        model: a transformers model, or any module with some inside; others have no such layers.
+    """
+    if isinstance(model, PreTrainedModel):
+        return _of_model(model)
+    return {
+        f"{child}.{name}".rstrip("."): reason
+        for child, module in model.named_children()
+        for name, reason in default_dense(module).items()
+    }
+
+
+def _of_model(model: PreTrainedModel) -> dict[str, str]:
     reasons: dict[str, str] = {}
     base = model.base_model
     inside = {id(module) for module in base.modules()}

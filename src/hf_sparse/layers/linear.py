@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.errors import ConfigError
 from ..core.low_rank import LowRank
 from ..formats import Format
 from ..formats.base import Packed
@@ -92,6 +93,11 @@ class SparseLinear(PackedModule, nn.Linear):
         return self.sparse_weight if low_rank is None else low_rank.added_to(self.sparse_weight)
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            raise ConfigError(
+                "ONNX has no operator for a sparse layer: write the model with "
+                "hf_sparse.export_dense(model, folder) and export that, or model.dequantize()"
+            )
         output = self._held.linear(self, input)
         low_rank = self.low_rank
         if low_rank is None:

@@ -71,6 +71,19 @@ def unpack_linear(sparse: SparseLinear, original: nn.Module, dtype: torch.dtype)
     return original
 
 
+# What `nn.Module` keeps of hooks that users have registered; the dicts themselves go along, so that
+# a handle still removes its hook.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
 class ModuleParents:
     """Where a model has its modules, to put others there; it is looked through once for all."""
 
@@ -89,7 +102,7 @@ class ModuleParents:
         self._found[new] = parents
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """`put`, and mode and accelerate's hook go with it."""
+        """`put`, and mode and hooks go with it."""
         self.put(old, new)
         inherit(old, new)
 
@@ -100,8 +113,11 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def inherit(old: nn.Module, new: nn.Module) -> None:
-    """Give a module its predecessor's mode and accelerate hook."""
+    """Give a module its predecessor's mode and hooks, the user's and accelerate's."""
     new.train(old.training)
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
     hook = getattr(old, "_offloaded_by", None) or getattr(old, "_hf_hook", None)
     if isinstance(hook, AlignDevicesHook):
         tensors = {k: v.to("cpu") for k, v in new.state_dict().items()} if hook.offload else None

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import closing
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from ..calibration.batches import Batch, CalibrationData
 from ..calibration.block_walk import BlockWalk
-from ..calibration.layer_inputs import collect_statistics
+from ..calibration.layer_statistics import collect_statistics
 from ..calibration.output_gradients import SHARE, collect_metrics
 from ..config.sparse_config import SparseConfig
 from ..core.errors import SolveError
@@ -146,17 +147,16 @@ def _measured(
     """Walk the dense model and measure every layer; statistics live for their block alone."""
     used = batches[:: round(1 / SHARE)]
     found: dict[str, T] = {}
-    with progress_bar(len(blocks), "Allocating") as bar:
-        for visit in BlockWalk(model, blocks, used):
+    walk = closing(iter(BlockWalk(model, blocks, used)))
+    with walk as visits, progress_bar(len(blocks), "Allocating") as bar:
+        for visit in visits:
             layers = {name: targets[name].module for name in visit.block.targets}
             observed = collect_statistics(visit, layers, needs)
             del visit  # nor do its inputs outlive it
-            while observed:
-                name, seen = observed.popitem()
+            for name in list(observed):
                 try:
-                    found[name] = measure(name, seen.statistics)
+                    found[name] = measure(name, observed.pop(name).statistics)
                 except SolveError as error:
                     raise SolveError(f"layer {name}: {error}") from None
-            del seen
             bar.update()
     return found

@@ -6,16 +6,17 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
 
-from ..calibration.layer_inputs import Observed
+from ..calibration.layer_statistics import Observed
 from ..core.errors import CalibrationError, SolveError
 from ..core.grids import QuantizedWeight
 from ..core.low_rank import LowRank
 from ..core.statistics import OutputMetric
 from ..formats import Dense, choose_format
 from ..formats.bitmask import Bitmask
-from ..layers.replace import ModuleParents, pack_linear, write_weight
+from ..layers.replace import ModuleParents, pack_linear
 from ..solvers import Solution
 from ..solvers.layer_solver import LayerSolver
 from .plan import LayerPlan
@@ -43,12 +44,17 @@ class PrunedLayer:
     low_rank: LowRank | None
 
     def pack(self, parents: ModuleParents, requested: str) -> LayerReport:
-        """Put a sparse layer in its place, in the format that was asked for; the whole report."""
+        """Put a sparse layer in its place, in the format that was asked for; the whole report.
+
+        Raises:
+            SolveError: the weight as it will be saved hasn't the zeros that it was solved for.
+        """
         module, pattern, low_rank = self.plan.target.module, self.plan.pattern, self.low_rank
         with self.plan.target.weight() as whole:
             weight = whole if self.sparse is None else self.sparse
             fmt = choose_format(weight, pattern, requested, self.quantized)
             if isinstance(fmt, Dense) and low_rank is None:
+                self._check_zeros(weight)
                 return self.report
             if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
                 fmt = choose_format(weight, pattern, Bitmask.name)
@@ -56,6 +62,8 @@ class PrunedLayer:
             parents.replace(module, sparse)
             stored = sparse.resident_bytes()  # before a kernel takes the weight over
             sparse.resolve()
+            with torch.no_grad(), align_module_device(sparse):
+                self._check_zeros(sparse.sparse_weight)
         return replace(
             self.report,
             format=fmt.label,
@@ -64,15 +72,26 @@ class PrunedLayer:
             kernel=sparse.trace[-1].kernel,
         )
 
+    def _check_zeros(self, stored: Tensor) -> None:
+        zeros = _zeros(stored)
+        if zeros != self.report.zeros:
+            name = self.plan.target.name
+            raise SolveError(
+                f"layer {name} has {zeros} zeros in the weight that would be saved, and "
+                f"{self.report.zeros} in the one that was found for it: something else writes to "
+                "its weight, e.g. a hook. Remove that, or leave the layer dense with "
+                f"modules_to_not_convert=[{name!r}]"
+            )
 
-def prune_layer(
+
+def solve_layer(
     solver: LayerSolver,
     plan: LayerPlan,
     observed: Observed | None = None,
     metric: OutputMetric | None = None,
     keep_dense: bool = False,
-) -> PrunedLayer:
-    """Solve one layer and write the pruned weight into it, still dense.
+) -> tuple[PrunedLayer, Tensor]:
+    """Solve one layer: what is known of it, and the weight to write into it, in its orientation.
 
     Raises:
         CalibrationError: the statistics are on another device.
@@ -101,9 +120,9 @@ def prune_layer(
         relative_error = statistics.relative_error(before, whole.float()) if statistics else None
     seconds = time.perf_counter() - started
     report = _report(plan, sparse, solution, observed, relative_error, seconds)
-    write_weight(plan.target.module, axes.own(whole))
     beside = None if low_rank is None else sparse
-    return PrunedLayer(plan, report, dense, solution.quantized, beside, low_rank)
+    pruned = PrunedLayer(plan, report, dense, solution.quantized, beside, low_rank)
+    return pruned, axes.own(whole)
 
 
 def _report(
@@ -115,7 +134,7 @@ def _report(
     seconds: float,
 ) -> LayerReport:
     """Of a layer that isn't packed yet."""
-    zeros = sparse.numel() - int(torch.count_nonzero(sparse))
+    zeros = _zeros(sparse)
     size = sparse.numel() * sparse.element_size()
     return LayerReport(
         name=plan.target.name,
@@ -133,3 +152,7 @@ def _report(
         kernel="dense",
         notes=solution.notes + ((observed.note,) if observed and observed.note else ()),
     )
+
+
+def _zeros(weight: Tensor) -> int:
+    return weight.numel() - int(torch.count_nonzero(weight))

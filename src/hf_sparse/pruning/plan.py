@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..config.sparse_config import SparseConfig
 from ..core.errors import ConfigError, SolveError
 from ..core.patterns import Pattern
 from ..layers.select import Target, layer_sparsity, require_match
 from ..solvers import SOLVERS, Solver
+
+# What a weight may consist of.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,29 @@ def _check_weights(solver: Solver, plans: Sequence[LayerPlan]) -> None:
         except SolveError as error:
             raise SolveError(f"layer {plan.target.name}: {error}") from None
         with plan.target.weight() as weight:
+            _check_kind(plan.target.name, weight)
             if not bool(torch.isfinite(weight).all()):
                 raise SolveError(
                     f"layer {plan.target.name}: its weight holds NaN or infinite values; the model "
                     "was left as it was"
                 )
+
+
+def _check_kind(name: str, weight: Tensor) -> None:
+    """Raise a ConfigError if a weight isn't an ordinary tensor of real numbers in memory."""
+    if weight.is_meta:
+        raise ConfigError(
+            f"layer {name} is on the meta device, it has no values: load the model's weights first"
+        )
+    if type(weight) not in (Tensor, torch.nn.Parameter):
+        raise ConfigError(
+            f"layer {name} holds a {type(weight).__name__}, quantised or spread over processes: "
+            "prune the model as it was before that"
+        )
+    if weight.dtype not in DTYPES:
+        raise ConfigError(
+            f"layer {name} has weights of {weight.dtype}: convert the model to one of "
+            f"{', '.join(map(str, DTYPES))} first, e.g. model.to(torch.bfloat16), with its scales "
+            "multiplied in if it has any; or leave the layer dense with "
+            f"modules_to_not_convert=[{name!r}]"
+        )

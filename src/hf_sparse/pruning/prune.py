@@ -9,17 +9,20 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..calibration.forward import input_device
 from ..calibration.load import load_calibration
 from ..calibration.tokenizers import load_tokenizer
 from ..config.sparse_config import SparseConfig
 from ..core.errors import ConfigError
+from ..core.torch_settings import own_settings
 from ..layers.default_dense import default_dense
 from ..layers.experts import unfused_experts
 from ..layers.head import speed_up_head
-from ..layers.select import find_routers
 from .dense_measurements import DenseMeasurements
+from .half_pruned import check_not_half_pruned
 from .report import PruningReport
 from .run import run
+from .wrappers import make_ordinary
 
 
 def prune_in_place(
@@ -28,8 +31,8 @@ def prune_in_place(
     """Prune any module tree; its pruned layers become `SparseLinear`s.
 
     Args:
-        model: dense; of a transformers model, heads, routers and tied weights stay dense unless
-            the config asks for them.
+        model: dense, and no wrapper; routers, and of a transformers model heads and tied weights
+            stay dense unless the config asks for them.
         config: what to do.
         measurements: from `measurements_of`, for runs over copies of one model with the same data.
 
@@ -37,18 +40,14 @@ def prune_in_place(
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
         HfSparseError: see `core.errors`.
     """
-    left_dense: dict[str, str] = {}
-    with _marked_quantized(model):
-        if isinstance(model, PreTrainedModel):
-            left_dense = find_routers(model)
-        with unfused_experts(model):
-            if isinstance(model, PreTrainedModel):
-                left_dense |= default_dense(model)
+    with own_settings(input_device(model)):
+        make_ordinary(model)
+        with _marked_quantized(model), unfused_experts(model):
             report = run(
                 model,
                 config,
                 lambda: load_tokenizer(config.tokenizer, model),
-                left_dense,
+                default_dense(model),
                 measurements,
             )
     speed_up_head(model)
@@ -56,7 +55,8 @@ def prune_in_place(
 
 
 def require_dense(model: nn.Module) -> None:
-    """Raise a ConfigError if a model is quantised or sparse already."""
+    """Raise a ConfigError if a model is quantised, sparse or half pruned already."""
+    check_not_half_pruned(model)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         raise ConfigError(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
-from ..checkpoint.folder import REPORT_FILE
+from ..checkpoint.commit import REPORT_FILE
 from ..core.errors import CheckpointError
 from ..core.logging import get_logger
 from .report import PruningReport

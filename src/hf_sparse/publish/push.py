@@ -15,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..calibration.tokenizers import known_processor
-from ..checkpoint.folder import stale_files
+from ..checkpoint.commit import stale_files
 from ..core.logging import get_logger
 from .card import model_card, write_card
 from .hub_errors import pushing
@@ -42,10 +42,10 @@ def push_to_hub(
 ) -> str:
     """Push a sparse model: weights, configs, reports (JSON and HTML), tokenizer and model card.
 
-    The tokenizer, or processor, is the one that calibration used, or else the one beside the files
-    that the model was loaded from; none is pushed if neither is there, and what the repository has
-    of one stays. So does a model card that someone wrote, except that tags are added to it.
-    Weight files of an earlier push that this one doesn't replace are deleted.
+    The tokenizer, or processor, is the one that calibration used in this process, or else the one
+    beside the files that the model was loaded from; none is pushed if neither is there, and what
+    the repository has of one stays. So does a model card that someone wrote, except that tags are
+    added to it. Weight files of an earlier push that this one doesn't replace are deleted.
 
     Args:
         model: the sparse model.
@@ -86,8 +86,13 @@ def push_to_hub(
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): path for path in paths}
         additions = [CommitOperationAdd(name, path) for name, path in files.items()]
-        deletions = [CommitOperationDelete(name) for name in stale_files(files, held)]
         with pushing(repo_id, token):
+            stale = stale_files(
+                files,
+                held,
+                lambda name: Path(api.hf_hub_download(repo_id, name, revision=revision)),
+            )
+            deletions = [CommitOperationDelete(name) for name in stale]
             return api.create_commit(
                 repo_id,
                 [*additions, *deletions],

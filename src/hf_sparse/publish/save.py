@@ -15,7 +15,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoint.folder import EVALUATION_FILE, REPORT_FILE, write_folder
+from ..checkpoint.commit import EVALUATION_FILE, REPORT_FILE
+from ..checkpoint.folder import write_folder
+from ..checkpoint.staging import CONFIG_FILE
 from ..core.logging import get_logger
 from .card import is_own_card, model_card
 from .hub_files import CARD
@@ -60,7 +62,7 @@ def save_pretrained(
         args, kwargs: as for `PreTrainedModel.save_pretrained`.
 
     Raises:
-        SaveError: the path is a file, or writing failed; what was there before is as it was.
+        SaveError: the path is a file, or writing failed; says what is there now.
     """
     names = ("repo_id", *signature(model.push_to_hub).parameters)
     hub = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
@@ -70,7 +72,10 @@ def save_pretrained(
 
     def write(folder: str) -> None:
         type(model).save_pretrained(model, folder, *args, **kwargs)
-        _write_companions(model, Path(folder))
+        if (
+            Path(folder) / CONFIG_FILE
+        ).is_file():  # else an adapter, or nothing: another rank saves
+            _write_companions(model, Path(folder))
 
     write_folder(save_directory, write, keep=is_own_card)
     if push_to_hub:

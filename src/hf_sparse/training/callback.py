@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config.sparse_config import SparseConfig
@@ -17,7 +17,7 @@ from ..core.errors import TrainingError
 from ..core.logging import get_logger
 from ..layers import sparse_layers
 from ..layers.default_dense import default_dense
-from ..layers.select import Target, find_routers, select_targets
+from ..layers.select import Target, select_targets
 from .gradual import GradualPruning, check_method
 from .masks import Masks, stored_mask
 from .schedule import Cubic
@@ -160,11 +160,8 @@ class SparsityCallback(TrainerCallback):
                 self._masks[target.name] = weight != 0
 
     def _targets(self, model: nn.Module) -> tuple[Target, ...]:
-        left_dense = find_routers(model)
-        if isinstance(model, PreTrainedModel):
-            left_dense |= default_dense(model)
-        config = self._config
-        chosen = select_targets(model, config.targets, config.modules_to_not_convert, left_dense)
+        config, dense = self._config, default_dense(model)
+        chosen = select_targets(model, config.targets, config.modules_to_not_convert, dense)
         return chosen.targets
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import typer
 
 from ..command import Command
 from ..failures import Failure
-from ..models import DeviceMap, Dtype, Model, Revision, load, read_config
+from ..models import DeviceMap, Dtype, JoinDocuments, Model, Revision, load, read_config
 
 if TYPE_CHECKING:
     from hf_sparse import Agreement, GenerationSpeed, Perplexity, TaskResults
@@ -57,6 +57,7 @@ def evaluate(
     num_samples: Annotated[int | None, typer.Option(help="Windows to use at most.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 1,
     seed: Annotated[int, typer.Option(help="Order of the documents of a file.")] = 0,
+    join_documents: JoinDocuments = False,
     dense: Annotated[
         str | None,
         typer.Option(
@@ -101,6 +102,7 @@ def evaluate(
         "batch_size": batch_size,
         "seed": seed,
         "split": split,
+        "join_documents": join_documents,
     }
     measured = hf_sparse.perplexity(loaded, tokenizer, stride=stride, **text) if data else None
     # Before a dense model joins it in memory.

@@ -13,6 +13,7 @@ from ..failures import Failure
 from ..models import (
     DeviceMap,
     Dtype,
+    JoinDocuments,
     Model,
     Revision,
     check_dtype,
@@ -72,6 +73,7 @@ def report(
     ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Blocks to use at most.")] = None,
     seed: Annotated[int, typer.Option(help="Order of the documents of a file.")] = 0,
+    join_documents: JoinDocuments = False,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,6 +119,7 @@ def report(
             num_samples=num_samples,
             seed=seed,
             split=split,
+            join_documents=join_documents,
             prompts=prompt or (),
         )
     hf_sparse.write_report(made, output, masks=folder if masks else None, evaluation=evaluation)

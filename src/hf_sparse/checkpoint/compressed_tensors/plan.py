@@ -16,7 +16,7 @@ from ...core.patterns import Unstructured
 from ...formats import Dense, choose_format, pack_weight
 from ...layers.default_dense import default_dense
 from ...layers.experts import SparseExperts, tied_experts, unfuse
-from ...layers.select import Target, find_routers, select_targets
+from ...layers.select import Target, select_targets
 from ..headers import PackedLayer
 from .parameters import MergedParameter, Parameter, StoredParameter
 from .skeleton import is_needed, may_be_missing, renaming
@@ -55,7 +55,7 @@ class Item:
 
 def plan(folder: Path, model: PreTrainedModel, parameters: Sequence[StoredParameter]) -> list[Item]:
     """Name every parameter, check what is stored of it, and choose its format."""
-    left_dense = find_routers(model) | default_dense(model)
+    left_dense = default_dense(model)
     named, split = _named(model, parameters)
     left_dense |= _take_apart(model, split)
     expected: dict[str, Tensor] = dict(model.state_dict())

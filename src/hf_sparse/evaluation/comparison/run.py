@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 
 VARIED = ("method", "sparsity", "pattern")
 # Arguments that decide on the calibration data, which all methods share.
-OF_DATA = ("dataset", "tokenizer", "num_samples", "seq_len", "batch_size", "seed")
+OF_DATA = ("dataset", "tokenizer", "num_samples", "seq_len", "batch_size", "seed", "join_documents")
 
 Evaluate = Callable[[nn.Module], float]
 Methods = Sequence[str] | Mapping[str, Mapping[str, Any]]
@@ -56,7 +56,7 @@ def compare(
             `{"wanda + refit": {"method": "wanda", "refit": 10}}`.
         sparsities: fractions of zeros, or n:m patterns such as "2:4".
         evaluation_data: perplexity is measured on them; as `SparseConfig.dataset`, packed to
-            `seq_len` like the calibration data.
+            `seq_len`, and joined with `join_documents`, like the calibration data.
         evaluate: measures a model, dense or pruned, in place of perplexity; called in eval mode
             without gradients. It must not change the model. Its name heads the column.
         evaluation_samples: sequences of `evaluation_data` to use at most. Default all.
@@ -225,6 +225,7 @@ def _perplexity(
         batch_size=config.batch_size,
         seed=config.seed,
         split="test",
+        join_documents=config.join_documents,
     )
 
     def measure(model: nn.Module) -> float:

@@ -106,6 +106,8 @@ class TileKernel(PackedKernel):
                 return f"takes groups of an even number of columns, these have {size}"
         elif stored.values_dtype not in library.FLOATS:
             return f"has no kernel for values in {stored.values_dtype}"
+        if stored.dtype not in library.FLOATS:
+            return f"has no kernel for inputs in {stored.dtype}"
         if max(stored.shape) > library.MAX_DIM:
             return f"takes at most {library.MAX_DIM} rows and columns"
         return library.unavailable_reason()

@@ -8,19 +8,17 @@ compared: until then merged layers stand in for the adapted ones at their calls.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...calibration.batches import Batch
-from ...calibration.block_walk import BlockWalk, Visit
-from ...calibration.experts import observe
-from ...calibration.feeding_order import find_stages, residual_writers
-from ...calibration.layer_inputs import DensePath, Observed
+from ...calibration.layer_statistics import Observed
 from ...calibration.load import load_calibration
+from ...calibration.stage_walk import walk_stages
 from ...calibration.tokenizers import load_tokenizer
 from ...config.sparse_config import SparseConfig
 from ...core.errors import AdapterError, ConfigError, SolveError
@@ -156,32 +154,17 @@ class _Merge:
         if not batches:
             return
         blocks = find_blocks(self._base, list(self._adapted.sparse), self._config.blocks)
-        for visit in BlockWalk(self._base, blocks, batches, self._config.target == "dense"):
-            layers = {name: self._module(name) for name in visit.block.targets}
-            for stage, dense in self._stages(visit, layers):
-                watched = {name: layers[name] for name in stage}
-                observed = observe(visit, watched, self._config.needs, dense)
-                while observed:
-                    self._solve(*observed.popitem())
+        walk = walk_stages(self._base, blocks, batches, self._config, self.unmerged)
+        with closing(walk):
+            for _, layers in walk:
+                for name, observed in layers:
+                    self._solve(name, observed)
+                    del observed
                     bar.update()
-            del visit  # the walk goes on: this block's inputs must not wait for the next one's
 
     def _module(self, name: str) -> nn.Module:
         module: Any = self._adapted.sparse[name]
         return module  # type: ignore[no-any-return]
-
-    def _stages(
-        self, visit: Visit, layers: Mapping[str, nn.Module]
-    ) -> Iterator[tuple[Sequence[str], DensePath | None]]:
-        """The parts of a block that are solved together, and the way through the unmerged one."""
-        if self._config.target != "dense":
-            yield list(layers), None
-            return
-        stages = find_stages(visit, layers)
-        factors = residual_writers(visit, layers)
-        writers = {name: layers[name] for name in factors}
-        for stage in stages:
-            yield stage, DensePath(self.unmerged, stage is stages[-1], writers, factors)
 
     def _solve(self, name: str, observed: Observed | None, notes: tuple[str, ...] = ()) -> None:
         """Find a layer's merged weight, and let it stand in for the adapted layer."""

@@ -1,0 +1,47 @@
+"""Routers and gates of mixtures of experts: never pruned unless a target names them."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from .axes import Axes
+from .experts import SparseExperts
+from .prunable import is_prunable
+
+ROUTER_CLASS = re.compile(r"Router|TopK(Gate|Gating)|MoE\w*Gate|Moe\w*Gate")
+
+
+def find_routers(model: nn.Module) -> dict[str, str]:
+    """Layers that send tokens to experts, with the reason to leave them dense.
+
+    A router is a layer below a module whose class says so, or one that stands beside a module with
+    "expert" in its name and gives a score for each expert in there, or one gate for all.
+    """
+    found: dict[str, str] = {}
+    for parent_name, parent in model.named_modules():
+        prefix = f"{parent_name}." if parent_name else ""
+        if ROUTER_CLASS.search(type(parent).__name__):
+            for name, module in parent.named_modules():
+                if is_prunable(module):
+                    found[(prefix + name).rstrip(".")] = f"it is part of the router {parent_name}"
+        for child, experts in parent.named_children():
+            if "expert" not in child.lower():
+                continue
+            scores = _numbers_of_experts(experts)
+            for name, module in parent.named_children():
+                if module is not experts and is_prunable(module) and _outputs(module) in scores:
+                    found[prefix + name] = f"it routes tokens to {prefix}{child}"
+    return found
+
+
+def _numbers_of_experts(experts: nn.Module) -> set[int]:
+    """How many scores a router of these experts may give; 1 is a gate for all."""
+    scores = {1, *(len(p) for p in experts.parameters() if p.ndim == 3)}
+    scores |= {len(m) for m in experts.modules() if isinstance(m, nn.ModuleList)}
+    return scores | {m.num_experts for m in experts.modules() if isinstance(m, SparseExperts)}
+
+
+def _outputs(module: nn.Module) -> int:
+    return Axes.of(module).matrix(module.weight).shape[0]  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+"""Python code in processes of their own, forked from one that has imported torch and no more.
+
+Importing torch takes longer than most of what they do. As a program, this is that process: it reads
+jobs as lines of JSON and answers each with the exit status.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+LIMIT = 300  # seconds
+
+
+def run(code: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """What `python -c code args` would be, as subprocess.run with text captured.
+
+    Args:
+        code: is run as the main module.
+        args: sys.argv[1:].
+        env: the whole environment; that of this process if None.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        job = {
+            "code": code,
+            "args": [str(arg) for arg in args],
+            "env": dict(os.environ) if env is None else env,
+            "files": [str(out), str(err)],
+        }
+        server = _server()
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(code, status, out.read_text(), err.read_text())
+
+
+@cache
+def _server() -> subprocess.Popen:
+    """Ends when this process does: then its input is closed."""
+    return subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def _next_job() -> dict:
+    """Forks for each job; returns it in the child alone."""
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            return json.loads(line)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201
+    sys.exit()
+
+
+if __name__ == "__main__":
+    import torch._dynamo  # noqa: F401
+
+    job = _next_job()
+    signal.alarm(LIMIT)
+    for stream, path in zip((1, 2), job["files"], strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+    os.environ.clear()
+    os.environ.update(job["env"])
+    sys.argv = ["-c", *job["args"]]
+    sys.path[0] = ""
+    exec(job["code"], {"__name__": "__main__"})
