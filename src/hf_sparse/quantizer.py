@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .core.logging import get_logger
 from .evaluation import Evaluation
 from .layers import SparseLinear, sparse_layers
 from .layers.conv import dense_twin
+from .layers.counts import num_parameters
 from .layers.experts import SparseExperts, fuse
 from .layers.head import restore_head, speed_up_head
 from .layers.replace import ModuleParents, unpack_linear
@@ -31,10 +33,12 @@ from .pruning.saved_report import saved_report
 from .pruning.wrappers import unwrapped
 from .publish.html import write_report
 from .publish.save import install_saving, remove_saving
+from .training import peft_hooks
 
 logger = get_logger(__name__)
 
 register_quantization_config(QUANT_METHOD)(SparseConfig)
+peft_hooks.install()
 
 
 def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
@@ -130,7 +134,7 @@ class SparseQuantizer(HfQuantizer):
         if self.pre_quantized:
             finish_layers(model, self._layers)
             speed_up_head(model)
-            install_saving(model)
+            _install(model)
         else:
             self.prune(model)
 
@@ -140,7 +144,7 @@ class SparseQuantizer(HfQuantizer):
         if self.report.data is not None:
             self.quantization_config = self.quantization_config.replaced(dataset=self.report.data)
         model.config.quantization_config = self.quantization_config
-        install_saving(model)
+        _install(model)
         return self.report
 
     def _dequantize(
@@ -160,6 +164,7 @@ class SparseQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
         remove_saving(model)
+        model.__dict__.pop("num_parameters", None)
         return model
 
     def write_page(self, model: PreTrainedModel, folder: Path) -> None:
@@ -187,6 +192,12 @@ class SparseQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _install(model: PreTrainedModel) -> None:
+    """What a sparse model does otherwise than its class: saving, and counting parameters."""
+    install_saving(model)
+    model.num_parameters = partial(num_parameters, model)  # type: ignore[method-assign]
 
 
 def _dense_twin(sparse: SparseLinear) -> nn.Module:

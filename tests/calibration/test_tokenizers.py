@@ -15,12 +15,17 @@ from transformers import (
 from hf_sparse.calibration.tokenizers import find_processor, find_tokenizer, known_processor
 
 
-def loaded_from(source, tokenizer=None):
-    """As much of a sparse model as is asked."""
+def loaded_from(source, tokenizer=None, sparse=False):
+    """As much of a sparse model as is asked: pruned here, or loaded sparse."""
     config = SimpleNamespace(tokenizer=tokenizer)
-    return SimpleNamespace(
-        name_or_path=str(source), hf_quantizer=SimpleNamespace(quantization_config=config)
-    )
+    quantizer = SimpleNamespace(quantization_config=config, pre_quantized=sparse)
+    return SimpleNamespace(name_or_path=str(source), hf_quantizer=quantizer)
+
+
+def test_what_a_checkpoint_s_config_names_is_not_loaded(model_path, tmp_path, tokenizer):
+    assert known_processor(loaded_from(tmp_path, str(model_path), sparse=True)) is None
+    beside = known_processor(loaded_from(model_path, str(tmp_path), sparse=True))
+    assert beside.get_vocab() == tokenizer.get_vocab()
 
 
 def test_the_config_s_comes_before_the_one_beside_the_files(model_path, tmp_path, tokenizer):

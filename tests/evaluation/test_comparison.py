@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -60,9 +61,28 @@ def test_markdown_has_one_table_and_lists_the_errors():
     assert len({row.count("|") for row in rows}) == 1
     assert rows[1].startswith("| --- | ---: |")
     assert rows[3].startswith("| wanda | 0.5 | 12.346 |")
-    assert errors == "- obc, 0.6: layer a.b: too | wide"
+    assert errors == "- obc, 0.6\\: layer a.b\\: too \\| wide"
     assert made.startswith("some/model; ")
     assert "\n- " not in comparison(point()).markdown()
+
+
+def test_words_from_elsewhere_break_neither_the_table_nor_a_terminal():
+    label = "a | b\n# c <d> [e](https://f) \x1b[31m"
+    failed = ComparisonPoint(label, 0.6, error=label)
+    found = comparison(point(label), failed, model=label)
+    table, errors, made = found.markdown().rstrip("\n").split("\n\n")
+    assert len(table.splitlines()) == 5
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+    for text in (table, errors, made):
+        assert not re.search(r"<|\x1b|(?<!\\)\]\(", text)
+    assert len(str(found).splitlines()) == 6
+    assert "\x1b" not in str(found)
+
+
+def test_a_label_with_dollars_is_drawn_as_it_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    comparison(point(r"$\frac$ of $x$")).save(tmp_path)
+    assert (tmp_path / "comparison.png").exists()
 
 
 def test_json_holds_every_field_and_no_number_that_json_does_not_know():

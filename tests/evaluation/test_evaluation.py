@@ -141,7 +141,7 @@ def test_generation_is_timed_and_weighed(tiny):
     assert found.peak_bytes == 0 or found.peak_bytes > found.weight_bytes
 
 
-@pytest.mark.skipif(not memory.resident(), reason="the system doesn't tell")
+@pytest.mark.skipif(not memory.peak_resident(), reason="the system doesn't tell")
 def test_a_peak_is_seen_until_it_is_reset():
     cpu = torch.device("cpu")
     memory.reset_peak(cpu)
@@ -153,6 +153,18 @@ def test_a_peak_is_seen_until_it_is_reset():
     assert memory.peak(cpu) > before + (50 << 20)
     memory.reset_peak(cpu)
     assert memory.peak(cpu) < before + (50 << 20)
+
+
+def test_resident_memory_holds_what_was_touched():
+    before = memory.resident()
+    with mmap.mmap(-1, 64 << 20) as large:
+        for page in range(0, len(large), mmap.PAGESIZE):
+            large[page] = 1
+        assert memory.resident() > before + (50 << 20)
+
+
+def test_weights_that_are_not_there_weigh_nothing():
+    assert memory.weight_bytes(torch.nn.Linear(3, 4, device="meta")) == 0
 
 
 def test_tied_weights_are_weighed_once(trained):

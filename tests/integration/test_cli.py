@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -190,7 +191,21 @@ def test_inspect_shows_layers_of_one_kind_in_a_line(cli, sparse):
     assert values["bytes_packed"] == sum(layer["bytes"] for layer in values["layers"])
 
 
-@pytest.mark.skipif(not memory.resident(), reason="the system doesn't tell")
+def test_names_from_a_file_do_nothing_to_the_terminal(cli, sparse, tmp_path):
+    shutil.copytree(sparse, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["method"] = "\x1b[2J\x1b]0;mine\x07"
+    path.write_text(json.dumps(config))
+    code, out, err = cli("inspect", tmp_path / "copy")
+    assert code == 0
+    assert "\\x1b[2J" in out
+    code, more, err = cli("inspect", tmp_path / "\x1b[2J")
+    assert code == 1
+    assert not {*"\x1b\x07"} & {*(out + more + err)}
+
+
+@pytest.mark.skipif(not memory.peak_resident(), reason="the system doesn't tell")
 def test_inspect_takes_little_memory_on_a_hundred_thousand_tensors(tmp_path):
     names = [f"model.layers.{i // 8}.experts.{i % 8}.up_proj" for i in range(50_000)]
     header = {"__metadata__": {"hf_sparse": json.dumps({

@@ -235,7 +235,6 @@ class Uneven(Solver):
 
     name: ClassVar[str] = "uneven"
     needs: ClassVar[Needs] = Needs.COLUMN_NORMS
-    chooses_pattern: ClassVar[bool] = False
 
     def solve(self, weight, statistics, pattern):
         size = weight.abs()
@@ -249,7 +248,6 @@ class Forgets(Solver):
 
     name: ClassVar[str] = "forgets"
     needs: ClassVar[Needs] = Needs.NOTHING
-    chooses_pattern: ClassVar[bool] = False
 
     def solve(self, weight, statistics, pattern):
         zeros = pattern.zeros(weight.numel())

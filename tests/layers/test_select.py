@@ -266,9 +266,9 @@ def test_convolutions_that_are_not_pointwise_are_left_dense_with_the_reason():
         "0": "a convolution of kernel size 4x4, no linear layer",
         "1": "a convolution of kernel size 3x3, no linear layer",
         "3": "a convolution of stride 2, no linear layer",
-        "4": "an OwnConvolution computes in a way of its own, no linear layer",
+        "4": "OwnConvolution computes in a way of its own, no linear layer",
         "5": "a convolution of 2 groups, no linear layer",
-        "6": "a Conv3d, no linear layer",
+        "6": "Conv3d, no linear layer",
         "7": "a convolution that pads its inputs, no linear layer",
     }
 

@@ -1,13 +1,23 @@
 """Model cards without a Hub: what is in them, and whose card a card is."""
 
+import ast
+import json
+import re
+
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
-from hf_sparse import SparseConfig
-from hf_sparse.publish.card import MARK, is_own_card
+from conftest import layer_report
+from hf_sparse import PruningReport, SparseConfig
+from hf_sparse.core.data_record import DataRecord
+from hf_sparse.evaluation import Agreement, Evaluation, GenerationSpeed, Perplexity
+from hf_sparse.kernels.machine import Environment
+from hf_sparse.publish.card import MARK, fill_template, is_own_card
+from hf_sparse.publish.card_results import eval_results
+from hf_sparse.publish.card_values import Subject
 from hf_sparse.publish.hub_files import hub_id
 
 MADE_UP = ModelCard.from_template(
@@ -55,15 +65,100 @@ def test_the_summary_says_what_else_was_done(tiny, token_ids, tmp_path, settings
     assert words in saved_card(tiny, tmp_path).text
 
 
-def test_a_report_of_somebody_else_can_not_break_the_card(sparse, tmp_path):
+# What a stranger's report or config may say anywhere.
+NASTY = [
+    'x"); import os; os.system("id")  # ',
+    "x\n```\n\n# Buy",
+    "<script>alert(1)</script>",
+    "[click](https://elsewhere.example) ![](//elsewhere.example/p.png)",
+    "https://elsewhere.example",
+    "| a | b \\| c |",
+    "`code` ``|``",
+    "---\nlicense: mit\n---",
+    "{{ mark }}{% raw %}",
+    "\x1b[31m\u202e",
+    "\ud800",
+]
+
+
+def card_with(text: str, base: str | None = None) -> str:
+    """A card every string of which is the text."""
+    data = DataRecord(text, digest=text, count=3, tokens=7)
+    machine = Environment(text, 1, 1, text, text, text, {text: text})
+    speed = GenerationSpeed(5, 6, 0.1, 0.2, 7, 8, text)
+    measured = Perplexity(2.0, 0.7, 9, 1, 4, None, data)
+    settings = {
+        "method": text,
+        "sparsity": [[text, 0.5]],
+        "pattern": text,
+        "seed": 0,
+        "targets": [text],
+        text: text,
+    }
+    report = PruningReport(
+        (layer_report(text),), {text: text}, data, 1.0, {}, text, {}, machine, text
+    )
+    evaluation = Evaluation(measured, measured, Agreement(0.1, 0.9, 9, 4, data), speed, speed)
+    subject = Subject(
+        text, text, base, text, "LlamaForCausalLM", True, settings, {}, data, report, evaluation, 1
+    )
+    metadata = ModelCardData(eval_results=eval_results(evaluation), model_name=text)
+    return str(fill_template(metadata, subject))
+
+
+@pytest.mark.parametrize("text", NASTY, ids=ascii)
+def test_what_somebody_else_wrote_stands_in_the_card_and_does_nothing_there(text, tmp_path):
+    card, plain = card_with(text), card_with("plain")
+    path = tmp_path / "README.md"
+    ModelCard(card).save(path)  # also what can't be encoded
+    written = ModelCard.load(path)
+    expected = ModelCard(plain).data.to_dict()
+    assert written.data.to_dict().keys() == expected.keys()
+    lines, plain_lines = written.text.splitlines(), ModelCard(plain).text.splitlines()
+    assert len(lines) == len(plain_lines)
+    for line, plain_line in zip(lines, plain_lines, strict=True):
+        bars, plain_bars = (len(re.findall(r"(?<!\\)\|", x)) for x in (line, plain_line))
+        assert bars == plain_bars or "from_pretrained" in line, line
+    (code,) = re.findall(r"```python\n(.*?)\n```\n", written.text, re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert [ast.literal_eval(call.args[0]) for call in calls] == [text, text]
+    outside = written.text.replace(code, "").replace(MARK, "")
+    outside = re.sub("(`+) ?(.*?) ?\\1(?!`)", "", outside)  # what stands as code
+    assert set(re.findall("<.*?>", outside)) <= {"<code>", "</code>"}
+    assert not re.findall(r"(?<!\\)\]\(|(?<!\\)://", outside)
+
+
+def test_a_base_model_that_is_no_repository_is_no_link(sparse, tmp_path):
     sparse.save_pretrained(tmp_path / "a")
     path = tmp_path / "a" / "pruning_report.json"
-    found = sparse.hf_quantizer.report.environment.processor
-    path.write_text(path.read_text().replace(found, "x | y\\n\\n# Buy", 1))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
-    card = saved_card(loaded, tmp_path / "b")
-    assert "x \\| y # Buy (" in card.text
-    assert "\n# Buy" not in card.text
+    report = json.loads(path.read_text())
+    for name in ("org/base](https://elsewhere.example) [", 'x"); import os  #', "org/base\n"):
+        path.write_text(json.dumps(report | {"model": name}))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+        card = saved_card(loaded, tmp_path / "b")
+        assert card.data.base_model is None
+        assert "huggingface.co" not in card.text
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "license: 'x\n\n  ---'",
+        "license: {a: b}",
+        'license: "\\ud800"',
+        "license: 2020-01-01",
+        "license: " + 5000 * "[",
+        "1: 2",
+        "license: !!python/object/apply:os.getcwd []",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_metadata_of_a_base_that_are_no_text_are_left_out(sparse, tmp_path, metadata, caplog):
+    sparse.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text(f"---\n{metadata}\n---\n")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert saved_card(loaded, tmp_path / "b").data.license is None
+    assert "\n" not in caplog.text.rstrip("\n")
 
 
 def test_without_a_report_the_card_tells_what_the_config_tells(sparse, tmp_path):

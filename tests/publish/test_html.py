@@ -214,6 +214,18 @@ def test_nothing_from_a_checkpoint_becomes_markup():
     assert "49" not in re.sub(r"<style>.*?</style>|<script.*?</script>", "", html, flags=re.S)
 
 
+def test_the_page_of_a_report_that_lies_is_small_and_can_be_written():
+    layers = [
+        layer(f"\u202e{i}.experts.{'9' * 5000}.x", f"b{i}", tokens=1, notes=("\ud800\x1b",))
+        for i in range(300)
+    ]
+    layers += [layer(f"c{i}.d{i}", f"c{i}") for i in range(2000)]
+    html = render(PruningReport(tuple(layers), {"\0": "\x85"}), [])
+    assert len(html.encode()) < 20_000_000
+    assert not re.search("[\u202e\x1b\x85\0]", html)
+    assert "other blocks are in pruning_report.json" in html
+
+
 def test_the_policy_allows_this_style_and_this_script_and_nothing_else():
     elements = Elements(evil_page())
     (policy,) = [m["content"] for m in elements.of("meta") if m.get("http-equiv")]
@@ -245,8 +257,8 @@ def test_every_asset_is_in_the_wheel():
     patterns = content["tool"]["setuptools"]["package-data"]["hf_sparse"]
     package = ROOT / "src" / "hf_sparse"
     listed = {path for pattern in patterns for path in package.glob(pattern)}
-    assets = {path for path in package.rglob("*") if path.suffix in (".html", ".css", ".js")}
-    assert len(assets) == 3
+    assets = {path for path in package.rglob("*") if path.suffix in (".html", ".css", ".js", ".md")}
+    assert len(assets) == 4
     assert assets <= listed
 
 

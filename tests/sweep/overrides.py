@@ -170,6 +170,3 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attention_head_dim": 32,
     },
 }
-
-# Types with a tower that the sweep has no inputs for: their `modules_to_not_convert`.
-LEFT_DENSE = {"phi4_multimodal": ["embed_tokens_extend", "lm_head"]}

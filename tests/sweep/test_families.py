@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from check import KINDS, NOT_BUILT, PASS, check, types_of
+from check import KINDS, NOT_BUILT, PASS, UNREACHED, build, check, check_files, types_of
+
+import hf_sparse
+from hf_sparse import SparseConfig
 
 CHOSEN = {
     "causal LM": [
@@ -77,6 +80,18 @@ def test_a_family_is_pruned_saved_reloaded_and_used(kind, name, reloader):
     outcome = check(kind, name, reloader)
     assert outcome.status == PASS, outcome.reason
     assert outcome.layers > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["git", "gemma3", "phi4_multimodal"])
+def test_a_model_with_encoders_is_pruned_on_text_alone(name, tmp_path):
+    model = build("causal LM", name)
+    data = [{"input_ids": torch.randint(5, 40, (2, 8))} for _ in range(2)]
+    report = hf_sparse.prune(model, SparseConfig(dataset=data))
+    assert any("layers.0" in layer.name or "layer.0" in layer.name for layer in report.layers)
+    assert any("needs" in why and UNREACHED in why for why in report.left_dense.values())
+    model.save_pretrained(tmp_path)
+    check_files(tmp_path, report)
 
 
 @pytest.mark.slow

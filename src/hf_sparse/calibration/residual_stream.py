@@ -92,6 +92,8 @@ def residual_writers(visit: Visit, layers: Mapping[str, nn.Module]) -> dict[str,
     # Sums round in proportion to their size: the few huge activations would drown the others.
     weight = (1 / (size + size.median()).clamp_min(torch.finfo(size.dtype).tiny)).unsqueeze(1)
     goal = end - start
+    if not bool(torch.isfinite(columns).all() and torch.isfinite(goal).all()):
+        return {}  # the layers' own statistics will say which activations aren't finite
     factors = torch.linalg.lstsq(columns * weight, goal.unsqueeze(1) * weight).solution.squeeze(1)
     error = (columns @ factors - goal).abs()
     rounding = 2 * torch.finfo(after.dtype).eps * size

@@ -50,11 +50,15 @@ def _gguf_settings(model: Any) -> dict[str, str]:
 
 
 def known_processor(model: Any) -> Any:
-    """What a sparse model's config names, or else what lies beside the files it was loaded from.
+    """What a sparse model was pruned with, or else what lies beside the files it was loaded from.
+
+    What the config of a loaded checkpoint names isn't looked for: whoever wrote that could name
+    files of this machine.
 
     A processor if there is one, else a tokenizer; None if there is neither.
     """
-    given = model.hf_quantizer.quantization_config.tokenizer
+    quantizer = model.hf_quantizer
+    given = None if quantizer.pre_quantized else quantizer.quantization_config.tokenizer
     if given is not None and not isinstance(given, str | Path):
         return given
     found = (find_processor(source) for source in (given, model.name_or_path) if source)

@@ -158,7 +158,11 @@ def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLaye
 def _parse(path: str, text: str | None) -> dict[str, dict[str, Any]]:
     """The `layers` object of one file's metadata."""
     if text is None:
-        raise _damaged(path, "it has no hf_sparse metadata: was it rewritten by another tool?")
+        raise _damaged(
+            path,
+            "it has no hf_sparse metadata: was it rewritten by another tool, or saved from a dense "
+            "model with the config of a sparse one? Then delete quantization_config in config.json",
+        )
     content = parse_json(text, f"{path}: its hf_sparse metadata")
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:

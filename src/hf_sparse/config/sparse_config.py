@@ -184,6 +184,10 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of `to_dict()`: transformers asks so where a model's own config is passed back."""
+        return self.to_dict().get(key, default)
+
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
 

@@ -80,17 +80,9 @@ def agreement(
         EvaluationError: an argument is out of range, or the vocabularies differ.
         CalibrationError: the data are unusable.
     """
-    loaded, seq_len = load_data(
-        model,
-        lambda: tokenizer,
-        data,
-        seq_len=seq_len,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=seed,
-        split=split,
-        join_documents=join_documents,
-    )
+    loaded, seq_len = load_data(model, lambda: tokenizer, data, seq_len=seq_len,
+        num_samples=num_samples, batch_size=batch_size, seed=seed, split=split,
+        join_documents=join_documents)  # fmt: skip
     divergence, same, tokens = 0.0, 0, 0
     states: dict[str, Any] = {"output_hidden_states": True} if depth else {}
     deviation = _Deviation()

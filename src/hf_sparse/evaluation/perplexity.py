@@ -98,17 +98,9 @@ def perplexity(
         EvaluationError: an argument is out of range, or the model is no causal language model.
         CalibrationError: the data are unusable.
     """
-    loaded, seq_len = load_data(
-        model,
-        lambda: tokenizer,
-        data,
-        seq_len=seq_len,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=seed,
-        split=split,
-        join_documents=join_documents,
-    )
+    loaded, seq_len = load_data(model, lambda: tokenizer, data, seq_len=seq_len,
+        num_samples=num_samples, batch_size=batch_size, seed=seed, split=split,
+        join_documents=join_documents)  # fmt: skip
     if stride is not None and not 1 <= stride < seq_len:
         raise EvaluationError(
             f"stride={stride} must be at least 1 and less than seq_len={seq_len}; leave it out for "

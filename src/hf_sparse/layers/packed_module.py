@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
+from ..core.errors import FormatError, TrainingError
 from ..core.low_rank import KEY_A, KEY_B, LowRank
 from ..formats import Format
 from ..formats.base import Packed, check_packed, packed_bytes
@@ -91,11 +91,11 @@ class PackedModule(nn.Module):
         """
         if self.kernel is not None or self.trains_values:
             return
-        packed = self.packed
-        if any(tensor.is_meta for tensor in packed.values()):
-            return
         if self.is_offloaded():
             self.trace = (Verdict("reference", True, "its tensors are offloaded"),)
+            return
+        packed = self.packed
+        if any(tensor.is_meta for tensor in packed.values()):
             return
         choice = choose(StoredWeight(self.format, packed, self.shape, self.weight_dtype))
         self.trace = choice.trace
@@ -132,6 +132,16 @@ class PackedModule(nn.Module):
             self.hold(self.stored.to(self.weight_dtype))
         self.resolve()
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As in `nn.Module`; values that are fixed can't be trained, which is an error."""
+        if requires_grad and not self.trains_values:
+            raise TrainingError(
+                "the kept values of a sparse layer are fixed: call "
+                "hf_sparse.training.prepare_for_training(model) to make parameters of them, or "
+                "layer.bias.requires_grad_() for the bias alone"
+            )
+        return super().requires_grad_(requires_grad)
+
     def drop_low_rank(self) -> None:
         """Leave the packed part alone."""
         if self.rank:
@@ -148,33 +158,39 @@ class PackedModule(nn.Module):
         for name, tensor in {**tensors, **factors}.items():
             held.register(self, name, tensor)
 
-    @contextmanager
-    def _as_stored(self) -> Iterator[None]:
-        """While this lasts, the layer has the stored form; a kernel takes what it is then."""
-        resolved = self.kernel is not None
-        if resolved:
-            self.hold(self.stored)
-        yield
-        if resolved:
-            self.resolve()
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.to()`, `.half()`, ...: the dtype of `.weight` follows as a parameter's would.
 
         Floats whose dtype the format prescribes, such as scales, are moved as integers, which no
         cast changes.
         """
+        resolved = self.kernel is not None
         self.written_over = None  # on another device, or rounded, it would not be found again
-        with self._as_stored():
-            self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-            specs, packed = self.format.specs(self.shape), self.packed
-            fixed = [k for k, t in packed.items() if specs[k].dtype == t.dtype == torch.bfloat16]
-            for key in fixed:
-                self._buffers[key] = packed[key].view(torch.int16)
+        if resolved:
+            self.hold(self.stored)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        specs, packed = self.format.specs(self.shape), self.packed
+        fixed = [k for k, t in packed.items() if specs[k].dtype == t.dtype == torch.bfloat16]
+        for key in fixed:
+            self._buffers[key] = packed[key].view(torch.int16)
+        try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
             for key in fixed:
-                self._buffers[key] = self._buffers[key].view(torch.bfloat16)  # type: ignore[union-attr]
+                self._buffers[key] = self.get_buffer(key).view(torch.bfloat16)
+        if resolved and self._has_contents():
+            self.resolve()
         return self
+
+    def _has_contents(self) -> bool:
+        """Do the tensors agree with each other? After `to_empty` they don't."""
+        if not any(tensor.is_meta for tensor in self.packed.values()):
+            try:
+                check_packed(self.format, self.packed, self.shape)
+            except FormatError as error:
+                self.trace = (Verdict("reference", True, f"waits for its contents: {error}"),)
+                return False
+        return True
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -191,11 +207,13 @@ class PackedModule(nn.Module):
         The values may have their name in files, too: Trainer loads a checkpoint's tensors as they
         are.
         """
-        with self._as_stored():
-            if prefix + "weight" in state_dict:
-                state_dict.setdefault(prefix + VALUES, state_dict.pop(prefix + "weight"))
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            if not any(tensor.is_meta for tensor in self.packed.values()):
-                check_packed(self.format, self.packed, self.shape)
-                if (low_rank := self.low_rank) is not None:
-                    low_rank.check(self.shape)
+        if self.kernel is not None:
+            self.hold(self.stored)
+        if prefix + "weight" in state_dict:
+            state_dict.setdefault(prefix + VALUES, state_dict.pop(prefix + "weight"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if not any(tensor.is_meta for tensor in self.packed.values()):
+            check_packed(self.format, self.packed, self.shape)
+            if (low_rank := self.low_rank) is not None:
+                low_rank.check(self.shape)
+            self.resolve()

@@ -45,7 +45,7 @@ def is_prunable(module: nn.Module) -> bool:
 def why_not_prunable(module: nn.Module) -> str | None:
     """What keeps a module that multiplies from being pruned; None if nothing does."""
     if isinstance(module, OTHERS):
-        return f"{_named(module)} multiplies by its weights itself, it calls no linear layer"
+        return f"{type(module).__name__} multiplies by its weights itself, it calls no linear layer"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight and never calls it"
     if isinstance(module, _ConvNd):
@@ -54,7 +54,7 @@ def why_not_prunable(module: nn.Module) -> str | None:
             return f"{reason}, no linear layer"
     reason = _why_remade(module)
     if reason is None and isinstance(module, nn.Linear) and not _computes_linear(type(module)):  # type: ignore[arg-type]
-        reason = f"{_named(module)} computes in a way of its own"
+        reason = f"{type(module).__name__} computes in a way of its own"
     reason = reason or _why_more_than_linear(module)
     if reason is None and "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         reason = "its forward was replaced by another function"
@@ -103,7 +103,7 @@ def _why_not_pointwise(module: nn.Module) -> str | None:
     """What keeps a convolution from being linear over its channels; None if nothing does."""
     known = next((c for c in (nn.Conv1d, nn.Conv2d) if isinstance(module, c)), None)
     if known is None:
-        return _named(module)
+        return type(module).__name__
     if any(size != 1 for size in module.kernel_size):  # type: ignore[union-attr]
         return f"a convolution of kernel size {'x'.join(map(str, module.kernel_size))}"  # type: ignore[arg-type]
     if any(step != 1 for step in module.stride):  # type: ignore[union-attr]
@@ -116,7 +116,7 @@ def _why_not_pointwise(module: nn.Module) -> str | None:
         return None  # its class is made up; the weight's reason counts
     cls: Any = type(module)
     own = cls.forward is not known.forward or cls._conv_forward is not known._conv_forward
-    return f"{_named(module)} computes in a way of its own" if own else None
+    return f"{type(module).__name__} computes in a way of its own" if own else None
 
 
 @functools.cache
@@ -137,8 +137,3 @@ def _computes_linear(cls: type[nn.Linear]) -> bool:
             return False  # it wants other inputs
         expected = nn.functional.linear(x, layer.weight, layer.bias)
         return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected)
-
-
-def _named(module: nn.Module) -> str:
-    name = type(module).__name__
-    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,13 +220,22 @@ class PruningReport:
         )
 
     def __str__(self) -> str:
-        width = max([len(layer.name) for layer in self.layers], default=5)
-        lines = [f"{'layer':<{width}}  sparsity  rel. error  format   bytes before -> after"]
-        for layer in self.layers:
+        def cells(layer: LayerReport) -> str:
             error = "-" if layer.relative_error is None else f"{layer.relative_error:.4f}"
-            lines.append(
-                f"{layer.name:<{width}}  {layer.sparsity:8.4f}  {error:>10}  {layer.format:<7}  "
+            return (
+                f"{layer.sparsity:8.4f}  {error:>10}  {layer.format:<7}  "
                 f"{layer.bytes_before} -> {layer.bytes_after}"
             )
-            lines += [f"{'':<{width}}  note: {note}" for note in layer.notes]
-        return "\n".join([*lines, self.summary()])
+
+        heading = "sparsity  rel. error  format   bytes before -> after"
+        return "\n".join([*layer_lines(self.layers, heading, cells), self.summary()])
+
+
+def layer_lines(layers: Sequence[Any], heading: str, cells: Callable[[Any], str]) -> list[str]:
+    """A table for a terminal: a line a layer, by its name, and its notes below it."""
+    width = max([len(layer.name) for layer in layers], default=5)
+    lines = [f"{'layer':<{width}}  {heading}"]
+    for layer in layers:
+        lines.append(f"{layer.name:<{width}}  {cells(layer)}")
+        lines += [f"{'':<{width}}  note: {note}" for note in layer.notes]
+    return lines

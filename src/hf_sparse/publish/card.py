@@ -7,6 +7,7 @@ was not measured is not in the card.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from ..core.data_record import DataRecord
 from ..evaluation import Evaluation
 from ..pruning.report import PruningReport
 from .card_results import eval_results
-from .card_text import Subject, card_text
+from .card_values import Subject, card_values
 from .hub_files import CARD, INHERITED, hub_id, inherited, read_card
 
+TEMPLATE = files(__package__) / "card_template.md"
 MARK = (
     "<!-- Written by hf_sparse from the model's pruning report, and written anew whenever the "
     "model is saved: delete this line to make the card your own. -->"
@@ -65,7 +67,15 @@ def model_card(
         eval_results=results or None,
         model_name=subject.name if results else None,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{card_text(subject)}\n")
+    return fill_template(data, subject)
+
+
+def fill_template(data: ModelCardData, subject: Subject) -> ModelCard:
+    """The card with its metadata; whatever a string of the subject says, it is but text there."""
+    text = TEMPLATE.read_text(encoding="utf-8")
+    values = card_values(subject)
+    card: ModelCard = ModelCard.from_template(data, template_str=text, mark=MARK, **values)
+    return card
 
 
 def write_card(card: ModelCard, folder: Path, existing: Path | None) -> None:
@@ -98,7 +108,7 @@ def _subject(
     made_from = report.model if report else ""
     base = hub_id(made_from) if "/" in made_from or made_from == hub_id(source) else None
     if quantizer.pre_quantized and isinstance(named_base, str):
-        base = named_base
+        base = hub_id(named_base)
     base_name = base or made_from
     name = (repo_id or "").rpartition("/")[2] or _name(base_name, report)
     return Subject(

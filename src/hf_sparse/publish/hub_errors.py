@@ -17,6 +17,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 
 from ..core.errors import HubError
+from ..core.untrusted_text import printable
 
 NO_TOKEN = "there is no Hub token: run `hf auth login`, set HF_TOKEN or pass token="
 
@@ -70,7 +71,7 @@ def _refusal(error: HfHubHTTPError, said: str, has_token: bool) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's type, its server message or first line."""
+    """An error's type, its server message or first line, as a terminal can show it."""
     lines = str(error).strip().splitlines()
-    text = getattr(error, "server_message", None) or next(iter(lines), "")
+    text = printable(getattr(error, "server_message", None) or next(iter(lines), ""), keep="\n")
     return f"{type(error).__name__}: {' '.join(text.split())}" if text else type(error).__name__

@@ -42,10 +42,10 @@ def push_to_hub(
 ) -> str:
     """Push a sparse model: weights, configs, reports (JSON and HTML), tokenizer and model card.
 
-    The tokenizer, or processor, is the one that calibration used, or else the one beside the files
-    that the model was loaded from; none is pushed if neither is there, and what the repository has
-    of one stays. So does a model card that someone wrote, except that tags are added to it.
-    Weight files of an earlier push that this one doesn't replace are deleted.
+    The tokenizer, or processor, is the one that calibration used in this process, or else the one
+    beside the files that the model was loaded from; none is pushed if neither is there, and what
+    the repository has of one stays. So does a model card that someone wrote, except that tags are
+    added to it. Weight files of an earlier push that this one doesn't replace are deleted.
 
     Args:
         model: the sparse model.

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..core.patterns import Pattern
+from ..core.shapes import Weight
 from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
 
@@ -36,13 +37,10 @@ class AdaPrune(Solver):
 
     name: ClassVar[str] = "adaprune"
     needs: ClassVar[Needs] = Needs.HESSIAN
-    chooses_pattern: ClassVar[bool] = False
     STEPS: ClassVar[int] = 200
     RATE: ClassVar[float] = 0.03
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
-    ) -> Solution:
+    def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         assert statistics is not None
         assert statistics.hessian is not None
         dense = weight.contiguous()

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from ..core.patterns import Pattern, partial_mask
+from ..core.shapes import Weight
 from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
-from .refinement.refit import keep_better
+from .unit_scale import UnitScale
 
 ITERATIONS = 20
 GROWTH = 15
@@ -35,19 +34,13 @@ class ADMM(Solver):
     damp_percent: float = 0.01
     name: ClassVar[str] = "admm"
     needs: ClassVar[Needs] = Needs.HESSIAN
-    chooses_pattern: ClassVar[bool] = False
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
-    ) -> Solution:
-        assert statistics is not None
-        hessian = statistics.damped_hessian(self.damp_percent)
-        scale = hessian.diagonal().sqrt()
-        normal = hessian / torch.outer(scale, scale)
-        value = (weight * scale).contiguous()
-        goal = value @ normal
-        normal.diagonal().add_(1)
-        inverse = torch.linalg.inv(normal.double()).float()
+    def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
+        layer = UnitScale.of(weight, statistics, self.damp_percent)
+        shifted = layer.normal.clone()
+        shifted.diagonal().add_(1)
+        inverse = torch.linalg.inv(shifted.double()).float()
+        value = layer.weight
         dual = torch.zeros_like(value)
         mask = torch.ones_like(value, dtype=torch.bool)
         sparse = value
@@ -58,5 +51,5 @@ class ADMM(Solver):
                 mask = partial_mask(pattern, value.abs(), share)
             sparse = value * mask
             dual = value - sparse
-            value = (goal + sparse - dual) @ inverse
-        return Solution(keep_better(sparse / scale, weight * mask, weight, hessian), mask)
+            value = (layer.goal + sparse - dual) @ inverse
+        return layer.solution(sparse, mask)

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from ..core.errors import SolveError
 from ..core.patterns import Pattern
+from ..core.shapes import Weight
 from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
-from .refinement.refit import keep_better
+from .unit_scale import UnitScale
 
 ITERATIONS = 42
 CHECK_EVERY = 3
@@ -38,32 +37,24 @@ class ALPS(Solver):
     damp_percent: float = 0.01
     name: ClassVar[str] = "alps"
     needs: ClassVar[Needs] = Needs.HESSIAN
-    chooses_pattern: ClassVar[bool] = False
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
-    ) -> Solution:
-        assert statistics is not None
-        hessian = statistics.damped_hessian(self.damp_percent)
-        scale = hessian.diagonal().sqrt()
-        normal = hessian / torch.outer(scale, scale)
+    def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
+        layer = UnitScale.of(weight, statistics, self.damp_percent)
         try:
-            values, vectors = torch.linalg.eigh(normal.double())
+            values, vectors = torch.linalg.eigh(layer.normal.double())
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise SolveError(
                 f"the eigendecomposition of its Hessian failed ({error}): raise damp_percent, or "
                 "pass method='admm' or 'balanced'"
             ) from None
         values, vectors = values.float().clamp_min(0), vectors.float()
-        start = (weight * scale).contiguous()
-        goal = start @ normal
-        sparse, dual = start, torch.zeros_like(start)
-        mask = torch.ones_like(start, dtype=torch.bool)
+        sparse, dual = layer.weight, torch.zeros_like(layer.weight)
+        mask = torch.ones_like(sparse, dtype=torch.bool)
         checked, penalty = mask, FIRST_PENALTY
         for i in range(ITERATIONS):
             if i % CHECK_EVERY == 0:
                 inverse = (vectors / (values + penalty)) @ vectors.T
-            value = (goal + penalty * sparse - dual) @ inverse
+            value = (layer.goal + penalty * sparse - dual) @ inverse
             shifted = value + dual / penalty
             mask = pattern.mask(shifted.abs())
             sparse = shifted * mask
@@ -72,4 +63,4 @@ class ALPS(Solver):
                 changed = int((mask & ~checked).sum()) / max(1, int(mask.sum()))
                 penalty *= next(factor for share, factor in STEPS if changed >= share)
                 checked = mask
-        return Solution(keep_better(sparse / scale, weight * mask, weight, hessian), mask)
+        return layer.solution(sparse, mask)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.grids import QuantizedWeight
 from ..core.low_rank import LowRank
 from ..core.patterns import Pattern
+from ..core.shapes import Weight
 from ..core.statistics import Needs, Statistics
 
 
@@ -42,16 +43,14 @@ class Solver(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[Needs]
-    chooses_pattern: ClassVar[bool]
+    chooses_pattern: ClassVar[bool] = False
     """True if the method decides itself how many zeros there are: sparsity is no argument then."""
 
     def check_shape(self, shape: tuple[int, int]) -> None:  # noqa: B027 - most take any
         """Raise a SolveError that says what to do unless the method takes an (out, in) weight."""
 
     @abstractmethod
-    def solve(
-        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
-    ) -> Solution:
+    def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         """Prune one fp32 weight to `pattern`.
 
         Args:

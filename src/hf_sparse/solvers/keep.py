@@ -9,10 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
 from ..core.patterns import Pattern
+from ..core.shapes import Weight
 from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
 
@@ -25,7 +23,5 @@ class Keep(Solver):
     needs: ClassVar[Needs] = Needs.NOTHING
     chooses_pattern: ClassVar[bool] = True
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
-    ) -> Solution:
+    def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         return Solution(weight.clone(), weight != 0)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
 from ..core.patterns import Pattern
+from ..core.shapes import Weight
 from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
 
@@ -19,10 +17,7 @@ class Magnitude(Solver):
 
     name: ClassVar[str] = "magnitude"
     needs: ClassVar[Needs] = Needs.NOTHING
-    chooses_pattern: ClassVar[bool] = False
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
-    ) -> Solution:
+    def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         mask = pattern.mask(weight.abs())
         return Solution(weight.where(mask, 0), mask)

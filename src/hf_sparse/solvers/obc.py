@@ -38,6 +38,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from ..core.errors import SolveError
 from ..core.inverse_factor import damped
 from ..core.patterns import NM, Pattern, keep_highest
+from ..core.shapes import Hessian, Mask, Weight
 from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
 
@@ -56,7 +57,6 @@ class OBC(Solver):
     damp_percent: float = 0.01
     name: ClassVar[str] = "obc"
     needs: ClassVar[Needs] = Needs.HESSIAN
-    chooses_pattern: ClassVar[bool] = False
     MAX_INPUTS: ClassVar[int] = 1024
 
     def check_shape(self, shape: tuple[int, int]) -> None:
@@ -67,9 +67,7 @@ class OBC(Solver):
                 "leave the layer dense with modules_to_not_convert"
             )
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
-    ) -> Solution:
+    def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         assert statistics is not None
         assert statistics.hessian is not None
         factor = statistics.inverse_factor(self.damp_percent)
@@ -93,12 +91,7 @@ def _chunk(columns: int) -> int:
     return max(1, CHUNK_BYTES // (2 * 8 * columns**2))
 
 
-def _choose(
-    weight: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
-    dead: Bool[Tensor, " in"],
-    pattern: Pattern,
-) -> Bool[Tensor, "out in"]:
+def _choose(weight: Weight, hessian: Hessian, dead: Bool[Tensor, " in"], pattern: Pattern) -> Mask:
     """The mask: each row's greedy order, up to the number of zeros that the row gets."""
     rows, columns = weight.shape
     index = torch.arange(columns, device=weight.device)
@@ -171,11 +164,7 @@ def _greedy(
     return order, losses
 
 
-def _reconstruct(
-    weight: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
-    mask: Bool[Tensor, "out in"],
-) -> Float[Tensor, "out in"]:
+def _reconstruct(weight: Weight, hessian: Hessian, mask: Mask) -> Weight:
     """The weights on `mask` that minimise tr((W - W^) H (W - W^)').
 
     The rows of what is removed are those of the identity in each system, so that all have one size.

@@ -35,6 +35,7 @@ from torch import Tensor
 from ..core.grids import Grid, QuantizedWeight, Scales
 from ..core.inverse_factor import InverseFactor
 from ..core.patterns import NM, Pattern, keep_highest
+from ..core.shapes import Weight
 from ..core.statistics import Needs, Statistics
 from ..kernels.gpu import triton_works
 from .base import Solution, Solver
@@ -58,11 +59,8 @@ class SparseGPT(Solver):
     joint_grid: Grid | None = None
     name: ClassVar[str] = "sparsegpt"
     needs: ClassVar[Needs] = Needs.HESSIAN
-    chooses_pattern: ClassVar[bool] = False
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
-    ) -> Solution:
+    def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         assert statistics is not None
         factor = statistics.inverse_factor(self.damp_percent)
         updated = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

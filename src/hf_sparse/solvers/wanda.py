@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
 from ..core.patterns import Pattern
+from ..core.shapes import Weight
 from ..core.statistics import Needs, Statistics
 from .base import Solution, Solver
 
@@ -19,11 +17,8 @@ class Wanda(Solver):
 
     name: ClassVar[str] = "wanda"
     needs: ClassVar[Needs] = Needs.COLUMN_NORMS
-    chooses_pattern: ClassVar[bool] = False
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], statistics: Statistics | None, pattern: Pattern
-    ) -> Solution:
+    def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         assert statistics is not None
         assert statistics.column_norms is not None
         mask = pattern.mask(weight.abs() * statistics.column_norms, per_row=True)

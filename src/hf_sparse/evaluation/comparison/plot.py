@@ -67,7 +67,7 @@ def _draw(
         [y for _, y in line],
         marker="o",
         linestyle="--" if hollow else "-",
-        label=label,
+        label=label and label.replace("$", r"\$"),  # between two of them matplotlib reads maths
         **style,
     )
     for p, v in pairs:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...checkpoint.folder import write_folder
 from ...core.data_record import DataRecord
+from ...core.untrusted_text import markdown_text, printable
 from .plot import draw, require_matplotlib
 from .point import ComparisonPoint
 
@@ -55,12 +56,13 @@ class Comparison:
         return json.dumps(self.to_dict(), indent=2)
 
     def markdown(self) -> str:
-        """The table in Markdown, what it was measured with, and the errors."""
-        heading, *rows = self._rows()
+        """The table in Markdown, the errors, and what it was measured with."""
+        heading, *rows = ([markdown_text(cell) for cell in row] for row in self._rows())
         rule = ["---"] + ["---:"] * (len(heading) - 1)
         table = "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *rows))
-        errors = [f"- {line}" for line in self._errors()]
-        return "\n\n".join([table, *(["\n".join(errors)] if errors else []), self._made()]) + "\n"
+        errors = "\n".join(f"- {markdown_text(line)}" for line in self._errors())
+        parts = [table, errors, markdown_text(self._made())]
+        return "\n\n".join(part for part in parts if part) + "\n"
 
     def plot(self) -> Any:
         """Score, time and bytes over sparsity, a line for each method.
@@ -99,10 +101,10 @@ class Comparison:
             (Path(folder) / PLOT).unlink(missing_ok=True)
 
     def __str__(self) -> str:
-        rows = self._rows()
+        rows = [[printable(cell) for cell in row] for row in self._rows()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-        return "\n".join([*table, *self._errors(), self._made()])
+        return "\n".join([*table, *map(printable, [*self._errors(), self._made()])])
 
     def _rows(self) -> list[list[str]]:
         """The table's cells, headings first."""

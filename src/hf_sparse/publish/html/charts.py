@@ -24,8 +24,7 @@ class Chart:
     """A line chart.
 
     Attributes:
-        id: its id in the page.
-        caption: what it shows.
+        id, caption: as of a table.
         points: in a row.
         ticks: (y, text) of the vertical axis, from 0 up.
         marks: (x, text) of the horizontal axis.

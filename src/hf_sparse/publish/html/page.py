@@ -18,7 +18,7 @@ from .tables import Cell, HeatMap, Table, heat_map, number, text
 ROWS = 1000  # of a table at most
 MB = 1e6
 
-_EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
+_EXPERT = re.compile(r"(?:^|\.)experts\.(\d{1,9})\.")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -165,8 +165,8 @@ def _heat_maps(layers: Sequence[LayerReport]) -> list[HeatMap]:
         expert = _EXPERT.search(layer.name)
         if expert and layer.tokens is not None:
             tokens.setdefault((place[0], expert[1]), []).append(layer.tokens)
-    rows = list(dict.fromkeys(row for row, _ in tokens))
-    by_number = sorted(tokens, key=lambda place: (rows.index(place[0]), int(place[1])))
+    order = {row: i for i, row in enumerate(dict.fromkeys(row for row, _ in tokens))}
+    by_number = sorted(tokens, key=lambda place: (order[place[0]], int(place[1])))
     ordered = {place: tokens[place] for place in by_number}
     maps = (
         heat_map("sparsity-map", "Sparsity", sparsity, "{:.3f}".format),

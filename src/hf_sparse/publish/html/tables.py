@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 STEPS = 10  # shades of a heat map
+CELLS = 100_000  # of a heat map at most
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class HeatMap:
         columns: headings.
         rows: label and cells.
         low, high: what the lightest and the darkest shade stand for.
+        left_out: rows that are not there.
     """
 
     id: str
@@ -78,6 +80,7 @@ class HeatMap:
     rows: Sequence[tuple[str, Sequence[Shade]]]
     low: str
     high: str
+    left_out: int = 0
 
 
 Values = Mapping[tuple[str, str], Sequence[float]]
@@ -93,7 +96,8 @@ def heat_map(id: str, caption: str, values: Values, show: Callable[[float], str]
         return None
     means = {place: fmean(found) for place, found in values.items()}
     rows = list(dict.fromkeys(row for row, _ in means))
-    columns = list(dict.fromkeys(column for _, column in means))
+    columns = list(dict.fromkeys(column for _, column in means))[:CELLS]
+    kept = rows[: CELLS // len(columns)]
     low, high = min(means.values()), max(means.values())
 
     def shade(place: tuple[str, str]) -> Shade:
@@ -105,5 +109,6 @@ def heat_map(id: str, caption: str, values: Values, show: Callable[[float], str]
 
     short = [column.rpartition(".")[2] for column in columns]
     headings = columns if len(set(short)) < len(short) else short
-    cells = [(row, [shade((row, column)) for column in columns]) for row in rows]
-    return HeatMap(id, caption, headings, cells, show(low), show(high))
+    cells = [(row, [shade((row, column)) for column in columns]) for row in kept]
+    left_out = len(rows) - len(kept)
+    return HeatMap(id, caption, headings, cells, show(low), show(high), left_out)

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from torch import nn
 
 from ...checkpoint.folder import write_file
+from ...core.untrusted_text import printable
 from ...evaluation import Evaluation
 from ...pruning.report import PruningReport
 from .masks import CORNER, GRID, LAYERS, MaskView, read_masks
@@ -53,7 +54,8 @@ def render(
     """The page. Whatever comes from a checkpoint or a model is escaped by the template."""
     style, script, template = (_asset(name) for name in ("page.css", "page.js", "page.html"))
     values = page_values(report, masks, evaluation)
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_visible)
+    page = environment.from_string(template)
     return page.render(
         **values,
         masks_json=_json(values["masks"]),
@@ -64,6 +66,11 @@ def render(
         corner=CORNER,
         most_masks=LAYERS,
     )
+
+
+def _visible(value: Any) -> Any:
+    """A string without characters that turn the text around, or that no file can hold."""
+    return printable(value, keep="\n") if type(value) is str else value
 
 
 def _asset(name: str) -> str:

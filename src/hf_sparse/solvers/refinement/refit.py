@@ -14,20 +14,16 @@ that share Hd, so step sizes are per row; the second couples them.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
+
+from ...core.shapes import Hessian, Mask, Weight
 
 # Of the mean of diag G, added to it: directions the sampled gradients didn't show count, too.
 OUTPUT_DAMPING = 0.02
 
 
-def refit(
-    start: Float[Tensor, "out in"],
-    target: Float[Tensor, "out in"],
-    mask: Bool[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
-    steps: int,
-) -> Float[Tensor, "out in"]:
+def refit(start: Weight, target: Weight, mask: Mask, hessian: Hessian, steps: int) -> Weight:
     """PCG in the inputs metric.
 
     Args:
@@ -57,13 +53,13 @@ def refit(
 
 
 def refit_fisher(
-    start: Float[Tensor, "out in"],
-    target: Float[Tensor, "out in"],
-    mask: Bool[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
+    start: Weight,
+    target: Weight,
+    mask: Mask,
+    hessian: Hessian,
     metric: Float[Tensor, "out out"],
     steps: int,
-) -> Float[Tensor, "out in"]:
+) -> Weight:
     """PCG in the Fisher metric; arguments as `refit`'s, and G relative to its mean diagonal.
 
     Start it from `refit`'s result: from further away the same steps lead to less.
@@ -90,12 +86,7 @@ def refit_fisher(
     return weight if bool(new < old) else start
 
 
-def keep_better(
-    weight: Float[Tensor, "out in"],
-    other: Float[Tensor, "out in"],
-    target: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
-) -> Float[Tensor, "out in"]:
+def keep_better(weight: Weight, other: Weight, target: Weight, hessian: Hessian) -> Weight:
     """Each row of whichever of two weights comes closer to the target in the inputs metric."""
     losses = [_row_losses(candidate, target, hessian) for candidate in (weight, other)]
     return torch.where(losses[0] < losses[1], weight, other)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...core.data_record import DataRecord
+from ...pruning.report import layer_lines
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,9 @@ class MergeReport:
         return text
 
     def __str__(self) -> str:
-        width = max([len(layer.name) for layer in self.layers], default=5)
-        lines = [f"{'layer':<{width}}  sparsity  weight error  output error"]
-        for layer in self.layers:
+        def cells(layer: LayerMerge) -> str:
             error = "-" if layer.output_error is None else f"{layer.output_error:.4f}"
-            lines.append(
-                f"{layer.name:<{width}}  {layer.sparsity:8.4f}  {layer.weight_error:12.4f}  "
-                f"{error:>12}"
-            )
-            lines += [f"{'':<{width}}  note: {note}" for note in layer.notes]
-        return "\n".join([*lines, self.summary()])
+            return f"{layer.sparsity:8.4f}  {layer.weight_error:12.4f}  {error:>12}"
+
+        heading = "sparsity  weight error  output error"
+        return "\n".join([*layer_lines(self.layers, heading, cells), self.summary()])
