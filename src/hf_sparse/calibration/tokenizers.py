@@ -30,7 +30,8 @@ def load_tokenizer(given: Any, model: Any) -> Any:
         return None
     settings = {} if given else _gguf_settings(model)
     try:
-        return AutoProcessor.from_pretrained(source, **settings)
+        if not settings:  # a GGUF file has no processor, and is slow to look into
+            return AutoProcessor.from_pretrained(source)
     except MISSING as error:
         logger.info("no processor could be loaded from %r: %s", str(source), error)
     try:
