@@ -12,7 +12,7 @@ import torch
 
 import hf_sparse
 from conftest import ROOT, layer_report
-from hf_sparse import PruningReport, SaveError, SparseConfig
+from hf_sparse import EvaluationError, PruningReport, SaveError, SparseConfig, write_report
 from hf_sparse.evaluation import Evaluation, Texts
 from hf_sparse.pruning.report import LayerReport
 from hf_sparse.publish.html import masks, page
@@ -301,3 +301,9 @@ def test_all_text_has_the_contrast_that_wcag_aa_asks_for(scheme):
 def test_values_too_small_to_see_are_drawn_at_the_bottom(highest):
     chart = line_chart("c", "c", "x", [0.0, highest], ["a", "b"])
     assert {point.y for point in chart.points} == {chart.base}
+
+
+def test_without_a_report_an_error_says_what_to_pass(tmp_path):
+    with pytest.raises(EvaluationError, match="report=None is no report: pass what prune returned"):
+        write_report(None, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from torch import nn
 
 from ...checkpoint.folder import write_file
-from ...core.untrusted_text import printable
+from ...core.errors import EvaluationError
+from ...core.untrusted_text import brief, printable
 from ...evaluation import Evaluation
 from ...pruning.report import PruningReport
 from .masks import CORNER, GRID, LAYERS, MaskView, read_masks
@@ -40,9 +41,15 @@ def write_report(
         evaluation: from `evaluate`, to show beside it.
 
     Raises:
+        EvaluationError: there is no report.
         CheckpointError: the folder's files are damaged.
         SaveError: the file can't be written; what was there before is as it was.
     """
+    if not isinstance(report, PruningReport):
+        raise EvaluationError(
+            f"report={brief(report)} is no report: pass what prune returned or what "
+            "PruningReport.from_folder finds; a model may have been loaded without one"
+        )
     names = [layer.name for layer in report.layers]
     views = [] if masks is None else read_masks(masks, names)
     write_file(path, render(report, views, evaluation))
