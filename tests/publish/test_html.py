@@ -262,6 +262,18 @@ def test_every_asset_is_in_the_wheel():
     assert assets <= listed
 
 
+def test_the_page_of_a_folder_counts_its_zeros(tiny, tmp_path):
+    report = hf_sparse.prune(tiny, SparseConfig(method="magnitude", sparsity=0.75))
+    tiny.save_pretrained(tmp_path / "model")
+    lies = tuple(dataclasses.replace(x, zeros=0, sparsity=0.0) for x in report.layers)
+    told = dataclasses.replace(report, layers=lies)
+    pages = {"true": report, "told": told}
+    for name, each in pages.items():
+        hf_sparse.write_report(each, tmp_path / name, masks=tmp_path / "model")
+    assert (tmp_path / "true").read_text() == (tmp_path / "told").read_text()
+    assert "75.00%" in (tmp_path / "told").read_text()
+
+
 def test_a_page_that_can_not_be_written_leaves_what_was_there(tmp_path):
     report = PruningReport((layer("a.b", "a"),))
     hf_sparse.write_report(report, tmp_path / "new" / "page.html")
