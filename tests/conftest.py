@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -68,6 +70,18 @@ def data_path() -> Path:
     return ROOT / "examples" / "data"
 
 
+@pytest.fixture(scope="session")
+def short_examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder examples/ with two blocks of its model: for what must run, whatever it finds."""
+    source, folder = ROOT / "examples", tmp_path_factory.mktemp("short") / "examples"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("models"))
+    path = Path("models", "tiny-llama-docs")
+    short = AutoModelForCausalLM.from_pretrained(source / path, num_hidden_layers=2)
+    short.save_pretrained(folder / path)
+    AutoTokenizer.from_pretrained(source / path).save_pretrained(folder / path)
+    return folder
+
+
 @pytest.fixture
 def tokenizer(model_path: Path):
     return AutoTokenizer.from_pretrained(model_path)
@@ -85,6 +99,13 @@ def save_with_tokenizer(folder: Path, **changes) -> Path:
     example = ROOT / "examples" / "models" / "tiny-llama-docs"
     AutoTokenizer.from_pretrained(example).save_pretrained(folder)
     return folder
+
+
+def assert_said(caught: pytest.ExceptionInfo, given: object, known: Iterable[str]) -> None:
+    """An error names what was given and everything that it could have been."""
+    text = str(caught.value)
+    assert repr(given) in text
+    assert [name for name in known if name not in text] == []
 
 
 def logits(model, ids: torch.Tensor) -> torch.Tensor:

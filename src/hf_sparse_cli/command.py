@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import typer
+from typer.core import TyperCommand
 
 from .failures import sentence
 from .plain import printable
@@ -40,6 +41,22 @@ class Command:
     function: Callable[..., Result]
     examples: Sequence[str]
     generated: Sequence[inspect.Parameter] = ()
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help lists its options by what they belong to."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for the arguments, the command's own options, and each group."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            own = "Arguments" if param.param_type_name == "argument" else "Options"
+            name = getattr(param, "rich_help_panel", None) or own
+            if record := param.get_help_record(ctx):
+                sections.setdefault(name, []).append(record)
+        for name, records in sections.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
@@ -86,4 +103,4 @@ def register(app: typer.Typer, command: Command) -> None:
     run.__annotations__ = {}
     run.__doc__ = command.function.__doc__
     lines = "\n".join(f"  {line}" for line in command.examples)
-    app.command(command.name, epilog=f"\b\nexamples:\n{lines}")(run)
+    app.command(command.name, cls=GroupedCommand, epilog=f"\b\nexamples:\n{lines}")(run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .failures import Failure, sentence
+from .plain import parse_json
 
 # As hf_sparse.checkpoint.headers has them.
 METADATA_KEY = "hf_sparse"
@@ -131,10 +131,10 @@ def _layers(where: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     text = (metadata or {}).get(METADATA_KEY)
     if text is None:
         raise Failure(f"{where} has no hf_sparse metadata: was it rewritten by another tool?")
+    content = parse_json(text, f"{where}: its hf_sparse metadata", Failure)
     try:
-        content = json.loads(text)
         version, layers = content["version"], content["layers"].items()
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (TypeError, KeyError, AttributeError):
         raise Failure(f"{where}: its hf_sparse metadata are damaged") from None
     if version != VERSION:
         raise Failure(

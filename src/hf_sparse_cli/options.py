@@ -41,7 +41,14 @@ def parameter(argument: Argument[Any, Any]) -> inspect.Parameter:
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[
-            kind | None, typer.Option(option, help=text, metavar=metavar, show_default=False)
+            kind | None,
+            typer.Option(
+                option,
+                help=text,
+                metavar=metavar,
+                show_default=False,
+                rich_help_panel=argument.group.capitalize(),
+            ),
         ],
     )
 

@@ -21,6 +21,8 @@ def caused(outer, inner):
     ("error", "words"),
     [
         (Failure("do\nthis"), "do this"),
+        (Failure("\x1b[31m\u202ered"), r"^\\x1b\[31m\\u202ered$"),
+        (ValueError("\x1b]0;title\x07"), r"^ValueError: \\x1b\]0;title\\x07 "),
         (hf_sparse.ConfigError("seed=-1"), "seed=-1"),
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full: .*No space left"),
         (errors.OfflineModeIsEnabled("long story"), "HF_HUB_OFFLINE is set"),

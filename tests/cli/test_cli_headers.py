@@ -83,6 +83,8 @@ def entry(**changes):
         (entry(shape=[True, None]), "is damaged"),
         (lambda c: {**c, "version": 9}, "version 9 is not known, this hf-sparse reads 1"),
         (lambda c: [c], "metadata are damaged"),
+        (lambda c: {"version": 10**400}, "metadata is not JSON .* a number is beyond"),
+        (lambda c: {"version": float("nan")}, "metadata is not JSON"),
         (lambda c: {"version": 1, "layers": [1]}, "metadata are damaged"),
         (lambda c: {"version": 1, "layers": {LAYER: 3}}, f"{LAYER} is damaged"),
     ],

@@ -98,6 +98,13 @@ class Point:
     more: Mapping[str, float] | None = None
 
 
+def test_a_record_s_strings_do_nothing_to_a_terminal():
+    content = {"x": 1, "count": 2, "names": ["\x1b[31m"], "more": {"\u202e": 0.5}}
+    point = read_record(Point, content, "it")
+    assert point.names == ("\\x1b[31m",)
+    assert point.more == {"\\u202e": 0.5}
+
+
 def test_a_record_is_made_of_json_and_newer_fields_are_left_out():
     content = {"x": 1, "count": 2, "names": ["a"], "more": {"b": 0.5}, "new": []}
     point = read_record(Point, content, "it")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -188,6 +189,20 @@ def test_inspect_shows_layers_of_one_kind_in_a_line(cli, sparse):
     assert len(values["layers"]) == 14
     assert values["config"]["method"] == "magnitude"
     assert values["bytes_packed"] == sum(layer["bytes"] for layer in values["layers"])
+
+
+def test_names_from_a_file_do_nothing_to_the_terminal(cli, sparse, tmp_path):
+    shutil.copytree(sparse, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["method"] = "\x1b[2J\x1b]0;mine\x07"
+    path.write_text(json.dumps(config))
+    code, out, err = cli("inspect", tmp_path / "copy")
+    assert code == 0
+    assert "\\x1b[2J" in out
+    code, more, err = cli("inspect", tmp_path / "\x1b[2J")
+    assert code == 1
+    assert not {*"\x1b\x07"} & {*(out + more + err)}
 
 
 @pytest.mark.skipif(not memory.peak_resident(), reason="the system doesn't tell")

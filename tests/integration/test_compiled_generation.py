@@ -23,18 +23,24 @@ def sliced(layer):
     return SlicedKernel.of(stored)
 
 
-@pytest.mark.parametrize("kernel", [as_chosen, sliced])
+CODES = {"bits": 4, "group_size": 8}
+
+
 @pytest.mark.parametrize(
-    "recipe",
+    ("recipe", "kernel"),
     [
-        {},
-        {"pattern": "2:4"},
-        {"low_rank": 2},
-        {"bits": 4, "group_size": 8},
+        ({}, as_chosen),
+        ({"pattern": "2:4"}, as_chosen),
+        ({"low_rank": 2}, as_chosen),
+        (CODES, as_chosen),
+        ({}, sliced),
+        pytest.param({"pattern": "2:4"}, sliced, marks=pytest.mark.slow),  # it packs values alike
+        pytest.param({"low_rank": 2}, sliced, marks=pytest.mark.slow),  # the part is the layer's
+        (CODES, sliced),
     ],
     ids=str,
 )
-def test_a_step_is_one_graph(tiny, token_ids, kernel, recipe):
+def test_a_step_is_one_graph(tiny, token_ids, recipe, kernel):
     data = {} if "low_rank" not in recipe else {"method": "sparsegpt", "dataset": list(token_ids)}
     hf_sparse.prune(tiny, SparseConfig(**{"method": "magnitude", **recipe, **data}))
     layers = [module for module in tiny.modules() if isinstance(module, SparseLinear)]

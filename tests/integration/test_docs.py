@@ -56,9 +56,9 @@ def registries(monkeypatch):
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.name != "sharing.md"], ids=lambda page: page.name
 )
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, registries):
-    for folder in ("examples", "tests"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, registries, short_examples):
+    (tmp_path / "examples").symlink_to(short_examples)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for language, block in blocks(page, "python", "json", "yaml", "sh"):

@@ -94,6 +94,40 @@ def test_what_was_emptied_is_filled_from_its_state_dict(sparse):
     assert torch.equal(block(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_layers_on_disk_stay_there_but_for_their_calls(tiny, token_ids, tmp_path, buffers, rank):
+    data = {"method": "sparsegpt", "dataset": list(token_ids), "low_rank": rank}
+    hf_sparse.prune(tiny, SparseConfig(**data if rank else {"method": "magnitude"}))
+    expected = logits(tiny.eval(), token_ids)
+    tiny.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "model.layers": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map=places,
+        offload_folder=tmp_path / "offloaded",
+        offload_buffers=buffers,
+    )
+    for _ in range(2):
+        layers = [*model.model.layers.parameters(), *model.model.layers.buffers()]
+        assert all(tensor.is_meta for tensor in layers)
+        torch.testing.assert_close(logits(model, token_ids), expected, rtol=1e-4, atol=1e-5)
+    assert "offloaded" in model.get_submodule(UP).trace[-1].reason
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again, token_ids), expected)
+
+
+def test_a_model_on_meta_has_the_shapes_of_the_sparse_one(sparse, tmp_path):
+    sparse.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="meta")
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    found = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert found == {name: tensor.shape for name, tensor in sparse.state_dict().items()}
+
+
 def test_gradient_checkpointing_changes_no_gradient(sparse, token_ids):
     model = get_peft_model(sparse, lora()).train()
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -76,8 +76,9 @@ def test_the_sentence_encoder_keeps_its_embeddings(one_thread):
     assert cosine["sparsegpt-60"] >= 0.875
 
 
+@pytest.mark.slow
 def test_methods_rank_on_a_sentence_encoder_too(data_path):
-    """A short form of the slow test above, on the text that ships."""
+    """A short form of the test above, on the text that ships."""
     text = (data_path / "calibration.txt").read_text()
     cosine = [
         figures.measure_encoder(text, row, calibration=slice(0, 80), evaluation=slice(100, 160))

@@ -324,10 +324,12 @@ said["offline"] = refused(model.push_to_hub, "me/x", token="hf_write")
     assert card_of(hub, "you/theirs", "refs/pr/1").text.strip() == "Theirs."
 
 
-def test_the_page_of_the_docs_and_the_example_run(hub: Hub, tmp_path: Path) -> None:
+def test_the_page_of_the_docs_and_the_example_run(
+    hub: Hub, tmp_path: Path, short_examples: Path
+) -> None:
     """In the project's folder, as somebody would type them."""
     client = Client(hub, tmp_path / "home")
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "examples").symlink_to(short_examples)
     page = (ROOT / "docs" / "sharing.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 4
@@ -338,9 +340,9 @@ def test_the_page_of_the_docs_and_the_example_run(hub: Hub, tmp_path: Path) -> N
     assert (tmp_path / "tiny-llama-sparse50" / "README.md").is_file()
 
     arguments = [
-        *(ROOT / "examples" / "models" / "tiny-llama-docs", "me/example", "--private"),
-        *("--calibration", ROOT / "examples" / "data" / "calibration.txt", "--num-samples", 8),
-        *("--evaluation", ROOT / "examples" / "data" / "evaluation.txt", "--seq-len", 128),
+        *(short_examples / "models" / "tiny-llama-docs", "me/example", "--private"),
+        *("--calibration", short_examples / "data" / "calibration.txt", "--num-samples", 8),
+        *("--evaluation", short_examples / "data" / "evaluation.txt", "--seq-len", 128),
         *("--evaluation-samples", 8),
     ]
     example = (ROOT / "examples" / "prune_and_push.py").read_text()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from ..core.errors import CheckpointError
@@ -18,6 +19,7 @@ from ..layers.held import buffer_name
 from ..layers.prunable import is_prunable
 from ..layers.replace import ModuleParents
 from .headers import PackedLayer
+from .offload import as_held, leave_in_files, read
 
 
 def build_layers(
@@ -60,8 +62,12 @@ def finish_layers(model: nn.Module, layers: Mapping[str, PackedLayer]) -> None:
     for name, layer in layers.items():
         module = modules[name]
         assert isinstance(module, SparseLinear)
-        _finish_stored(module, layer)
-        layer.check(module.packed, module.low_rank)
+        if module.is_offloaded():
+            leave_in_files(module, layer)
+        with align_module_device(module):
+            if not any(tensor.is_meta for tensor in module.packed.values()):
+                _finish_stored(module, layer)
+                layer.check(module.packed, module.low_rank)
         module.resolve()
 
 
@@ -123,12 +129,8 @@ def _finish_stored(module: SparseLinear, layer: PackedLayer) -> None:
     low_rank = module.low_rank
     factors = low_rank.tensors() if low_rank is not None else {}
     for key, loaded in (module.packed | factors).items():
-        tensor = layer.read(key) if loaded.device.type == "cpu" else loaded
+        on_cpu, dtype = loaded.device.type == "cpu", module.weight_dtype
+        tensor = read(layer, key, dtype) if on_cpu else loaded
         if key == "weight" or key in factors:
-            tensor = tensor.to(_values_dtype(tensor.dtype, module.weight_dtype))
+            tensor = as_held(tensor, dtype)
         setattr(module, buffer_name(key), tensor)
-
-
-def _values_dtype(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
-    """What values are kept in: as stored if the wanted dtype represents them exactly."""
-    return stored if torch.promote_types(stored, wanted) == wanted else wanted

@@ -17,6 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from .errors import CheckpointError
+from .untrusted_text import printable
 
 T = TypeVar("T")
 
@@ -123,6 +124,7 @@ def read_record(kind: type[T], content: Any, where: str) -> T:
     """The value of a dataclass that JSON describes.
 
     Keys that the class has no field for are left out, so that a newer version's file can be read.
+    What in strings is no character to be seen is replaced by its escape.
 
     Args:
         kind: a dataclass of strings, finite numbers, bools, tuples, mappings and dataclasses.
@@ -149,11 +151,13 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return _read_tuple(arguments, value, where)
     if origin is Mapping:
         entries = _require(dict, value, where).items()
-        return {k: _read(arguments[1], v, f"{where}, {k}") for k, v in entries}
+        return {printable(k): _read(arguments[1], v, f"{where}, {k}") for k, v in entries}
     if is_dataclass(kind):
         return _read_fields(kind, _require(dict, value, where), where)
     if not (kind is float and type(value) is int):
         _require(kind, value, where)
+    if kind is str:
+        return printable(value)
     if kind in (int, float):
         if not is_measure(value):
             raise CheckpointError(f"{where}: {_brief(value)} is no count or measure")

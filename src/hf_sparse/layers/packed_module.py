@@ -91,11 +91,11 @@ class PackedModule(nn.Module):
         """
         if self.kernel is not None or self.trains_values:
             return
-        packed = self.packed
-        if any(tensor.is_meta for tensor in packed.values()):
-            return
         if self.is_offloaded():
             self.trace = (Verdict("reference", True, "its tensors are offloaded"),)
+            return
+        packed = self.packed
+        if any(tensor.is_meta for tensor in packed.values()):
             return
         choice = choose(StoredWeight(self.format, packed, self.shape, self.weight_dtype))
         self.trace = choice.trace

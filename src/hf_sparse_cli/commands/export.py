@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -13,7 +13,7 @@ from ..models import Model, Revision, load, read_config, require_sparse
 from ..output import Output, check_output
 
 
-class Form(str, Enum):
+class Form(StrEnum):
     """What can be exported to."""
 
     dense = "dense"

@@ -19,10 +19,10 @@ SHARED = 48 << 10  # bytes a program gets on every GPU
 PRODUCT_WARPS = 16  # on a multiprocessor: what the layout counts on when it splits rows
 
 
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory):
+@pytest.fixture
+def launches(tmp_path):
     """What was compiled and launched."""
-    own_cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    own_cache = {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, str(PROGRAM)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own_cache})
     assert done.returncode == 0, done.stderr[-4000:]
@@ -35,18 +35,12 @@ def launches(tmp_path_factory):
     return found
 
 
-def test_kernels_compile_and_stay_in_registers(launches):
+def test_kernels_compile_stay_in_registers_and_find_room_on_a_multiprocessor(launches):
     for each in launches:
         assert each["spilled"] <= FEW_BYTES, each
-
-
-def test_programs_find_room_on_a_multiprocessor(launches):
-    for each in launches:
         assert each["shared"] <= SHARED, each
         assert each["registers"] * each["warps"] * 32 <= REGISTERS, each
-
-
-def test_as_many_warps_of_products_fit_as_the_layout_counts_on(launches):
+    # As many warps of products fit as the layout counts on.
     products = [each for each in launches if each["kernel"] == "_product"]
     assert {each["warps"] for each in products} == set(weight.WARPS)
     for each in products:

@@ -118,12 +118,18 @@ def test_the_operator_keeps_torch_s_rules():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_and_exported_layers_give_the_eager_result():
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],  # compiles C++
+)
+def test_compiled_and_exported_layers_give_the_eager_result(backend):
     layer = layer_of(pruned(), bias=torch.nn.Parameter(torch.randn(20)))
     x = torch.randn(4, 36)
     with torch.no_grad():
         expected = layer(x)
-        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected)
+        torch.testing.assert_close(
+            torch.compile(layer, fullgraph=True, backend=backend)(x), expected
+        )
     exported = torch.export.export(layer, (x,))
     torch.testing.assert_close(exported.module()(x), expected)
 
