@@ -1,6 +1,7 @@
 #!/bin/sh
-# Runs the driver under AddressSanitizer and UBSan, under valgrind (which knows no AVX-512: scalar
-# and AVX2 run there) and, with a cross compiler and qemu-user, on aarch64.
+# Runs the drivers under AddressSanitizer and UBSan: one with right arguments and one with hostile
+# ones. The first one also under valgrind (which knows no AVX-512: scalar and AVX2 run there) and,
+# with a cross compiler and qemu-user, on aarch64.
 #
 #     ./sanitize.sh [cases]
 set -e
@@ -17,10 +18,20 @@ for cxx in g++ clang++; do
     $cxx $flags -O1 -fsanitize=address,undefined -fno-sanitize-recover=all \
         $core/*.cpp sanitize_driver.cpp -o "$build/sanitized"
     "$build/sanitized" "$cases"
+    $cxx $flags -O1 -fsanitize=address,undefined -fno-sanitize-recover=all \
+        $core/*.cpp hostile_driver.cpp -o "$build/hostile"
+    "$build/hostile" "$((cases * 10))"
     echo "== $cxx -O3"
     $cxx $flags -O3 $core/*.cpp sanitize_driver.cpp -o "$build/fast"
     "$build/fast" "$cases"
 done
+
+echo "== torch's operators with hostile arguments, g++, AddressSanitizer and UndefinedBehaviorSanitizer"
+g++ $flags -O1 -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=all \
+    $core/*.cpp -o "$build/_tiles.so"
+LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
+    ASAN_OPTIONS=detect_leaks=0 \
+    python -W ignore ../helpers/hostile_calls.py "$((cases * 70))" "$build/_tiles.so"
 
 if command -v valgrind >/dev/null; then
     echo "== valgrind"

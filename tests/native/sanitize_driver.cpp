@@ -3,56 +3,13 @@
 //
 // All buffers are allocated at their exact sizes, so that a read or write beyond one is seen.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <memory>
-#include <random>
-#include <string>
 #include <vector>
 
-#include "abi.h"
 #include "convert.h"
-
-using namespace tiles;
-
-extern "C" {
-int32_t tile_path_count();
-const char* tile_path_name(int32_t);
-int32_t tile_path_available(int32_t);
-int32_t tile_check(Weight*);
-int64_t tile_count_dense(int64_t, int64_t, const void*, int64_t, int32_t);
-int32_t tile_pack_dense(int64_t, int64_t, const void*, int64_t, int32_t, uint32_t*, uint64_t*,
-                       uint32_t*, void*, int64_t, ParallelFor);
-int32_t tile_pack_bitmask(int64_t, int64_t, const uint8_t*, const void*, int64_t, int32_t,
-                         uint32_t*, uint64_t*, uint32_t*, void*, int64_t, ParallelFor);
-int32_t tile_unpack(const Weight*, uint8_t*, void*, ParallelFor);
-int32_t tile_linear(const Weight*, int32_t, const void*, int32_t, int64_t, int64_t, const void*,
-                   int32_t, void*, int32_t, int64_t, ParallelFor);
-int32_t tile_decode_panel(const Weight*, int32_t, int64_t, int64_t, void*, int32_t, int64_t,
-                         int32_t, ParallelFor);
-int32_t tile_gemv(int64_t, int64_t, const void*, int32_t, int64_t, int32_t, const void*, int32_t,
-                 void*, int32_t, ParallelFor);
-}
+#include "driver.h"
 
 namespace {
-
-std::mt19937_64 rng(1);
-
-int64_t uniform(int64_t low, int64_t high) {
-  return std::uniform_int_distribution<int64_t>(low, high)(rng);
-}
-double normal() { return std::normal_distribution<double>()(rng); }
-bool chance(double p) { return std::bernoulli_distribution(p)(rng); }
-
-[[noreturn]] void fail(const std::string& what) {
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-  std::exit(1);
-}
-void expect(bool condition, const std::string& what) {
-  if (!condition) fail(what);
-}
 
 // A pool that cuts the range in odd places, to show that the cuts don't matter.
 int32_t uneven(int64_t begin, int64_t end, int64_t grain, Body body, void* context) {
@@ -64,19 +21,11 @@ int32_t uneven(int64_t begin, int64_t end, int64_t grain, Body body, void* conte
   return 0;
 }
 
-// Exactly `bytes`, and aligned no better than malloc or the offset makes it.
-struct Bytes {
-  explicit Bytes(int64_t count) : data(static_cast<uint8_t*>(std::malloc(count ? count : 1))) {}
-  ~Bytes() { std::free(data); }
-  Bytes(const Bytes&) = delete;
-  uint8_t* data;
-};
-
 void one_case() {
   const int64_t n = uniform(1, 300), k = uniform(1, 300);
   // Now and then enough tokens for every level of blocking.
   const int64_t m = chance(0.04) ? uniform(71, 700) : uniform(0, 70);
-  // int4 is packed as int8 and then narrowed, as packed.py does.
+  // int4 is packed as int8 and then narrowed, as pack.py does.
   const int32_t value_dtype = static_cast<int32_t>(uniform(0, 4));
   const int32_t dtype = value_dtype == kI4 ? kI8 : value_dtype;
   const int64_t top = value_dtype == kI4 ? 7 : 127;
@@ -219,15 +168,15 @@ void one_case() {
     }
     const int64_t begin = uniform(0, tiles - 1), end = uniform(begin, tiles);
     const int64_t rows = min64(n, end * 16) - min64(n, begin * 16);
-    Bytes panel(rows * k * 4);
+    Bytes decoded(rows * k * 4);
     for (const bool transposed : {false, true}) {
-      expect(tile_decode_panel(&w, path, begin, end, panel.data, kF32, transposed ? rows : k,
+      expect(tile_decode_panel(&w, path, begin, end, decoded.data, kF32, transposed ? rows : k,
                               transposed, uneven) == kOk,
              name + ": decode");
       for (int64_t i = 0; i < rows * k; ++i) {
         const int64_t at = transposed ? i % k * rows + i / k : i;
         const double v = weight[static_cast<size_t>(begin * 16 * k + i)];
-        expect(std::fabs(load_as_float(panel.data, at, kF32) - v) <= 0x1p-23 * std::fabs(v),
+        expect(std::fabs(load_as_float(decoded.data, at, kF32) - v) <= 0x1p-23 * std::fabs(v),
                name + ": decode differs");
       }
     }
@@ -235,7 +184,7 @@ void one_case() {
 }
 
 // A dense weight of 16-bit floats times one token.
-void one_gemv() {
+void one_dense_row() {
   const int64_t n = uniform(1, 70), k = uniform(1, 300), stride = k + uniform(0, 5);
   const int32_t w_dtype = chance(0.5) ? kBF16 : kF16;
   const int32_t x_dtype = static_cast<int32_t>(uniform(0, 2));
@@ -251,7 +200,7 @@ void one_gemv() {
     const std::string name = tile_path_name(path);
     expect(tile_gemv(n, k, w.data, w_dtype, stride, path, x.data, x_dtype, y.data, kF32,
                     chance(0.5) ? uneven : nullptr) == kOk,
-           name + ": gemv");
+           name + ": dense row");
     for (int64_t r = 0; r < n; ++r) {
       double sum = 0, size = 0;
       for (int64_t c = 0; c < k; ++c) {
@@ -262,7 +211,7 @@ void one_gemv() {
       }
       const double got = load_as_float(y.data, r, kF32);
       expect(std::fabs(got - sum) <= 0x1p-23 * (std::sqrt(static_cast<double>(k)) + 4) * size,
-             name + ": gemv differs");
+             name + ": dense row differs");
     }
   }
 }
@@ -277,6 +226,6 @@ int main(int argc, char** argv) {
   }
   std::printf("\n");
   for (int i = 0; i < cases; ++i) one_case();
-  for (int i = 0; i < cases; ++i) one_gemv();
+  for (int i = 0; i < cases; ++i) one_dense_row();
   std::printf("%d cases passed\n", cases);
 }

@@ -128,6 +128,20 @@ def test_what_somebody_else_wrote_stands_in_the_card_and_does_nothing_there(text
     assert not re.findall(r"(?<!\\)\]\(|(?<!\\)://", outside)
 
 
+def test_zeros_are_those_of_the_files_whatever_the_report_says(sparse, tmp_path):
+    sparse.save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "pruning_report.json"
+    report = json.loads(path.read_text())
+    first, *others = report["layers"]
+    first |= {"zeros": first["shape"][0] * first["shape"][1], "sparsity": 1.0}
+    missing = {**first, "name": "model.layers.7.mlp.up_proj"}
+    path.write_text(json.dumps(report | {"layers": [first, *others, missing]}))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    text = saved_card(loaded, tmp_path / "b").text
+    assert f"75.0% of the weights of {len(report['layers'])} layers" in text
+    assert "| sparsity reached | 0.7500 |" in text
+
+
 def test_a_base_model_that_is_no_repository_is_no_link(sparse, tmp_path):
     sparse.save_pretrained(tmp_path / "a")
     path = tmp_path / "a" / "pruning_report.json"

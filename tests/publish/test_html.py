@@ -12,7 +12,7 @@ import torch
 
 import hf_sparse
 from conftest import ROOT, layer_report
-from hf_sparse import PruningReport, SaveError, SparseConfig
+from hf_sparse import EvaluationError, PruningReport, SaveError, SparseConfig, write_report
 from hf_sparse.evaluation import Evaluation, Texts
 from hf_sparse.pruning.report import LayerReport
 from hf_sparse.publish.html import masks, page
@@ -262,6 +262,18 @@ def test_every_asset_is_in_the_wheel():
     assert assets <= listed
 
 
+def test_the_page_of_a_folder_counts_its_zeros(tiny, tmp_path):
+    report = hf_sparse.prune(tiny, SparseConfig(method="magnitude", sparsity=0.75))
+    tiny.save_pretrained(tmp_path / "model")
+    lies = tuple(dataclasses.replace(x, zeros=0, sparsity=0.0) for x in report.layers)
+    told = dataclasses.replace(report, layers=lies)
+    pages = {"true": report, "told": told}
+    for name, each in pages.items():
+        hf_sparse.write_report(each, tmp_path / name, masks=tmp_path / "model")
+    assert (tmp_path / "true").read_text() == (tmp_path / "told").read_text()
+    assert "75.00%" in (tmp_path / "told").read_text()
+
+
 def test_a_page_that_can_not_be_written_leaves_what_was_there(tmp_path):
     report = PruningReport((layer("a.b", "a"),))
     hf_sparse.write_report(report, tmp_path / "new" / "page.html")
@@ -301,3 +313,9 @@ def test_all_text_has_the_contrast_that_wcag_aa_asks_for(scheme):
 def test_values_too_small_to_see_are_drawn_at_the_bottom(highest):
     chart = line_chart("c", "c", "x", [0.0, highest], ["a", "b"])
     assert {point.y for point in chart.points} == {chart.base}
+
+
+def test_without_a_report_an_error_says_what_to_pass(tmp_path):
+    with pytest.raises(EvaluationError, match="report=None is no report: pass what prune returned"):
+        write_report(None, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()

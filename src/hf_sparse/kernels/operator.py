@@ -153,7 +153,7 @@ def define_product(
 
 
 def check_input(x: Tensor, columns: int, weight: Iterable[Any] = ()) -> None:
-    """Is x a floating-point tensor [..., columns] on the weight's device?
+    """Is x a dense floating-point tensor [..., columns] on the weight's device?
 
     Raises:
         TypeError, ValueError: it isn't; says what was found and what was expected.
@@ -163,8 +163,12 @@ def check_input(x: Tensor, columns: int, weight: Iterable[Any] = ()) -> None:
         raise TypeError(f"x is {x.dtype}, expected one of {expected}")
     if x.dim() == 0 or x.shape[-1] != columns:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {columns})")
-    for each in weight:
-        if isinstance(each, Tensor) and each.device != x.device:
+    for each in (x, *weight):
+        if not isinstance(each, Tensor):
+            continue
+        if each.layout is not torch.strided:
+            raise TypeError(f"a tensor's layout is {each.layout}, expected {torch.strided}")
+        if each.device != x.device:
             raise ValueError(
                 f"the input is on {x.device}, the sparse weight on {each.device}: move one of "
                 "them; in place of nn.DataParallel start a process for each GPU"

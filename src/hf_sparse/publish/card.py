@@ -1,7 +1,7 @@
 """The model card of a sparse model: metadata for the Hub, and text for people.
 
-Every number comes from the pruning report and the evaluation that the model's quantizer holds; what
-was not measured is not in the card.
+Every number comes from the pruning report and the evaluation that the model's quantizer holds, but
+zeros are counted in the weight files; what was not measured is not in the card.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..evaluation import Evaluation
 from ..pruning.report import PruningReport
 from .card_results import eval_results
 from .card_values import Subject, card_values
+from .counted import counted
 from .hub_files import CARD, INHERITED, hub_id, inherited, read_card
 
 TEMPLATE = files(__package__) / "card_template.md"
@@ -103,7 +104,8 @@ def _subject(
     model: Any, folder: Path, source: str, named_base: Any, repo_id: str | None
 ) -> Subject:
     quantizer = model.hf_quantizer
-    report: PruningReport | None = quantizer.report
+    made: PruningReport | None = quantizer.report
+    report = counted(made, folder) if made else None
     config: SparseConfig = quantizer.quantization_config
     made_from = report.model if report else ""
     base = hub_id(made_from) if "/" in made_from or made_from == hub_id(source) else None

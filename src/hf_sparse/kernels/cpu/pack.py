@@ -106,6 +106,8 @@ def pack_dense(
     rows = dense if dense.stride(1) == 1 and dense.stride(0) >= k else dense.contiguous()
     dtype, stride = library.NUMBERS[rows.dtype], max(rows.stride(0), k)
     count = library.library().tile_count_dense(n, k, rows.data_ptr(), stride, dtype)
+    if count < 0:
+        raise library.NativeError(f"dense of {n} x {k}, rows {stride} apart, can't be read")
     return _pack(
         n,
         k,

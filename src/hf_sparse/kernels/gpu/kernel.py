@@ -83,10 +83,16 @@ class SlicedKernel(PackedKernel):
 
     @classmethod
     def of(cls, stored: Stored) -> SlicedKernel:
-        """The kernel of a weight, whatever the device, with nothing measured."""
+        """The kernel of a weight, whatever the device, with nothing measured.
+
+        Raises:
+            ValueError: its codes take more than 8 bits.
+        """
         zeros = stored.tensors.get("weight_zeros")
         if isinstance(stored.format, Quantized):
             coded = stored.format.quantized(stored.tensors, stored.shape)
+            if (reason := more_than_8_bits(coded.codes)) is not None:
+                raise ValueError(f"{cls.name} {reason}")
             width = coded.scales.grid.width(stored.shape[1])
             weight = pack_dense(coded.codes.to(torch.int8), coded.scales.scale, width)
             return cls(Product(weight), zeros)

@@ -14,9 +14,10 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ...checkpoint.headers import PackedLayer, read_layers
+from ...checkpoint.headers import read_layers
 from ...core.logging import progress_bar
 from ...layers import SparseLinear, sparse_layers
+from ..counted import unpacked
 
 GRID = 48  # parts a side
 CORNER = 128  # weights a side
@@ -112,18 +113,9 @@ def _of_model(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 def _of_folder(folder: str | os.PathLike[str]) -> dict[str, Callable[[], Tensor]]:
     layers = read_layers(sorted(Path(folder).glob("*.safetensors")))
-    return {name: partial(_read, layer) for name, layer in layers.items()}
+    return {name: partial(unpacked, layer) for name, layer in layers.items()}
 
 
 def _unpack(layer: SparseLinear) -> Tensor:
     with align_module_device(layer):  # type: ignore[no-untyped-call]
         return layer.sparse_weight
-
-
-def _read(layer: PackedLayer) -> Tensor:
-    """The weight in the narrowest dtype that tells what is 0."""
-    tensors = {key: layer.read(key) for key in layer.format.specs(layer.shape)}
-    layer.check(tensors)
-    values = tensors["weight"].dtype
-    dtype = values if values.is_floating_point else torch.float32
-    return layer.format.unpack(tensors, layer.shape, dtype)

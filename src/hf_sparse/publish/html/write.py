@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -14,9 +15,11 @@ from markupsafe import Markup
 from torch import nn
 
 from ...checkpoint.folder import write_file
-from ...core.untrusted_text import printable
+from ...core.errors import EvaluationError
+from ...core.untrusted_text import brief, printable
 from ...evaluation import Evaluation
 from ...pruning.report import PruningReport
+from ..counted import counted
 from .masks import CORNER, GRID, LAYERS, MaskView, read_masks
 from .page import page_values
 
@@ -37,12 +40,21 @@ def write_report(
         path: the file; appears complete or not at all.
         masks: the pruned model, or the folder of its checkpoint, to show masks of its layers: how
             dense each of 48 x 48 parts is and the first 128 x 128 weights, of at most 256 layers.
+            The zeros of a folder's layers are counted anew.
         evaluation: from `evaluate`, to show beside it.
 
     Raises:
+        EvaluationError: there is no report.
         CheckpointError: the folder's files are damaged.
         SaveError: the file can't be written; what was there before is as it was.
     """
+    if not isinstance(report, PruningReport):
+        raise EvaluationError(
+            f"report={brief(report)} is no report: pass what prune returned or what "
+            "PruningReport.from_folder finds; a model may have been loaded without one"
+        )
+    if masks is not None and not isinstance(masks, nn.Module):
+        report = counted(report, Path(masks))
     names = [layer.name for layer in report.layers]
     views = [] if masks is None else read_masks(masks, names)
     write_file(path, render(report, views, evaluation))

@@ -1,4 +1,4 @@
-// The C ABI, which native.py mirrors. Every function that can fail returns a Code; arrays are the
+// The C ABI, which library.py mirrors. Every function that can fail returns a Code; arrays are the
 // caller's and their lengths are those of tiles.h, which the caller has checked.
 #pragma once
 
@@ -16,7 +16,7 @@ enum Code : int32_t {
   kOk = 0,
   kBadSize,          // a dimension is out of range
   kBadDType,         // a dtype isn't one that this argument may have
-  kBadGroup,         // group_size isn't a positive even number
+  kBadGroup,         // group_size isn't positive, or odd below K, or there are no scales
   kCountMismatch,    // the mask's bits and the values' count differ
   kPaddingBits,      // a mask bit outside N x K is set
   kBufferTooSmall,   // the values buffer lacks room for the values or its padding
@@ -24,6 +24,7 @@ enum Code : int32_t {
   kBadPath,          // no such path, or this CPU can't run it
   kNoMemory,
   kPoolFailed,       // the thread pool reported an error
+  kNoArray,          // a pointer is null
 };
 
 // libtorch's torch_parallel_for, or null to stay on the calling thread.
@@ -44,6 +45,13 @@ int32_t run(ParallelFor pool, int64_t count, int64_t grain, F& body) {
   return pool(0, count, grain, call, &body) == 0 ? kOk : kPoolFailed;
 }
 
+// The numbers of a weight and its pointers; tile_check says whether the arrays are sound.
 int32_t check_shape(const Weight& w);
+
+inline bool is_dim(int64_t size) { return size >= 1 && size <= kMaxDim; }
+// Can rows of that many columns lie a stride apart?
+inline bool is_stride(int64_t stride, int64_t columns) {
+  return stride >= columns && stride <= kMaxStride;
+}
 
 }  // namespace tiles

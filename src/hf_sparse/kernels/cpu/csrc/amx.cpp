@@ -425,14 +425,14 @@ void decode(const Weight& w, int64_t tile_begin, int64_t tile_end, void* out, in
   kAvx512Vbmi2Path.decode(w, tile_begin, tile_end, out, dtype, stride, transposed);
 }
 
-void gemv(const DenseProduct& p, int64_t begin, int64_t end) {
-  kAvx512Vbmi2Path.gemv(p, begin, end);
+void dense_row(const DenseProduct& p, int64_t begin, int64_t end) {
+  kAvx512Vbmi2Path.dense_row(p, begin, end);
 }
 
 }  // namespace
 
 const Path kAmxPath = {"amx",  available, fits,     plan,   pack_units,
-                       pack_x, grain,     multiply, decode, gemv};
+                       pack_x, grain,     multiply, decode, dense_row};
 
 }  // namespace tiles
 TILE_TARGET_END

@@ -16,21 +16,12 @@ namespace tiles {
 namespace {
 
 #include "vector_path.h"
+#include "x86_shuffle.h"
 
-#include "gemv.h"
-#include "panels.h"
-
-struct Isa {
+struct Isa : IsaDefaults, ByteShuffle {
   using F = __m256;
   static constexpr int V = 2;
   static constexpr int kAccumulators = 8;
-  static constexpr int64_t kMaxDirect = 4;
-  static constexpr int kMicroTiles = 1;
-  static constexpr int kMicroTokens = 6;
-  static constexpr float kInt8Unit = 0x1p-16f;
-  static constexpr float kInt4Unit = 0x1p-20f;
-  template <int32_t>
-  static constexpr bool kDecodesTwo = false;
 
   static TILE_INLINE F zero() { return _mm256_setzero_ps(); }
   static TILE_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -39,10 +30,6 @@ struct Isa {
   static TILE_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
   static TILE_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static TILE_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-
-  static TILE_INLINE __m128i load128(const void* p) {
-    return _mm_loadu_si128(static_cast<const __m128i*>(p));
-  }
 
   static TILE_INLINE void load16(const void* p, int64_t i, int32_t dtype, float* out) {
     if (dtype == kF32) {
@@ -85,16 +72,6 @@ struct Isa {
 
   static TILE_INLINE __m128i expand_columns(const uint16_t* values, uint32_t mask) {
     return _mm_shuffle_epi8(load128(values), load128(kTables.columns[mask & 0xffu]));
-  }
-
-  // 8 values as bytes; int4 times 16.
-  static TILE_INLINE __m128i eight_bytes(const int8_t* values) {
-    return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
-  }
-  static TILE_INLINE __m128i eight_bytes(Nibbles values) {
-    const EightNibbles eight = eight_nibbles(values);
-    return _mm_unpacklo_epi8(_mm_cvtsi32_si128(static_cast<int>(eight.even)),
-                             _mm_cvtsi32_si128(static_cast<int>(eight.odd)));
   }
 
   template <class Pointer>
@@ -159,12 +136,9 @@ bool available() {
          __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1u) != 0;
 }
 
-using Walk = VectorPath<Isa>;
-
 }  // namespace
 
-const Path kAvx2Path = {"avx2", available, Walk::fits, Walk::plan, Walk::pack_units,
-    Walk::pack_x, Walk::grain, Walk::multiply, Panels<Isa>::decode, Gemv<Isa>::multiply};
+constexpr Path kAvx2Path = path_of<Isa>("avx2", available);
 
 }  // namespace tiles
 TILE_TARGET_END

@@ -17,16 +17,10 @@ namespace {
 
 #include "vector_path.h"
 
-#include "gemv.h"
-#include "panels.h"
-
 #include "avx512_common.h"
+#include "x86_shuffle.h"
 
-struct Isa : Avx512 {
-  static TILE_INLINE __m128i load128(const void* p) {
-    return _mm_loadu_si128(static_cast<const __m128i*>(p));
-  }
-
+struct Isa : Avx512, ByteShuffle {
   static TILE_INLINE __m512i join(const void* a, const void* b, const void* c, const void* d) {
     const __m512i ab = _mm512_inserti32x4(_mm512_castsi128_si512(load128(a)), load128(b), 1);
     return _mm512_inserti32x4(_mm512_inserti32x4(ab, load128(c), 2), load128(d), 3);
@@ -40,16 +34,6 @@ struct Isa : Avx512 {
     const __m512i shuffle = join(table[mask & 0xffu], table[mask >> 8 & 0xffu],
                                  table[mask >> 16 & 0xffu], table[mask >> 24]);
     return _mm512_shuffle_epi8(packed, shuffle);
-  }
-
-  // 8 values as bytes; int4 times 16.
-  static TILE_INLINE __m128i eight_bytes(const int8_t* values) {
-    return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
-  }
-  static TILE_INLINE __m128i eight_bytes(Nibbles values) {
-    const EightNibbles eight = eight_nibbles(values);
-    return _mm_unpacklo_epi8(_mm_cvtsi32_si128(static_cast<int>(eight.even)),
-                             _mm_cvtsi32_si128(static_cast<int>(eight.odd)));
   }
 
   // Two masks of 8 bits -> 16 bytes.
@@ -90,12 +74,9 @@ bool available() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-using Walk = VectorPath<Isa>;
-
 }  // namespace
 
-const Path kAvx512Path = {"avx512", available, Walk::fits, Walk::plan, Walk::pack_units,
-    Walk::pack_x, Walk::grain, Walk::multiply, Panels<Isa>::decode, Gemv<Isa>::multiply};
+constexpr Path kAvx512Path = path_of<Isa>("avx512", available);
 
 }  // namespace tiles
 TILE_TARGET_END

@@ -1,17 +1,13 @@
 // What the AVX-512 paths share: 16 rows are one vector, and 24 accumulators leave room for the rest.
 // Included after the target pragma, see vector_path.h.
 
-struct Avx512 {
+struct Avx512 : IsaDefaults {
   using F = __m512;
   static constexpr int V = 1;
   static constexpr int kAccumulators = 24;
   static constexpr int64_t kMaxDirect = 12;
   static constexpr int kMicroTiles = 2;
   static constexpr int kMicroTokens = 12;
-  static constexpr float kInt8Unit = 0x1p-16f;
-  static constexpr float kInt4Unit = 0x1p-20f;
-  template <int32_t>
-  static constexpr bool kDecodesTwo = false;
 
   static TILE_INLINE F zero() { return _mm512_setzero_ps(); }
   static TILE_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }

@@ -15,9 +15,6 @@ namespace {
 
 #include "vector_path.h"
 
-#include "gemv.h"
-#include "panels.h"
-
 #include "avx512_common.h"
 
 #include "int4_vbmi.h"
@@ -69,12 +66,9 @@ bool available() {
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
 }
 
-using Walk = VectorPath<Isa>;
-
 }  // namespace
 
-const Path kAvx512Vbmi2Path = {"avx512-vbmi2", available, Walk::fits, Walk::plan, Walk::pack_units,
-    Walk::pack_x, Walk::grain, Walk::multiply, Panels<Isa>::decode, Gemv<Isa>::multiply};
+constexpr Path kAvx512Vbmi2Path = path_of<Isa>("avx512-vbmi2", available);
 
 }  // namespace tiles
 TILE_TARGET_END

@@ -10,6 +10,8 @@
 namespace tiles {
 namespace {
 
+constexpr int32_t kAnyPath = -1;  // lets the CPU and the sizes decide
+
 // From the plainest to the one to prefer; the position is the ABI's number of a path.
 const Path* const kPaths[] = {
     &kScalarPath,
@@ -108,24 +110,28 @@ TILE_EXPORT const char* tile_message(int32_t code) {
     case kBadPath: return "this CPU cannot run that path for these arguments";
     case kNoMemory: return "out of memory";
     case kPoolFailed: return "the thread pool reported an error";
+    case kNoArray: return "an array is missing";
     default: return "unknown error";
   }
 }
 
-// path -1 lets the CPU and the sizes decide. The weight must have passed tile_check.
+// The weight must have passed tile_check.
 TILE_EXPORT int32_t tile_linear(const Weight* weight, int32_t path, const void* x, int32_t x_dtype,
                               int64_t m, int64_t x_stride, const void* bias, int32_t bias_dtype,
                               void* y, int32_t y_dtype, int64_t y_stride, ParallelFor pool) {
   const Weight& w = *weight;
   const int32_t code = check_shape(w);
   if (code != kOk) return code;
-  if (m < 0 || m > kMaxDim || x_stride < w.k || y_stride < w.n) return kBadSize;
+  if (m < 0 || m > kMaxDim || !is_stride(x_stride, w.k) || !is_stride(y_stride, w.n)) {
+    return kBadSize;
+  }
   if (!float_dtype(x_dtype) || !float_dtype(y_dtype)) return kBadDType;
   if (bias && !float_dtype(bias_dtype)) return kBadDType;
   if (m == 0) return kOk;
+  if (!x || !y) return kNoArray;
 
   Product p = {&w, x, x_stride, x_dtype, y_dtype, y, y_stride, nullptr, m, nullptr, 0};
-  if (path < 0) path = choose(p);
+  if (path == kAnyPath) path = choose(p);
   if (!available(path) || !kPaths[path]->fits(p)) return kBadPath;
   const Path& way = *kPaths[path];
   const uint64_t failures = memory_failures.load();
@@ -156,16 +162,17 @@ TILE_EXPORT int32_t tile_linear(const Weight* weight, int32_t path, const void* 
 // Dense rows of the tiles [begin, end) to out[rows][stride], or transposed to out[K][stride]. The
 // weight must have passed tile_check.
 TILE_EXPORT int32_t tile_decode_panel(const Weight* weight, int32_t path, int64_t tile_begin,
-                                    int64_t tile_end, void* out, int32_t out_dtype, int64_t stride,
-                                    int32_t transposed, ParallelFor pool) {
+                              int64_t tile_end, void* out, int32_t out_dtype, int64_t stride,
+                              int32_t transposed, ParallelFor pool) {
   const Weight& w = *weight;
   const int32_t code = check_shape(w);
   if (code != kOk) return code;
   if (tile_begin < 0 || tile_end < tile_begin || tile_end > w.tiles()) return kBadSize;
   const int64_t rows = min64(w.n, tile_end * kRows) - tile_begin * kRows;
-  if (stride < (transposed ? rows : w.k)) return kBadSize;
+  if (!is_stride(stride, transposed ? rows : w.k)) return kBadSize;
   if (!float_dtype(out_dtype)) return kBadDType;
-  if (path < 0) path = best_path();
+  if (!out && rows > 0) return kNoArray;
+  if (path == kAnyPath) path = best_path();
   if (!available(path)) return kBadPath;
   const uint64_t failures = memory_failures.load();
   auto body = [&](int64_t begin, int64_t end) {
@@ -180,18 +187,19 @@ TILE_EXPORT int32_t tile_decode_panel(const Weight* weight, int32_t path, int64_
 }
 
 // y[N] = W x for a dense W[N][K] of bf16 or fp16.
-TILE_EXPORT int32_t tile_gemv(int64_t n, int64_t k, const void* w, int32_t w_dtype, int64_t w_stride,
-                            int32_t path, const void* x, int32_t x_dtype, void* y, int32_t y_dtype,
-                            ParallelFor pool) {
-  if (n < 1 || n > kMaxDim || k < 1 || k > kMaxDim || w_stride < k) return kBadSize;
+TILE_EXPORT int32_t tile_gemv(int64_t n, int64_t k, const void* w, int32_t w_dtype,
+                                 int64_t w_stride, int32_t path, const void* x, int32_t x_dtype,
+                                 void* y, int32_t y_dtype, ParallelFor pool) {
+  if (!is_dim(n) || !is_dim(k) || !is_stride(w_stride, k)) return kBadSize;
   if (w_dtype != kBF16 && w_dtype != kF16) return kBadDType;
   if (!float_dtype(x_dtype) || !float_dtype(y_dtype)) return kBadDType;
-  if (path < 0) path = best_path();
+  if (path == kAnyPath) path = best_path();
   if (!available(path)) return kBadPath;
+  if (!w || !x || !y) return kNoArray;
   float* floats = scratch_of<float>(kScratchX, k);
   if (!floats) return kNoMemory;
   for (int64_t i = 0; i < k; ++i) floats[i] = load_as_float(x, i, x_dtype);
   const DenseProduct p = {k, w, w_stride, w_dtype, floats, y, y_dtype};
-  auto multiply = [&](int64_t begin, int64_t end) { kPaths[path]->gemv(p, begin, end); };
+  auto multiply = [&](int64_t begin, int64_t end) { kPaths[path]->dense_row(p, begin, end); };
   return run(n < kSerialWork / k ? nullptr : pool, n, 4, multiply);
 }

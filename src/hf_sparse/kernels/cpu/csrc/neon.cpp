@@ -14,20 +14,10 @@ namespace {
 
 #include "vector_path.h"
 
-#include "gemv.h"
-#include "panels.h"
-
-struct Isa {
+struct Isa : IsaDefaults {
   using F = float32x4_t;
   static constexpr int V = 4;
   static constexpr int kAccumulators = 16;
-  static constexpr int64_t kMaxDirect = 4;
-  static constexpr int kMicroTiles = 1;
-  static constexpr int kMicroTokens = 6;
-  static constexpr float kInt8Unit = 0x1p-16f;
-  static constexpr float kInt4Unit = 0x1p-20f;
-  template <int32_t>
-  static constexpr bool kDecodesTwo = false;
 
   static TILE_INLINE F zero() { return vdupq_n_f32(0.0f); }
   static TILE_INLINE F load(const float* p) { return vld1q_f32(p); }
@@ -123,12 +113,9 @@ struct Isa {
 
 bool available() { return true; }
 
-using Walk = VectorPath<Isa>;
-
 }  // namespace
 
-const Path kNeonPath = {"neon", available, Walk::fits, Walk::plan, Walk::pack_units,
-    Walk::pack_x, Walk::grain, Walk::multiply, Panels<Isa>::decode, Gemv<Isa>::multiply};
+constexpr Path kNeonPath = path_of<Isa>("neon", available);
 
 }  // namespace tiles
 #endif

@@ -236,12 +236,13 @@ int32_t guarded(F body) {
 }  // namespace
 
 int32_t check_shape(const Weight& w) {
-  if (w.n < 1 || w.k < 1 || w.n > kMaxDim || w.k > kMaxDim) return kBadSize;
+  if (!is_dim(w.n) || !is_dim(w.k)) return kBadSize;
   if (!packs(w.value_dtype) && w.value_dtype != kI4) return kBadDType;
   if (has_scales(w.value_dtype)) {
     if (!w.scales) return kBadGroup;
     if (w.group_size < 1 || (w.group_size < w.k && w.group_size % 2 != 0)) return kBadGroup;
   }
+  if (!w.masks || !w.tile_base || !w.block_off || !w.values) return kNoArray;
   return kOk;
 }
 
@@ -253,8 +254,10 @@ TILE_EXPORT int32_t tile_pack_bitmask(int64_t n, int64_t k, const uint8_t* bitma
                                     const void* values, int64_t value_count, int32_t dtype,
                                     uint32_t* masks, uint64_t* tile_base, uint32_t* block_off,
                                     void* packed, int64_t packed_bytes, ParallelFor pool) {
-  if (n < 1 || k < 1 || n > kMaxDim || k > kMaxDim || value_count < 0) return kBadSize;
+  if (!is_dim(n) || !is_dim(k) || value_count < 0 || value_count > n * k) return kBadSize;
   if (!packs(dtype)) return kBadDType;
+  if (!bitmask || (!values && value_count > 0)) return kNoArray;
+  if (!masks || !tile_base || !block_off || !packed) return kNoArray;
   const Target to = {masks, tile_base, block_off, packed, packed_bytes};
   return guarded([&] {
     switch (item_size(dtype)) {
@@ -271,9 +274,11 @@ TILE_EXPORT int32_t tile_pack_bitmask(int64_t n, int64_t k, const uint8_t* bitma
   });
 }
 
-// Nonzero items of dense[n][stride]: the values that tile_pack_dense will keep.
+// Nonzero items of dense[n][stride]: the values that tile_pack_dense will keep; -1 if there is no
+// such array.
 TILE_EXPORT int64_t tile_count_dense(int64_t n, int64_t k, const void* dense, int64_t stride,
                                    int32_t dtype) {
+  if (!is_dim(n) || !is_dim(k) || !is_stride(stride, k) || !packs(dtype) || !dense) return -1;
   int64_t count = 0;
   for (int64_t r = 0; r < n; ++r) {
     switch (item_size(dtype)) {
@@ -289,8 +294,9 @@ TILE_EXPORT int32_t tile_pack_dense(int64_t n, int64_t k, const void* dense, int
                                   int32_t dtype, uint32_t* masks, uint64_t* tile_base,
                                   uint32_t* block_off, void* packed, int64_t packed_bytes,
                                   ParallelFor pool) {
-  if (n < 1 || k < 1 || n > kMaxDim || k > kMaxDim || stride < k) return kBadSize;
+  if (!is_dim(n) || !is_dim(k) || !is_stride(stride, k)) return kBadSize;
   if (!packs(dtype)) return kBadDType;
+  if (!dense || !masks || !tile_base || !block_off || !packed) return kNoArray;
   const Target to = {masks, tile_base, block_off, packed, packed_bytes};
   return guarded([&] {
     switch (item_size(dtype)) {
@@ -306,6 +312,7 @@ TILE_EXPORT int32_t tile_unpack(const Weight* weight, uint8_t* bitmask, void* va
   const int32_t code = check_shape(*weight);
   if (code != kOk) return code;
   if (!packs(weight->value_dtype)) return kBadDType;
+  if (!bitmask || (!values && weight->tile_base[weight->tiles()] > 0)) return kNoArray;
   return guarded([&] {
     switch (item_size(weight->value_dtype)) {
       case 4: return unpack(*weight, bitmask, static_cast<uint32_t*>(values), pool);

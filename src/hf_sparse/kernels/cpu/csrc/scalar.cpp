@@ -81,7 +81,7 @@ void decode(const Weight& w, int64_t tile_begin, int64_t tile_end, void* out, in
   }
 }
 
-void gemv(const DenseProduct& p, int64_t begin, int64_t end) {
+void dense_row(const DenseProduct& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     float sum = 0.0f;
     for (int64_t c = 0; c < p.k; ++c) {
@@ -94,6 +94,6 @@ void gemv(const DenseProduct& p, int64_t begin, int64_t end) {
 }  // namespace
 
 const Path kScalarPath = {"scalar", available, fits,     plan,   pack_units,
-                          pack_x,   grain,     multiply, decode, gemv};
+                          pack_x,   grain,     multiply, decode, dense_row};
 
 }  // namespace tiles

@@ -32,6 +32,7 @@ constexpr int64_t kRows = 16;         // outputs of a tile
 constexpr int64_t kBlockPairs = 128;  // pairs between two entries of block_off
 constexpr int64_t kValuePadding = 64;  // bytes readable after the last value
 constexpr int64_t kMaxDim = int64_t{1} << 27;  // 16 * K fits 32 bits, N * K fits 63
+constexpr int64_t kMaxStride = int64_t{1} << 33;  // kMaxDim rows of it and 4 bytes an item fit 63
 
 enum DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kI4 = 4 };
 
@@ -39,7 +40,8 @@ enum DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kI4 = 4 };
 inline int64_t item_size(int32_t dtype) { return dtype == kF32 ? 4 : dtype == kI8 ? 1 : 2; }
 constexpr bool has_scales(int32_t dtype) { return dtype == kI8 || dtype == kI4; }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Of any a >= 0 and b >= 1: no sum can overflow.
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -84,7 +86,7 @@ using Values = typename ValuesOf<D>::type;
 inline const char* address_of(const void* values) { return static_cast<const char*>(values); }
 inline const char* address_of(Nibbles values) { return address_of(values.byte()); }
 
-// Part of the C ABI: native.py mirrors the fields.
+// Part of the C ABI: library.py mirrors the fields.
 struct Weight {
   int64_t n, k;
   const uint32_t* masks;
@@ -160,7 +162,7 @@ struct Path {
   void (*decode)(const Weight&, int64_t tile_begin, int64_t tile_end, void* out, int32_t dtype,
                  int64_t stride, bool transposed);
   // Rows [begin, end) of a dense product.
-  void (*gemv)(const DenseProduct&, int64_t begin, int64_t end);
+  void (*dense_row)(const DenseProduct&, int64_t begin, int64_t end);
 };
 
 extern const Path kScalarPath, kAvx2Path, kAvx512Path, kAvx512Vbmi2Path, kAmxPath, kNeonPath;

@@ -9,7 +9,8 @@
 // Included inside an anonymous namespace, after the file's target pragma: each instruction set gets
 // its own copies, and the linker can't merge them into one that another CPU is unable to run.
 //
-// An Isa has: F, a vector of fp32; V, how many of them hold 16 rows; the operations below; and
+// An Isa has: F, a vector of fp32; V, how many of them hold 16 rows; the operations below; what
+// differs from IsaDefaults; and
 //   decode<D>(values, mask, even, odd): the weights of a pair's two columns, rows in order.
 //   kDecodesTwo<D>: is there decode_two(values, masks, even, odd), for two pairs at once?
 //   kInt8Unit, kInt4Unit: what decoded int8 and int4 weights must be multiplied by (a shift that they
@@ -30,6 +31,17 @@ constexpr int64_t kPrefetchBytes = 2048;  // how far ahead of the decoder memory
 inline int64_t pairs_per_group(const Weight& w) {
   return has_scales(w.value_dtype) && w.group_size < w.k ? w.group_size / 2 : w.pairs();
 }
+
+// What most instruction sets have in common.
+struct IsaDefaults {
+  static constexpr int64_t kMaxDirect = 4;
+  static constexpr int kMicroTiles = 1;
+  static constexpr int kMicroTokens = 6;
+  static constexpr float kInt8Unit = 0x1p-16f;
+  static constexpr float kInt4Unit = 0x1p-20f;
+  template <int32_t>
+  static constexpr bool kDecodesTwo = false;
+};
 
 template <class Isa>
 struct VectorPath {
@@ -358,3 +370,13 @@ struct VectorPath {
     }
   }
 };
+
+#include "decode.h"
+#include "dense_row.h"
+
+template <class Isa>
+constexpr Path path_of(const char* name, bool (*available)()) {
+  using Walk = VectorPath<Isa>;
+  return {name,         available,  Walk::fits,     Walk::plan,           Walk::pack_units,
+          Walk::pack_x, Walk::grain, Walk::multiply, Decoder<Isa>::decode, DenseRow<Isa>::multiply};
+}

@@ -1,12 +1,12 @@
 // Dense rows of whole tiles, written once over an instruction set's `Isa` traits, see vector_path.h.
 // Included after it.
 //
-// For a transposed panel a few columns of eight tiles are decoded to scratch in L1 and written from
+// For transposed rows a few columns of eight tiles are decoded to scratch in L1 and written from
 // there, in stretches of whole cache lines: columns of the output that are a power of two apart share
 // few sets of a cache, and would push each other's half-written lines out.
 
 template <class Isa>
-struct Panels {
+struct Decoder {
   using Walk = VectorPath<Isa>;
 
   // What is decoded at once.

@@ -6,7 +6,7 @@
 // row are added in one fixed order: an output doesn't depend on which rows a thread was given.
 
 template <class Isa>
-struct Gemv {
+struct DenseRow {
   using F = typename Isa::F;
   static constexpr int V = Isa::V;
   static constexpr int kLanes = static_cast<int>(kRows) / V;

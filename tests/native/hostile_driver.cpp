@@ -1,0 +1,157 @@
+// Calls of the native library with arguments that no caller should make: each is refused, or reads
+// and writes inside its buffers. Built by sanitize.sh under the sanitizers, which see what isn't.
+//
+// What is changed is what the library can check: numbers, null pointers, and what a weight's arrays
+// hold. How long the arrays are is the caller's to check.
+#include <climits>
+#include <cstring>
+#include <map>
+
+#include "convert.h"
+#include "driver.h"
+
+namespace {
+
+std::map<std::string, int64_t> outcomes;
+
+int32_t counted(const char* function, int32_t code) {
+  ++outcomes[std::string(function) + ": " + tile_message(code)];
+  return code;
+}
+
+int64_t number(int64_t usual) {
+  if (chance(0.9)) return usual;
+  const int64_t hostile[] = {0, 1, -1, 2, 3, -usual, usual - 1, usual + 1, kMaxDim, kMaxDim + 1,
+                             kMaxStride, kMaxStride + 1, INT32_MAX, INT32_MIN, int64_t{1} << 62,
+                             INT64_MAX, INT64_MAX - 1, INT64_MIN};
+  return hostile[uniform(0, static_cast<int64_t>(std::size(hostile)) - 1)];
+}
+
+// A size that nothing may have.
+int64_t no_size() {
+  const int64_t sizes[] = {-1, INT64_MIN, kMaxDim + 1, INT64_MAX};
+  return sizes[uniform(0, 3)];
+}
+
+int32_t dtype(int32_t usual) {
+  return chance(0.9) ? usual : static_cast<int32_t>(chance(0.5) ? uniform(-1, 6) : number(0));
+}
+
+template <class T>
+T* pointer(T* usual) {
+  return chance(0.97) ? usual : nullptr;
+}
+
+// A weight whose arrays have the lengths of its shape, and its products.
+void one_weight() {
+  const int64_t n = uniform(1, 60), k = uniform(1, 600);
+  const int32_t usual = static_cast<int32_t>(uniform(0, 4));
+  const int32_t packed_as = usual == kI4 ? kI8 : usual;
+  Bytes dense(n * k * item_size(packed_as));
+  for (int64_t i = 0; i < n * k; ++i) {
+    const bool zero = chance(0.5);
+    if (packed_as == kI8) {
+      dense.data[i] = static_cast<uint8_t>(zero ? 0 : uniform(1, 7));
+    } else {
+      store_from_float(dense.data, i, packed_as, zero ? 0.0f : static_cast<float>(normal()));
+    }
+  }
+  const int64_t count = tile_count_dense(n, k, dense.data, k, packed_as);
+  const int64_t tiles = ceil_div(n, kRows), pairs = (k + 1) / 2, blocks = ceil_div(pairs, kBlockPairs);
+  const int64_t bytes = count * item_size(packed_as) + kValuePadding;
+  Bytes masks(tiles * pairs * 4), base((tiles + 1) * 8), off(tiles * blocks * 4), values(bytes);
+  auto* mask_words = reinterpret_cast<uint32_t*>(masks.data);
+  auto* bases = reinterpret_cast<uint64_t*>(base.data);
+  auto* offsets = reinterpret_cast<uint32_t*>(off.data);
+
+  // Packing with wrong numbers; where they are too small a buffer, the library says so.
+  const int64_t own_n = chance(0.95) ? n : no_size(), own_stride = chance(0.95) ? k : uniform(-2, k - 1);
+  if (counted("pack_dense", tile_pack_dense(own_n, k, pointer(dense.data), own_stride, packed_as,
+                                            pointer(mask_words), pointer(bases), pointer(offsets),
+                                            pointer(values.data), chance(0.9) ? bytes : uniform(-9, bytes),
+                                            nullptr)) != kOk) {
+    expect(tile_pack_dense(n, k, dense.data, k, packed_as, mask_words, bases, offsets, values.data,
+                           bytes, nullptr) == kOk, "pack");
+  }
+
+  // Groups of any size, with as many scales as they need.
+  const int64_t group = chance(0.5) ? number(k) : 2 * uniform(1, k);
+  const int64_t groups = group < 1 ? 1 : ceil_div(k, group);
+  Bytes scales(tiles * groups * kRows * 4);
+  for (int64_t i = 0; i < tiles * groups * kRows; ++i) {
+    store_from_float(scales.data, i, kF32, static_cast<float>(normal()));
+  }
+  Weight w = {n, k, pointer(mask_words), pointer(bases), pointer(offsets), pointer(values.data),
+              reinterpret_cast<float*>(has_scales(usual) ? pointer(scales.data) : nullptr),
+              bytes, group, usual, 0};
+  if (chance(0.1)) w.n = chance(0.5) ? uniform(1, n) : no_size();
+  if (chance(0.1)) w.k = no_size();
+  if (chance(0.1)) w.value_bytes = uniform(-1, bytes);
+  if (chance(0.1)) w.value_dtype = dtype(usual);
+  if (has_scales(w.value_dtype) && !has_scales(usual)) w.scales = nullptr;
+  // What the arrays hold.
+  if (chance(0.3)) mask_words[uniform(0, tiles * pairs - 1)] ^= uint32_t{1} << uniform(0, 31);
+  if (chance(0.1)) std::memset(masks.data, 0xff, static_cast<size_t>(tiles * pairs * 4));
+  if (chance(0.1)) bases[uniform(0, tiles)] += static_cast<uint64_t>(number(1));
+  if (chance(0.1)) offsets[uniform(0, tiles * blocks - 1)] += static_cast<uint32_t>(number(1));
+  if (counted("check", tile_check(&w)) != kOk) return;
+
+  const int64_t m = uniform(0, 40), x_stride = w.k + uniform(0, 5), y_stride = w.n + uniform(0, 3);
+  const int32_t x_dtype = static_cast<int32_t>(uniform(0, 2));
+  Bytes x(m ? ((m - 1) * x_stride + w.k) * item_size(x_dtype) : 0);
+  Bytes y(m ? ((m - 1) * y_stride + w.n) * item_size(x_dtype) : 0);
+  Bytes bias(w.n * item_size(x_dtype)), bits(w.n * ceil_div(w.k, 8)), kept(bytes);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t c = 0; c < w.k; ++c) store_from_float(x.data, i * x_stride + c, x_dtype, 1.0f);
+  }
+  for (int64_t i = 0; i < w.n; ++i) store_from_float(bias.data, i, x_dtype, 1.0f);
+  counted("unpack", tile_unpack(&w, pointer(bits.data), pointer(kept.data), nullptr));
+  for (int32_t path = -3; path <= tile_path_count(); ++path) {
+    // Fewer tokens and other strides stay inside; what is too large must be refused.
+    const int64_t own_m = chance(0.9) ? m : chance(0.5) ? uniform(0, m) : no_size();
+    const int64_t wrong[] = {x_stride, w.k - 1, 0, -1, INT64_MIN, kMaxStride + 1, INT64_MAX};
+    const int64_t stride = chance(0.9) ? x_stride : wrong[uniform(0, 6)];
+    const int32_t odd_dtypes[] = {kI8, kI4, 5, -1, INT32_MAX};
+    const int32_t own_dtype = chance(0.95) ? x_dtype : odd_dtypes[uniform(0, 4)];
+    counted("linear", tile_linear(&w, path, pointer(x.data), own_dtype, own_m, stride,
+                                  chance(0.5) ? bias.data : nullptr, own_dtype, pointer(y.data),
+                                  own_dtype, y_stride, nullptr));
+    const int64_t begin = chance(0.9) ? uniform(0, w.tiles()) : number(0);
+    const int64_t end = chance(0.9) ? uniform(0, w.tiles()) : number(w.tiles());
+    const bool transposed = chance(0.5), valid = begin >= 0 && begin <= end && end <= w.tiles();
+    const int64_t rows = valid ? min64(w.n, end * kRows) - min64(w.n, begin * kRows) : 0;
+    Bytes out(rows * w.k * item_size(x_dtype));
+    const int64_t usual_stride = transposed ? rows : w.k;
+    counted("decode", tile_decode_panel(&w, path, begin, end, pointer(out.data), own_dtype,
+                                  chance(0.9) ? usual_stride : wrong[uniform(3, 6)], transposed,
+                                  nullptr));
+  }
+}
+
+void one_dense_row() {
+  const int64_t n = uniform(1, 30), k = uniform(1, 90), stride = k + uniform(0, 5);
+  Bytes w(((n - 1) * stride + k) * 2), x(k * 4), y(n * 4);
+  std::memset(w.data, 0, static_cast<size_t>(((n - 1) * stride + k) * 2));
+  std::memset(x.data, 0, static_cast<size_t>(k * 4));
+  const int64_t wrong[] = {k - 1, 0, -1, INT64_MIN, kMaxStride + 1, INT64_MAX};
+  counted("dense_row",
+          tile_gemv(chance(0.9) ? n : chance(0.5) ? uniform(-2, n) : kMaxDim + 1,
+                         chance(0.95) ? k : no_size(), pointer(w.data), dtype(kBF16),
+                         chance(0.9) ? stride : wrong[uniform(0, 5)],
+                         static_cast<int32_t>(uniform(-2, tile_path_count())), pointer(x.data),
+                         dtype(kF32), pointer(y.data), dtype(kF32), nullptr));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 300;
+  for (int i = 0; i < cases; ++i) one_weight();
+  for (int i = 0; i < cases; ++i) one_dense_row();
+  int64_t calls = 0;
+  for (const auto& [outcome, count] : outcomes) {
+    std::printf("%8lld  %s\n", static_cast<long long>(count), outcome.c_str());
+    calls += count;
+  }
+  std::printf("%lld hostile calls\n", static_cast<long long>(calls));
+}
