@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,10 @@ Dtype = Annotated[
 ]
 DeviceMap = Annotated[
     str | None, typer.Option(help="Where weights go, as for from_pretrained: auto, cuda, ...")
+]
+GgufFile = Annotated[
+    str | None,
+    typer.Option(help="The GGUF file of MODEL that holds weights and tokenizer.", metavar="NAME"),
 ]
 JoinDocuments = Annotated[
     bool,
@@ -35,7 +40,8 @@ def read_config(model: str, revision: str | None) -> dict[str, Any]:
     """
     path = Path(model).expanduser()
     if path.is_file():
-        raise Failure(f"{model} is a file: pass the model's folder or a Hub id")
+        more = f", and --gguf-file {path.name}" if path.suffix == ".gguf" else ""
+        raise Failure(f"{model} is a file: pass the model's folder or a Hub id{more}")
     if path.is_dir():
         file = path / "config.json"
         if not file.is_file():
@@ -48,6 +54,22 @@ def read_config(model: str, revision: str | None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Failure(f"the config.json of {model} holds no object")
     return content
+
+
+def read_dense_config(model: str, revision: str | None, gguf_file: str | None) -> dict[str, Any]:
+    """A model's config.json; of a GGUF file, which has none, an empty one.
+
+    Raises:
+        Failure: there is no such model or file, or it can't be read here.
+    """
+    if gguf_file is None:
+        return read_config(model, revision)
+    if find_spec("gguf") is None:
+        raise Failure("--gguf-file needs the package gguf: pip install 'hf_sparse[gguf]'")
+    path = Path(model).expanduser()
+    if (path.is_dir() or _is_path(model)) and not (path / gguf_file).is_file():
+        raise Failure(f"there is no file {gguf_file} in the folder {model}")
+    return {}
 
 
 def require_sparse(model: str, config: Mapping[str, Any]) -> None:
@@ -64,17 +86,39 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     return described.get("quant_method") if isinstance(described, Mapping) else None
 
 
-def load(model: str, revision: str | None, dtype: str, device_map: str | None, **more: Any) -> Any:
-    """A model, of the kind that its config names, and its tokenizer, or None if it has none."""
+def load(
+    model: str,
+    revision: str | None,
+    dtype: str,
+    device_map: str | None,
+    gguf_file: str | None = None,
+    **more: Any,
+) -> Any:
+    """A model, of the kind that its config names, and its tokenizer, or None if it has none.
+
+    That of a GGUF file is a causal language model, and dense.
+    """
     import transformers
 
     from hf_sparse.calibration.tokenizers import find_tokenizer
 
     check_dtype(dtype)
-    config = transformers.AutoConfig.from_pretrained(model, revision=revision)
     settings = {"revision": revision, "dtype": dtype, "device_map": device_map, **more}
-    loaded = _auto_class(config).from_pretrained(model, **settings)
-    return loaded, find_tokenizer(model, revision)
+    if gguf_file is None:
+        auto = _auto_class(transformers.AutoConfig.from_pretrained(model, revision=revision))
+    else:
+        auto = transformers.AutoModelForCausalLM
+        settings |= {"gguf_file": gguf_file, **_unpacked()}
+    loaded = auto.from_pretrained(model, **settings)
+    return loaded, find_tokenizer(model, revision, gguf_file)
+
+
+def _unpacked() -> dict[str, Any]:
+    """Dense weights, of a transformers that could keep the blocks of a GGUF file."""
+    import transformers
+
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
 
 
 def check_dtype(dtype: str) -> None:

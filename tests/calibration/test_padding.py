@@ -103,3 +103,11 @@ def test_without_padding_no_further_pass_is_made(mask):
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     tokens(model, [{"input_ids": IDS, "attention_mask": mask, "decoder_input_ids": DECODER}])
     assert len(passes) == 2  # one to look at the blocks, one to stop in front of them
+
+
+@pytest.mark.parametrize("mask", [MASK[:, None, None], MASK.repeat(1, 3)], ids=["4-D", "longer"])
+def test_a_mask_that_no_layer_s_rows_are_of_is_told_once(mask, caplog):
+    batch = {"input_ids": IDS, "attention_mask": mask, "decoder_input_ids": DECODER}
+    assert tokens(Translator(), [batch, batch])["encoder.0.own"] == 16
+    (message,) = caplog.messages
+    assert message.startswith("attention_mask of the calibration data may mark padding")

@@ -4,6 +4,7 @@ Importing torch takes longer than most of what they do. As a program, this is th
 jobs as lines of JSON and answers each with the exit status.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -41,10 +42,12 @@ def run(code: str, *args: object, env: dict[str, str] | None = None) -> subproce
 
 @cache
 def _server() -> subprocess.Popen:
-    """Ends when this process does: then its input is closed."""
-    return subprocess.Popen(
+    """Ends with this process: when its input is closed."""
+    server = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    atexit.register(server.communicate)
+    return server
 
 
 def _next_job() -> dict:

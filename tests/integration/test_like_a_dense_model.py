@@ -171,6 +171,43 @@ def test_threads_share_a_model(sparse, token_ids):
     assert all(torch.equal(y, expected) for outputs in found.values() for y in outputs)
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def distributed(model):
+    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=True)
+
+
+def sharded(model):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    return torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("wrap", [distributed, sharded])
+@pytest.mark.parametrize("prepare", [prepare_for_training, lambda m: get_peft_model(m, lora())])
+def test_wrapped_for_several_processes_it_has_the_same_gradients(
+    sparse, token_ids, one_process, wrap, prepare
+):
+    other = copy.deepcopy(sparse)
+    torch.manual_seed(0)
+    model = prepare(sparse) or sparse
+    torch.manual_seed(0)
+    wrapped = wrap(prepare(other) or other)
+    for each in (model, wrapped):
+        each(input_ids=token_ids, labels=token_ids).loss.backward()
+    grads, expected = (
+        [p.grad for p in each.parameters() if p.requires_grad] for each in (wrapped, model)
+    )
+    grads = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
+    for found, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_a_sparse_draft_assists_its_dense_model(tiny, token_ids):
     dense = copy.deepcopy(tiny).eval()
     hf_sparse.prune(tiny, SparseConfig(method="magnitude"))

@@ -284,6 +284,14 @@ def test_two_layers_that_share_a_weight_stay_dense(net):
     )
 
 
+def test_two_parameters_on_one_memory_count_as_one(net):
+    q, k = net.layers[0].attn.q_proj, net.layers[0].attn.k_proj
+    k.weight = nn.Parameter(q.weight.data)
+    selection = select_targets(net, None, None, {})
+    assert selection.left_dense["layers.0.attn.k_proj"].startswith("its weight is tied to")
+    assert "layers.0.attn.q_proj" in selection.left_dense
+
+
 def test_a_shared_bias_does_not_make_a_weight_tied(net):
     net.layers[0].attn.k_proj.bias = net.layers[0].attn.q_proj.bias
     assert "layers.0.attn.q_proj" in names(select_targets(net, None, None, {}))

@@ -51,6 +51,13 @@ def kronecker_solution(target, mask, hessian, metric) -> torch.Tensor:
     return weight.view(target.shape)
 
 
+def test_inputs_of_any_scale_that_do_not_correlate_take_one_step():
+    """What the preconditioner is for: it divides by the diagonal, which here is all there is."""
+    target, mask = problem(5, 17)
+    found = refit(torch.zeros_like(target), target, mask, torch.logspace(-2, 2, 17).diag(), 1)
+    torch.testing.assert_close(found, target * mask)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (5, 17), (12, 40)], ids=str)
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_enough_steps_reach_the_least_squares_solution_on_the_mask(shape, share):

@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ..core.errors import CalibrationError
+from ..core.logging import get_logger
 from ..layers.axes import Axes
 from .batches import Batch
 from .hooks import hooked
+
+logger = get_logger(__name__)
 
 # Each mask, and how the names of the inputs begin that it goes with.
 MASKS = {"attention_mask": "", "decoder_attention_mask": "decoder_"}
@@ -65,7 +68,19 @@ def mask_owners(
         padded = {frozenset(b): b for b in batches if _is_padded(b.get(name))}
         found = [_owners(run, batch, name, modules) for batch in padded.values()]
         owners[name] = set().union(*found)
+    unused = {name for batch in batches for name in batch if _may_pad(name, batch[name])}
+    if unused := sorted(name for name in unused if not owners.get(name)):
+        logger.warning(
+            "%s of the calibration data may mark padding, and no layer has a row for each of its "
+            "entries: padding counts in the statistics; batches without padding avoid it",
+            " and ".join(unused),
+        )
     return owners
+
+
+def _may_pad(name: str, mask: Tensor) -> bool:
+    known = name in MASKS or name.endswith(("pixel_mask", "padding_mask"))
+    return known and bool((mask != mask.flatten()[0]).any())
 
 
 def _owners(

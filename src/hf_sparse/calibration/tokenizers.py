@@ -17,7 +17,8 @@ MISSING = (OSError, ValueError, KeyError, ImportError)
 
 def load_tokenizer(given: Any, model: Any) -> Any:
     """What turns data into inputs: the tokenizer or processor given, as an id, a path or itself,
-    else the model's; None if the model names none.
+    else the model's, also from within the GGUF file that it was loaded from; None if the model
+    names none.
 
     Raises:
         CalibrationError: there is nothing to be loaded where one is named.
@@ -27,17 +28,26 @@ def load_tokenizer(given: Any, model: Any) -> Any:
     source = given or getattr(getattr(model, "config", None), "name_or_path", None)
     if not source:
         return None
+    settings = {} if given else _gguf_settings(model)
     try:
-        return AutoProcessor.from_pretrained(source)
+        if not settings:  # a GGUF file has no processor, and is slow to look into
+            return AutoProcessor.from_pretrained(source)
     except MISSING as error:
         logger.info("no processor could be loaded from %r: %s", str(source), error)
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, **settings)
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
             f"no tokenizer or processor could be loaded from {str(source)!r}: pass tokenizer= an "
             f"id, a path or an object ({error})"
         ) from error
+
+
+def _gguf_settings(model: Any) -> dict[str, str]:
+    """What transformers needs to find a tokenizer in the file that a model was loaded from."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    file = getattr(config, "gguf_file", None)
+    return {"gguf_file": file} if file else {}
 
 
 def known_processor(model: Any) -> Any:
@@ -56,8 +66,12 @@ def known_processor(model: Any) -> Any:
     return next((processor for processor in found if processor is not None), None)
 
 
-def find_processor(source: str | Path, revision: str | None = None) -> Any:
+def find_processor(
+    source: str | Path, revision: str | None = None, gguf_file: str | None = None
+) -> Any:
     """The processor in a folder or at a Hub id, or else the tokenizer; None if neither is."""
+    if gguf_file is not None:
+        return find_tokenizer(source, revision, gguf_file)
     try:
         processor = AutoProcessor.from_pretrained(source, revision=revision)
     except MISSING as error:
@@ -67,10 +81,13 @@ def find_processor(source: str | Path, revision: str | None = None) -> Any:
     return None if hasattr(tokenizer, "get_vocab") and _is_made_up(tokenizer) else processor
 
 
-def find_tokenizer(source: str | Path, revision: str | None = None) -> Any:
-    """The tokenizer in a folder or at a Hub id; None if there is none."""
+def find_tokenizer(
+    source: str | Path, revision: str | None = None, gguf_file: str | None = None
+) -> Any:
+    """The tokenizer in a folder, at a Hub id, or in a GGUF file there; None if there is none."""
+    settings = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **settings)
     except MISSING as error:
         logger.debug("no tokenizer at %s: %s", source, error)
         return None

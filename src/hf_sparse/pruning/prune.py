@@ -58,12 +58,32 @@ def require_dense(model: nn.Module) -> None:
     """Raise a ConfigError if a model is quantised, sparse or half pruned already."""
     check_not_half_pruned(model)
     quantizer: Any = getattr(model, "hf_quantizer", None)
+    if _is_unpacked_gguf(model, quantizer):
+        return
     if quantizer is not None:
         raise ConfigError(
             f"{type(model).__name__} is quantised with "
             f"{quantizer.quantization_config.quant_method!r} already: call "
             "model.dequantize() first, or load the original"
         )
+
+
+def _is_unpacked_gguf(model: nn.Module, quantizer: Any) -> bool:
+    """Did the weights come from a GGUF file, and are dense now?
+
+    Raises a ConfigError if they are in the file's blocks still.
+    """
+    config = getattr(quantizer, "quantization_config", None)
+    if config is None or config.quant_method != "gguf":
+        return False
+    if all(parameter.is_floating_point() for parameter in model.parameters()) and not getattr(
+        quantizer, "packed_modules", None
+    ):
+        return True
+    raise ConfigError(
+        f"{type(model).__name__} has its weights in the blocks of a GGUF file: load it with "
+        "quantization_config=transformers.GgufConfig(dequantize=True)"
+    )
 
 
 def measurements_of(model: nn.Module, config: SparseConfig) -> DenseMeasurements:

@@ -12,7 +12,17 @@ import typer
 
 from ..command import Command
 from ..failures import Failure
-from ..models import DeviceMap, Dtype, Model, Revision, check_dtype, load, quantisation, read_config
+from ..models import (
+    DeviceMap,
+    Dtype,
+    GgufFile,
+    Model,
+    Revision,
+    check_dtype,
+    load,
+    quantisation,
+    read_dense_config,
+)
 from ..options import config_parameters, make_arguments
 from ..output import check_output
 
@@ -60,6 +70,7 @@ def compare(
         typer.Option(help="YAML or JSON file with any of the arguments below; options win."),
     ] = None,
     revision: Revision = None,
+    gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> Compared:
@@ -69,7 +80,7 @@ def compare(
     comparison.png; all of them appear, or none. The model is loaded anew for each run, so only one
     is in memory at a time.
     """
-    method = quantisation(read_config(model, revision))
+    method = quantisation(read_dense_config(model, revision, gguf_file))
     if method:
         raise Failure(f"{model} is quantised with {method}: compare starts from a dense model")
     check_output(output)
@@ -78,9 +89,12 @@ def compare(
     if plot and find_spec("matplotlib") is None:
         raise Failure("the plot needs matplotlib: pip install 'hf_sparse[bench]', or --no-plot")
     import hf_sparse
+    from hf_sparse.calibration.tokenizers import find_tokenizer
 
+    if gguf_file is not None:
+        arguments.setdefault("tokenizer", find_tokenizer(model, revision, gguf_file))
     found = hf_sparse.compare(
-        lambda: load(model, revision, dtype, device_map)[0],
+        lambda: load(model, revision, dtype, device_map, gguf_file)[0],
         methods.split(","),
         [_setting(text) for text in sparsities.split(",")],
         data,

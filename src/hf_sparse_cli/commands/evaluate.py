@@ -10,7 +10,17 @@ import typer
 
 from ..command import Command
 from ..failures import Failure
-from ..models import DeviceMap, Dtype, JoinDocuments, Model, Revision, load, read_config
+from ..models import (
+    DeviceMap,
+    Dtype,
+    GgufFile,
+    JoinDocuments,
+    Model,
+    Revision,
+    load,
+    read_config,
+    read_dense_config,
+)
 
 if TYPE_CHECKING:
     from hf_sparse import Agreement, GenerationSpeed, Perplexity, TaskResults
@@ -79,6 +89,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Samples of a task at most.")] = None,
     revision: Revision = None,
+    gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> Evaluation:
@@ -90,11 +101,12 @@ def evaluate(
         raise Failure("nothing to measure: pass --data, --speed or --tasks")
     if dense and not data:
         raise Failure("--dense compares on text: pass --data, too")
-    for name, of_revision in ((model, revision), *([(dense, None)] if dense else [])):
-        read_config(name, of_revision)
+    read_dense_config(model, revision, gguf_file)
+    if dense:
+        read_config(dense, None)
     import hf_sparse
 
-    loaded, tokenizer = load(model, revision, dtype, device_map)
+    loaded, tokenizer = load(model, revision, dtype, device_map, gguf_file)
     text: dict[str, Any] = {
         "data": data,
         "seq_len": seq_len,

@@ -11,7 +11,17 @@ import typer
 
 from ..command import Command
 from ..failures import Failure, sentence
-from ..models import DeviceMap, Dtype, Model, Revision, check_dtype, load, quantisation, read_config
+from ..models import (
+    DeviceMap,
+    Dtype,
+    GgufFile,
+    Model,
+    Revision,
+    check_dtype,
+    load,
+    quantisation,
+    read_dense_config,
+)
 from ..options import config_parameters, make_config
 from ..output import Output, check_output
 
@@ -57,6 +67,7 @@ def prune(
         bool, typer.Option("--create-pr", help="Push as a pull request, to any repository.")
     ] = False,
     revision: Revision = None,
+    gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> Pruned:
@@ -65,7 +76,7 @@ def prune(
     The folder appears complete or not at all. Whatever can be checked is checked before the model
     is loaded: the options, the output, the rights to push.
     """
-    method = quantisation(read_config(model, revision))
+    method = quantisation(read_dense_config(model, revision, gguf_file))
     if method:
         kind = "sparse already" if method == "hf_sparse" else f"quantised with {method}"
         raise Failure(f"{model} is {kind}: prune the dense model that it was made from")
@@ -75,12 +86,18 @@ def prune(
     sparse_config = make_config(settings, config)
     sparse_config.check_data()
     check_dtype(dtype)
+    from hf_sparse import prune as prune_loaded
     from hf_sparse.calibration.tokenizers import find_processor
     from hf_sparse.checkpoint.folder import write_folder
     from hf_sparse.publish.card import is_own_card
 
-    processor = find_processor(model, revision)
-    pruned, _ = load(model, revision, dtype, device_map, quantization_config=sparse_config)
+    processor = find_processor(model, revision, gguf_file)
+    if gguf_file is None:
+        pruned, _ = load(model, revision, dtype, device_map, quantization_config=sparse_config)
+    else:  # transformers takes one quantization_config, and that is the file's
+        pruned, _ = load(model, revision, dtype, device_map, gguf_file)
+        own = {"tokenizer": processor} if sparse_config.tokenizer is None else {}
+        prune_loaded(pruned, sparse_config.replaced(**own))
     parts = [part for part in (pruned, processor) if part is not None]
     write_folder(
         output, lambda folder: [part.save_pretrained(folder) for part in parts], is_own_card

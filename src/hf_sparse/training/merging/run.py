@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...calibration.batches import Batch
+from ...calibration.forward import input_device
 from ...calibration.layer_statistics import Observed
 from ...calibration.load import load_calibration
 from ...calibration.stage_walk import walk_stages
@@ -23,6 +24,7 @@ from ...calibration.tokenizers import load_tokenizer
 from ...config.sparse_config import SparseConfig
 from ...core.errors import AdapterError, ConfigError, SolveError
 from ...core.logging import get_logger, progress_bar
+from ...core.torch_settings import own_settings
 from ...formats import pack_weight
 from ...layers import SparseLinear
 from ...layers.blocks import find_blocks
@@ -93,9 +95,10 @@ def merge_adapter(
     base.eval()
     merge = _Merge(base, adapted, config)
     try:
-        layers = merge.solve(batches)
-        fidelity = compare(base, merge.unmerged, batches) if batches else None
-        merged = merge.finish(model)
+        with own_settings(input_device(base)):
+            layers = merge.solve(batches)
+            fidelity = compare(base, merge.unmerged, batches) if batches else None
+            merged = merge.finish(model)
     finally:
         merge.step_back()
         base.train(training)
