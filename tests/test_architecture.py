@@ -9,6 +9,7 @@ from graphlib import TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
 
+import fresh
 import pytest
 
 import hf_sparse
@@ -196,3 +197,9 @@ def test_kernels_of_gpus_know_none_of_the_cpu_s_and_the_other_way_round(name):
     assert not {target for target in internal(name, modules()[name]) if ".cpu." in target}
     for other in (name for name in modules() if name.startswith("kernels.cpu.")):
         assert not {target for target in internal(other, modules()[other]) if ".gpu." in target}
+
+
+def test_importing_the_package_imports_no_trainer_and_nothing_optional():
+    slow = ("transformers.trainer", "datasets", "matplotlib", "pandas", "lm_eval", "trackio")
+    code = f"import sys, hf_sparse; print([name for name in {slow} if name in sys.modules])"
+    assert fresh.run(code).stdout.strip() == "[]"

@@ -1,10 +1,29 @@
-"""Training of sparse models in full: kept values as parameters, patterns watched, distillation.
+"""Training of sparse models: kept values as parameters, patterns watched, distillation, adapters.
 
-Not imported by `hf_sparse` itself: transformers' Trainer takes seconds to import.
+`SparseTrainer` and `SparsityCallback` are imported when they are asked for: transformers' Trainer,
+which they derive from, takes seconds to import.
 """
 
-from .callback import SparsityCallback
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .kept_values import finish_training, prepare_for_training
-from .trainer import SparseTrainer
+
+if TYPE_CHECKING:
+    from .callback import SparsityCallback
+    from .trainer import SparseTrainer
 
 __all__ = ["SparseTrainer", "SparsityCallback", "finish_training", "prepare_for_training"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SparseTrainer":
+        from .trainer import SparseTrainer
+
+        return SparseTrainer
+    if name == "SparsityCallback":
+        from .callback import SparsityCallback
+
+        return SparsityCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
