@@ -40,6 +40,7 @@ from .evaluation import (
     perplexity,
 )
 from .evaluation.comparison import Comparison, ComparisonPoint, compare
+from .formats import register_format
 from .kernels import register_kernel
 from .kernels.machine import Environment
 from .layers import SparseExperts, SparseLinear
@@ -99,6 +100,7 @@ __all__ = [
     "merge_adapter",
     "perplexity",
     "prune",
+    "register_format",
     "register_kernel",
     "register_solver",
     "split_low_rank",

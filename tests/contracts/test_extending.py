@@ -28,7 +28,12 @@ def run(example, name, tests, folder):
 
 @pytest.mark.parametrize(
     ("heading", "name", "tests"),
-    [("A method", "ria", "test_solvers.py"), ("A kernel", "columns", "test_kernels.py")],
+    [
+        ("A method", "ria", "test_solvers.py"),
+        ("A format", "coordinates", "test_formats.py"),
+        ("A format", "coordinates", "test_quantized_format.py"),
+        ("A kernel", "columns", "test_kernels.py"),
+    ],
     ids=str,
 )
 def test_the_example_of_a_section_passes_the_contract_tests(heading, name, tests, tmp_path):

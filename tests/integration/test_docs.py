@@ -41,12 +41,8 @@ def run_commands(block):
 @pytest.fixture
 def registries(monkeypatch):
     """What a page registers is gone after it."""
-    for registry in (SOLVERS, KERNELS):
+    for registry in (SOLVERS, FORMATS, KERNELS):
         monkeypatch.setattr(registry, "_classes", dict(registry))
-    before = dict(FORMATS)
-    yield
-    FORMATS.clear()
-    FORMATS.update(before)
 
 
 # PEFT asks transformers 5.23 by an old name.

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any, Generic, TypeVar
 
 from .errors import ConfigError, RegistrationError
@@ -97,6 +98,12 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._classes)
+
+
+def check_frozen(cls: type) -> None:
+    """Raise a RegistrationError unless a class is a frozen dataclass."""
+    if not (is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise RegistrationError(f"{cls.__name__} must be a @dataclass(frozen=True)")
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:

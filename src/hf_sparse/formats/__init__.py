@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.errors import ConfigError, FormatError
 from ..core.grids import QuantizedWeight
 from ..core.patterns import Pattern
-from ..core.registry import unknown_name
+from ..core.registry import Registry, check_frozen, unknown_name
 from .base import Accepted, Format, Layout, Packed, Rejected, TensorSpec
 from .bitmask import Bitmask
 from .dense import Dense
@@ -18,7 +18,13 @@ from .n_of_m import NMPacked
 from .quantized import Quantized
 
 # Of equally small layouts the first is chosen.
-FORMATS: dict[str, type[Layout]] = {cls.name: cls for cls in (Dense, NMPacked, Bitmask)}
+FORMATS: Registry[Layout] = Registry(
+    "format",
+    Layout,  # type: ignore[type-abstract]
+    (Dense, NMPacked, Bitmask),
+    check_frozen,
+    reserved=("auto", Quantized.name),
+)
 
 __all__ = [
     "FORMATS",
@@ -33,7 +39,26 @@ __all__ = [
     "choose_format",
     "format_from_spec",
     "pack_weight",
+    "register_format",
 ]
+
+
+def register_format(cls: type[Layout]) -> type[Layout]:
+    """Make a layout of one's own a format like any other; usable as a decorator.
+
+    From now on `format=` takes its name, "auto" considers it, codes are held in it too, and
+    checkpoints with it are read: whoever loads them needs it registered.
+
+    Args:
+        cls: a frozen dataclass that derives from `hf_sparse.formats.Layout`.
+
+    Returns:
+        The class.
+
+    Raises:
+        RegistrationError: it lacks a method, is no frozen dataclass, or its name is taken.
+    """
+    return FORMATS.register(cls)
 
 
 def choose_format(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 
 from ..core.errors import RegistrationError
-from ..core.registry import Registry
+from ..core.registry import Registry, check_frozen
 from ..core.statistics import Needs
 from .adaprune import AdaPrune
 from .admm import ADMM
@@ -20,8 +20,7 @@ from .wanda import Wanda
 
 def _check_solver(cls: type[Solver]) -> None:
     """What a run reads of the class before there is an instance."""
-    if not (is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
-        raise RegistrationError(f"{cls.__name__} must be a @dataclass(frozen=True)")
+    check_frozen(cls)
     for attribute, kind in {"needs": Needs, "chooses_pattern": bool}.items():
         found = getattr(cls, attribute, None)
         if not isinstance(found, kind):
