@@ -59,9 +59,9 @@ def test_it_passes_for_the_convolution_that_it_replaces(name, cls):
     assert (sparse.groups, sparse.dilation, sparse.transposed) == (1, dense.dilation, False)
     assert torch.equal(sparse.weight, dense.weight)
     assert sparse.matrix.shape == sparse.shape == (6, 12)
-    dense = empty_dense_layer(sparse)
-    assert type(dense) is cls
-    assert dense.weight.shape == dense.weight.shape
+    empty = empty_dense_layer(sparse)
+    assert type(empty) is cls
+    assert empty.weight.shape == dense.weight.shape
 
 
 @every_format
