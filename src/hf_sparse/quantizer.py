@@ -22,7 +22,7 @@ from .core.errors import CheckpointError, ConfigError
 from .core.logging import get_logger
 from .evaluation import Evaluation
 from .layers import SparseLinear, sparse_layers
-from .layers.conv import dense_twin
+from .layers.conv import empty_dense_layer
 from .layers.counts import num_parameters
 from .layers.experts import SparseExperts, fuse
 from .layers.head import restore_head, speed_up_head
@@ -156,7 +156,7 @@ class SparseQuantizer(HfQuantizer):
             fuse(model, experts, dtype)
         parents = ModuleParents(model)
         for name, sparse in sparse_layers(model).items():
-            dense = unpack_linear(sparse, _dense_twin(sparse), dtype or sparse.weight_dtype)
+            dense = unpack_linear(sparse, _empty_dense_layer(sparse), dtype or sparse.weight_dtype)
             parents.replace(sparse, dense)
             logger.debug("%s is dense again", name)
         restore_head(model)
@@ -200,10 +200,10 @@ def _install(model: PreTrainedModel) -> None:
     model.num_parameters = partial(num_parameters, model)  # type: ignore[method-assign]
 
 
-def _dense_twin(sparse: SparseLinear) -> nn.Module:
+def _empty_dense_layer(sparse: SparseLinear) -> nn.Module:
     """An empty module of the kind that a sparse layer replaced."""
     if not sparse.axes.transposed:
-        return dense_twin(sparse)
+        return empty_dense_layer(sparse)
     with torch.device("meta"):
         conv: nn.Module = Conv1D(sparse.out_features, sparse.in_features)
         return conv

@@ -7,7 +7,7 @@ from torch import nn
 from hf_sparse.core.patterns import NM
 from hf_sparse.formats import FORMATS, Accepted
 from hf_sparse.layers.axes import Axes
-from hf_sparse.layers.conv import dense_twin, sparse_class
+from hf_sparse.layers.conv import empty_dense_layer, sparse_class
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 every_convolution = pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d])
@@ -59,9 +59,9 @@ def test_it_passes_for_the_convolution_that_it_replaces(name, cls):
     assert (sparse.groups, sparse.dilation, sparse.transposed) == (1, dense.dilation, False)
     assert torch.equal(sparse.weight, dense.weight)
     assert sparse.matrix.shape == sparse.shape == (6, 12)
-    twin = dense_twin(sparse)
-    assert type(twin) is cls
-    assert twin.weight.shape == dense.weight.shape
+    empty = empty_dense_layer(sparse)
+    assert type(empty) is cls
+    assert empty.weight.shape == dense.weight.shape
 
 
 @every_format

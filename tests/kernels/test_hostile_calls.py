@@ -97,9 +97,9 @@ def test_the_library_itself_refuses_strides_that_no_array_has(stride):
     if stride != 35:
         assert lib.tile_linear(*args, 36, None, 0, y.data_ptr(), 0, stride, pool) == 1
     decode = weight.address, -1, 0, 2, out.data_ptr(), 0, stride
-    assert lib.tile_decode_panel(*decode, 0, pool) == 1
+    assert lib.tile_decode(*decode, 0, pool) == 1
     dense = torch.randn(20, 36).bfloat16()
-    assert lib.tile_gemv(20, 36, dense.data_ptr(), 1, stride, -1, x.data_ptr(), 0,
+    assert lib.tile_dense_row(20, 36, dense.data_ptr(), 1, stride, -1, x.data_ptr(), 0,
                               y.data_ptr(), 0, pool) == 1  # fmt: skip
     assert lib.tile_count_dense(20, 36, dense.data_ptr(), stride, 1) == -1
     assert not y.any()

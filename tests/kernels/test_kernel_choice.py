@@ -16,7 +16,7 @@ from hf_sparse.kernels import Stored, choose
 from hf_sparse.kernels.cpu import kernel as cpu_kernel
 from hf_sparse.kernels.cpu import library, product, speed
 from hf_sparse.kernels.cpu.kernel import TileKernel
-from hf_sparse.kernels.cpu.pack import pack_dense
+from hf_sparse.kernels.cpu.pack import narrow, pack_dense
 from hf_sparse.kernels.cpu.product import Product
 from hf_sparse.kernels.token_classes import class_of, fastest
 from hf_sparse.layers.held import buffer_name
@@ -268,3 +268,18 @@ def test_every_kernel_that_was_turned_down_has_a_reason():
     assert [v.accepted for v in choice.trace] == [False, False, False, True]
     assert "no kernel for values in torch.float64" in choice.trace[0].reason
     assert isinstance(kernel_of(pruned()), TileKernel)
+
+
+@pytest.mark.parametrize("fmt", [Bitmask(), NMPacked(2, 4)], ids=["bitmask", "n:m"])
+def test_a_default_device_has_no_influence(fmt):
+    weight, x = pruned(pattern=NM(2, 4)), torch.randn(3, 36)
+    expected = layer_of(weight, fmt)
+    stored = fmt.pack(weight)
+    with torch.device("meta"):  # as accelerate and transformers build models
+        layer = layer_of(weight, fmt)
+        product, dense, state = layer(x), layer.weight, layer.state_dict()
+        codes = pack_dense(torch.ones(16, 4, dtype=torch.int8, device="cpu"), x.new_ones(16), 4)
+        narrow(codes)
+    assert torch.equal(product, expected(x))
+    assert torch.equal(dense, weight)
+    assert all(torch.equal(state[buffer_name(key)], tensor) for key, tensor in stored.items())

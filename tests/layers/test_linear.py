@@ -38,7 +38,7 @@ def sparse_layer(name: str, weight: torch.Tensor, bias: bool = True, dtype=None)
     return SparseLinear(verdict.format, packed, shape, dtype or weight.dtype, parameter)
 
 
-def dense_twin(sparse: SparseLinear, weight: torch.Tensor) -> nn.Linear:
+def dense_layer(sparse: SparseLinear, weight: torch.Tensor) -> nn.Linear:
     dense = nn.Linear(weight.shape[1], weight.shape[0], sparse.bias is not None, dtype=weight.dtype)
     with torch.no_grad():
         dense.weight.copy_(weight)
@@ -110,7 +110,7 @@ def test_the_product_is_the_dense_layer_s(name, bias, leading):
 def test_gradients_of_input_and_bias_are_the_dense_layer_s(name, bias, leading):
     weight = make_weight()
     layer, x = sparse_layer(name, weight, bias), make_input(*leading, 11)
-    dense = dense_twin(layer, weight)
+    dense = dense_layer(layer, weight)
     inputs, reference = x.clone().requires_grad_(), x.clone().requires_grad_()
     upstream = make_input(*leading, 5)
     (layer(inputs) * upstream).sum().backward()
@@ -202,7 +202,7 @@ def test_moving_to_another_device_moves_everything(name):
 def test_autocast_gives_the_dtype_that_a_dense_layer_gives(name):
     weight = make_weight()
     layer = sparse_layer(name, weight)
-    dense = dense_twin(layer, weight)
+    dense = dense_layer(layer, weight)
     x, reference = (make_input(3, 11).requires_grad_() for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = layer(x), dense(reference)

@@ -24,9 +24,9 @@ int32_t tile_pack_bitmask(int64_t, int64_t, const uint8_t*, const void*, int64_t
 int32_t tile_unpack(const Weight*, uint8_t*, void*, ParallelFor);
 int32_t tile_linear(const Weight*, int32_t, const void*, int32_t, int64_t, int64_t, const void*,
                     int32_t, void*, int32_t, int64_t, ParallelFor);
-int32_t tile_decode_panel(const Weight*, int32_t, int64_t, int64_t, void*, int32_t, int64_t, int32_t,
+int32_t tile_decode(const Weight*, int32_t, int64_t, int64_t, void*, int32_t, int64_t, int32_t,
                     ParallelFor);
-int32_t tile_gemv(int64_t, int64_t, const void*, int32_t, int64_t, int32_t, const void*,
+int32_t tile_dense_row(int64_t, int64_t, const void*, int32_t, int64_t, int32_t, const void*,
                        int32_t, void*, int32_t, ParallelFor);
 }
 

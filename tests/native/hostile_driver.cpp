@@ -122,7 +122,7 @@ void one_weight() {
     const int64_t rows = valid ? min64(w.n, end * kRows) - min64(w.n, begin * kRows) : 0;
     Bytes out(rows * w.k * item_size(x_dtype));
     const int64_t usual_stride = transposed ? rows : w.k;
-    counted("decode", tile_decode_panel(&w, path, begin, end, pointer(out.data), own_dtype,
+    counted("decode", tile_decode(&w, path, begin, end, pointer(out.data), own_dtype,
                                   chance(0.9) ? usual_stride : wrong[uniform(3, 6)], transposed,
                                   nullptr));
   }
@@ -135,7 +135,7 @@ void one_dense_row() {
   std::memset(x.data, 0, static_cast<size_t>(k * 4));
   const int64_t wrong[] = {k - 1, 0, -1, INT64_MIN, kMaxStride + 1, INT64_MAX};
   counted("dense_row",
-          tile_gemv(chance(0.9) ? n : chance(0.5) ? uniform(-2, n) : kMaxDim + 1,
+          tile_dense_row(chance(0.9) ? n : chance(0.5) ? uniform(-2, n) : kMaxDim + 1,
                          chance(0.95) ? k : no_size(), pointer(w.data), dtype(kBF16),
                          chance(0.9) ? stride : wrong[uniform(0, 5)],
                          static_cast<int32_t>(uniform(-2, tile_path_count())), pointer(x.data),

@@ -170,7 +170,7 @@ void one_case() {
     const int64_t rows = min64(n, end * 16) - min64(n, begin * 16);
     Bytes decoded(rows * k * 4);
     for (const bool transposed : {false, true}) {
-      expect(tile_decode_panel(&w, path, begin, end, decoded.data, kF32, transposed ? rows : k,
+      expect(tile_decode(&w, path, begin, end, decoded.data, kF32, transposed ? rows : k,
                               transposed, uneven) == kOk,
              name + ": decode");
       for (int64_t i = 0; i < rows * k; ++i) {
@@ -198,7 +198,7 @@ void one_dense_row() {
   for (int32_t path = 0; path < tile_path_count(); ++path) {
     if (!tile_path_available(path)) continue;
     const std::string name = tile_path_name(path);
-    expect(tile_gemv(n, k, w.data, w_dtype, stride, path, x.data, x_dtype, y.data, kF32,
+    expect(tile_dense_row(n, k, w.data, w_dtype, stride, path, x.data, x_dtype, y.data, kF32,
                     chance(0.5) ? uneven : nullptr) == kOk,
            name + ": dense row");
     for (int64_t r = 0; r < n; ++r) {

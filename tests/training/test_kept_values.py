@@ -96,13 +96,13 @@ def test_values_input_and_bias_agree_with_finite_differences(name, shape):
 
 
 @every_format
-def test_the_gradient_is_the_same_in_panels_of_few_rows(name, monkeypatch):
+def test_the_gradient_is_the_same_a_few_rows_at_a_time(name, monkeypatch):
     layer, _ = make_layer(name, (33, 29))
     x = normal(4, 29)
     layer(x).square().sum().backward()
     whole = layer.weight_values.grad.clone()
     layer.weight_values.grad = None
-    monkeypatch.setattr(reference, "PANEL", 5 * 29)
+    monkeypatch.setattr(reference, "LARGEST_BLOCK", 5 * 29)
     layer(x).square().sum().backward()
     torch.testing.assert_close(layer.weight_values.grad, whole)
 

@@ -68,8 +68,8 @@ def mask_owners(
         padded = {frozenset(b): b for b in batches if _is_padded(b.get(name))}
         found = [_owners(run, batch, name, modules) for batch in padded.values()]
         owners[name] = set().union(*found)
-    unused = {name for batch in batches for name in batch if _may_pad(name, batch[name])}
-    if unused := sorted(name for name in unused if not owners.get(name)):
+    may_pad = {name for batch in batches for name in batch if _may_pad(name, batch[name])}
+    if unused := sorted(name for name in may_pad if not owners.get(name)):
         logger.warning(
             "%s of the calibration data may mark padding, and no layer has a row for each of its "
             "entries: padding counts in the statistics; batches without padding avoid it",

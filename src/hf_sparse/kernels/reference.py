@@ -19,7 +19,7 @@ from ..formats import Format, Layout
 from .operator import transformed
 
 # Entries of dW that are made at once: 16 MB in fp32.
-PANEL = 1 << 22
+LARGEST_BLOCK = 1 << 22
 
 
 class SparseLinearFunction(torch.autograd.Function):
@@ -71,7 +71,7 @@ def _values_gradient(
     rounded is the sum, once, as in a dense layer.
     """
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    step = max(1, PANEL // x.shape[1])
+    step = max(1, LARGEST_BLOCK // x.shape[1])
     parts = [
         fmt.sample(packed, grad[:, first : first + step].T @ x, first)
         for first in range(0, grad.shape[1], step)

@@ -47,7 +47,7 @@ def sparse_class(axes: Axes) -> type[SparseLinear]:
     return {0: SparseLinear, 1: SparseConv1d, 2: SparseConv2d}[axes.spatial]
 
 
-def dense_twin(sparse: SparseLinear) -> nn.Linear | nn.Conv1d | nn.Conv2d:
+def empty_dense_layer(sparse: SparseLinear) -> nn.Linear | nn.Conv1d | nn.Conv2d:
     """An empty layer on meta like the one that a sparse layer replaced, unless it is transposed."""
     sizes: tuple[int, int] = (sparse.in_features, sparse.out_features)
     bias, spatial = sparse.bias is not None, sparse.axes.spatial

@@ -176,7 +176,7 @@ class PackedModule(nn.Module):
         self.written_over = None  # on another device, or rounded, it would not be found again
         if resolved:
             self.hold(self.stored)
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
         specs, packed = self.format.specs(self.shape), self.packed
         fixed = [k for k, t in packed.items() if specs[k].dtype == t.dtype == torch.bfloat16]
         for key in fixed:

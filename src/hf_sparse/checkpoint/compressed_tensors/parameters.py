@@ -168,7 +168,7 @@ class PackedParameter:
             self._check_offsets(kept)
         elif bool((mask.view(-1, 4).sum(dim=1) != 2).any()):
             raise self.parts["bitmask"].error("doesn't keep 2 of every 4 weights")
-        dense = torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)
+        dense = values.new_zeros(mask.shape).masked_scatter_(mask, values)
         return dense.view(self.shape)
 
     def _check_offsets(self, kept: Tensor) -> None:

@@ -33,11 +33,11 @@ def decode(
         raise TypeError(f"a dense weight can be {library.FLOATS}, not {dtype}")
     rows = max(min(n, end * ROWS) - begin * ROWS, 0)
     if memory is None:
-        memory = torch.empty(rows * k, dtype=dtype)
+        memory = torch.empty(rows * k, dtype=dtype, device="cpu")
     memory = library.checked(memory, "memory", (dtype,))
     if memory.numel() < rows * k or not memory.is_contiguous():
         raise ValueError(f"memory of {memory.numel()} elements, {rows * k} are needed in a piece")
-    code = library.library().tile_decode_panel(
+    code = library.library().tile_decode(
         weight.address, library.path_number(path), begin, end, memory.data_ptr(),
         library.NUMBERS[dtype], rows if transposed else k, transposed, library.thread_pool(),
     )  # fmt: skip

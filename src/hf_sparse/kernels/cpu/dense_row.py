@@ -45,7 +45,7 @@ def over_dense(weight: Float[Tensor, "out in"]) -> float | None:
 
 
 def _measure(weight: Tensor, tokens: TokenClass) -> timing.Speeds:
-    x = torch.randn(tokens.measured, weight.shape[1]).to(weight.dtype)
+    x = torch.randn(tokens.measured, weight.shape[1], device="cpu").to(weight.dtype)
     # A head is larger than the private caches: it needs no copies to be cold.
     seconds = timing.compare(
         {
@@ -72,8 +72,8 @@ def product(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:
     if x.numel() != k or x.shape[-1:] != (k,):
         raise ValueError(f"x has shape {tuple(x.shape)}, expected one row of {k}")
     row = x.contiguous()
-    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
-    code = library.library().tile_gemv(
+    y = x.new_empty(*x.shape[:-1], n)
+    code = library.library().tile_dense_row(
         n, k, weight.data_ptr(), library.NUMBERS[weight.dtype], weight.stride(0),
         library.path_number(path), row.data_ptr(), library.NUMBERS[x.dtype],
         y.data_ptr(), library.NUMBERS[y.dtype], library.thread_pool(),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_DIM = 1 << 27
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -78,12 +78,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_PTR, _I32, _PTR, _I32, _I64, _I64, _PTR, _I32, _PTR, _I32, _I64, _PTR],
     ),
     # n, k, w, dtype, stride, path, x, dtype, y, dtype, pool
-    "tile_gemv": (
+    "tile_dense_row": (
         _I32,
         [_I64, _I64, _PTR, _I32, _I64, _I32, _PTR, _I32, _PTR, _I32, _PTR],
     ),
     # weight, path, tile_begin, tile_end, out, dtype, stride, transposed, pool
-    "tile_decode_panel": (
+    "tile_decode": (
         _I32,
         [_PTR, _I32, _I64, _I64, _PTR, _I32, _I64, _I32, _PTR],
     ),

@@ -40,10 +40,10 @@ def _pack(
     call: Callable[..., int],
 ) -> TileWeight:
     tiles, pairs = -(-n // ROWS), -(-k // 2)
-    masks = torch.empty(tiles, pairs, dtype=torch.int32)
-    tile_base = torch.empty(tiles + 1, dtype=torch.int64)
-    block_off = torch.empty(tiles, -(-k // BLOCK_COLUMNS), dtype=torch.int32)
-    packed = torch.empty(count * dtype.itemsize + VALUE_PADDING, dtype=torch.uint8)
+    masks = torch.empty(tiles, pairs, dtype=torch.int32, device="cpu")
+    tile_base = torch.empty(tiles + 1, dtype=torch.int64, device="cpu")
+    block_off = torch.empty(tiles, -(-k // BLOCK_COLUMNS), dtype=torch.int32, device="cpu")
+    packed = torch.empty(count * dtype.itemsize + VALUE_PADDING, dtype=torch.uint8, device="cpu")
     code = call(
         masks.data_ptr(),
         tile_base.data_ptr(),
@@ -131,9 +131,9 @@ def narrow(weight: TileWeight) -> TileWeight:
     if weight.count and not bool(((values >= -8) & (values <= 7)).all()):
         raise ValueError("int4 values are -8 to 7, these aren't")
     size = -(-weight.count // 2)
-    nibbles = torch.zeros(2 * size, dtype=torch.uint8)
+    nibbles = torch.zeros(2 * size, dtype=torch.uint8, device="cpu")
     nibbles[: weight.count] = weight.values[: weight.count] & 15
-    packed = torch.zeros(size + VALUE_PADDING, dtype=torch.uint8)
+    packed = torch.zeros(size + VALUE_PADDING, dtype=torch.uint8, device="cpu")
     packed[:size] = nibbles[::2] | nibbles[1::2] << 4
     return replace(weight, dtype=library.INT4, values=packed)
 
@@ -142,7 +142,7 @@ def _widen(weight: TileWeight) -> TileWeight:
     """`narrow` undone."""
     bytes_ = weight.values[: -(-weight.count // 2)].view(torch.int8)
     nibbles = torch.stack([bytes_ << 4 >> 4, bytes_ >> 4], dim=1).flatten()
-    values = torch.zeros(weight.count + VALUE_PADDING, dtype=torch.int8)
+    values = torch.zeros(weight.count + VALUE_PADDING, dtype=torch.int8, device="cpu")
     values[: weight.count] = nibbles[: weight.count]
     return replace(weight, dtype=torch.int8, values=values.view(torch.uint8))
 
@@ -152,8 +152,8 @@ def unpack(weight: TileWeight) -> tuple[Tensor, Tensor]:
     if weight.dtype == library.INT4:
         weight = _widen(weight)
     n, k = weight.shape
-    bitmask = torch.empty(n, -(-k // 8), dtype=torch.uint8)
-    values = torch.empty(weight.count, dtype=weight.dtype)
+    bitmask = torch.empty(n, -(-k // 8), dtype=torch.uint8, device="cpu")
+    values = torch.empty(weight.count, dtype=weight.dtype, device="cpu")
     code = library.library().tile_unpack(
         weight.address, bitmask.data_ptr(), values.data_ptr(), library.thread_pool()
     )

@@ -50,7 +50,7 @@ def packed_linear(
     if (k > 1 and rows.stride(1) != 1) or (m > 1 and stride < k):
         rows = rows.contiguous()
         stride = k
-    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
+    y = x.new_empty(*x.shape[:-1], n)
     dtype = library.NUMBERS[x.dtype]
     code = library.library().tile_linear(
         weight.address,

@@ -59,7 +59,7 @@ def _measure(weight: TileWeight, dtype: torch.dtype, tokens: TokenClass) -> Spee
     if not cold:
         weight = _first_rows(weight, WARM_WEIGHTS * torch.get_num_threads())
     dense = decode(weight).to(dtype)
-    x = torch.randn(tokens.measured, weight.shape[1]).to(dtype)
+    x = torch.randn(tokens.measured, weight.shape[1], device="cpu").to(dtype)
     copies = copies_of(dense.nbytes) if cold else 1
     weights = [weight, *(_copy(weight) for _ in range(copies - 1))]
     matrices = [dense, *(dense.clone() for _ in range(copies - 1))]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...core.errors import AdapterError
 from ...layers import SparseLinear
-from ...layers.conv import dense_twin
+from ...layers.conv import empty_dense_layer
 
 
 class Adapted(NamedTuple):
@@ -81,11 +81,11 @@ def merged_layer(name: str, tuner: Any) -> MergedLayer | None:
     """
     sparse = tuner.get_base_layer()
     assert isinstance(sparse, SparseLinear)
-    twin = dense_twin(sparse)
-    twin.weight = nn.Parameter(sparse.weight.clone(), requires_grad=False)
+    dense = empty_dense_layer(sparse)
+    dense.weight = nn.Parameter(sparse.weight.clone(), requires_grad=False)
     if sparse.bias is not None:
-        twin.bias = nn.Parameter(sparse.bias.detach().clone(), requires_grad=False)
-    tuner.base_layer = twin
+        dense.bias = nn.Parameter(sparse.bias.detach().clone(), requires_grad=False)
+    tuner.base_layer = dense
     try:
         _merge(name, tuner)
         if not tuner.merged:
@@ -93,8 +93,8 @@ def merged_layer(name: str, tuner: Any) -> MergedLayer | None:
     finally:
         tuner.base_layer = sparse
         tuner.merged_adapters.clear()
-    bias = None if twin.bias is None else twin.bias.detach()
-    return MergedLayer(twin.weight.detach().view(sparse.shape), bias)
+    bias = None if dense.bias is None else dense.bias.detach()
+    return MergedLayer(dense.weight.detach().view(sparse.shape), bias)
 
 
 def check_mergeable(name: str, tuner: BaseTunerLayer) -> None:

@@ -87,7 +87,7 @@ void report_no_memory() { memory_failures.fetch_add(1); }
 
 using namespace tiles;
 
-TILE_EXPORT int32_t tile_abi_version() { return 3; }
+TILE_EXPORT int32_t tile_abi_version() { return 4; }
 
 TILE_EXPORT int32_t tile_path_count() { return kPathCount; }
 
@@ -161,7 +161,7 @@ TILE_EXPORT int32_t tile_linear(const Weight* weight, int32_t path, const void* 
 
 // Dense rows of the tiles [begin, end) to out[rows][stride], or transposed to out[K][stride]. The
 // weight must have passed tile_check.
-TILE_EXPORT int32_t tile_decode_panel(const Weight* weight, int32_t path, int64_t tile_begin,
+TILE_EXPORT int32_t tile_decode(const Weight* weight, int32_t path, int64_t tile_begin,
                               int64_t tile_end, void* out, int32_t out_dtype, int64_t stride,
                               int32_t transposed, ParallelFor pool) {
   const Weight& w = *weight;
@@ -187,7 +187,7 @@ TILE_EXPORT int32_t tile_decode_panel(const Weight* weight, int32_t path, int64_
 }
 
 // y[N] = W x for a dense W[N][K] of bf16 or fp16.
-TILE_EXPORT int32_t tile_gemv(int64_t n, int64_t k, const void* w, int32_t w_dtype,
+TILE_EXPORT int32_t tile_dense_row(int64_t n, int64_t k, const void* w, int32_t w_dtype,
                                  int64_t w_stride, int32_t path, const void* x, int32_t x_dtype,
                                  void* y, int32_t y_dtype, ParallelFor pool) {
   if (!is_dim(n) || !is_dim(k) || !is_stride(w_stride, k)) return kBadSize;
