@@ -3,6 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    HubertConfig,
+    HubertForCTC,
+    Speech2TextConfig,
+    Speech2TextForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
 from hf_sparse.calibration.block_walk import BlockWalk
 from hf_sparse.calibration.layer_statistics import collect_statistics
@@ -57,11 +65,11 @@ NAMES = [
 ]
 
 
-def tokens(model, batches) -> dict[str, int]:
+def tokens(model, batches, names=NAMES) -> dict[str, int]:
     """How many tokens each layer's statistics are of."""
     found = {}
     with torch.no_grad():
-        for visit in BlockWalk(model, find_blocks(model, NAMES), batches):
+        for visit in BlockWalk(model, find_blocks(model, names), batches):
             layers = {name: model.get_submodule(name) for name in visit.block.targets}
             seen = collect_statistics(visit, layers, Needs.HESSIAN)
             found |= {name: observed.statistics.tokens for name, observed in seen.items()}
@@ -111,3 +119,57 @@ def test_a_mask_that_no_layer_s_rows_are_of_is_told_once(mask, caplog):
     assert tokens(Translator(), [batch, batch])["encoder.0.own"] == 16
     (message,) = caplog.messages
     assert message.startswith("attention_mask of the calibration data may mark padding")
+
+
+def speech(cls, config) -> nn.Module:
+    """A model whose convolutions make a frame of ten samples of sound."""
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "conv_dim": [8, 8],
+        "conv_kernel": [10, 3],
+        "conv_stride": [5, 2],
+        "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+        "feat_extract_norm": "layer",
+        "vocab_size": 20,
+    }
+    return cls(config(**sizes)).eval()
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"), [(Wav2Vec2ForCTC, Wav2Vec2Config), (HubertForCTC, HubertConfig)]
+)
+def test_frames_of_padded_sound_are_counted_as_the_convolutions_make_them(cls, config, caplog):
+    model, samples = speech(cls, config), torch.tensor([[400], [90], [140]])
+    mask = (torch.arange(400) < samples).long()
+    sound = torch.randn(3, 400, generator=torch.Generator().manual_seed(0)) * mask
+    names = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+    found = tokens(model, [{"input_values": sound, "attention_mask": mask}], names)
+    frames = ((samples - 10) // 5 + 1 - 3) // 2 + 1  # of the two convolutions
+    assert set(found.values()) == {int(frames.sum())}
+    assert len(found) > 6
+    assert "may mark padding" not in caplog.text
+    assert not any("_get_feature_vector_attention_mask" in vars(m) for m in model.modules())
+
+
+def test_a_front_that_shortens_the_sound_has_its_own_frames():
+    config = Speech2TextConfig(
+        vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, conv_channels=8,
+        input_feat_per_channel=6, max_source_positions=100, max_target_positions=20,
+        pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    model = Speech2TextForConditionalGeneration(config).eval()
+    mask = (torch.arange(64) < torch.tensor([[64], [20]])).long()
+    batch = {
+        "input_features": torch.randn(2, 64, 6) * mask[..., None],
+        "attention_mask": mask,
+        "decoder_input_ids": torch.tensor([[2, 3, 4], [2, 5, 6]]),
+    }
+    encoder, decoder = "model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1"
+    found = tokens(model, [batch], [encoder, decoder])
+    assert found == {encoder: 16 + 5, decoder: 6}  # two convolutions of stride 2

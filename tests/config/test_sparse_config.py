@@ -551,7 +551,7 @@ HUGE = 10**5000
     "arguments",
     [
         *({name: value} for name in ARGUMENTS for value in (HUGE, -HUGE, DEEP, float("nan"))),
-        *({name: torch.ones(2)} for name in set(ARGUMENTS) - {"dataset", "tokenizer"}),
+        *({name: torch.ones(2)} for name in ARGUMENTS if name not in ("dataset", "tokenizer")),
         {"targets": ["a{99999999999999}"]},
         {"targets": ["(" * 3000 + ")" * 3000]},
         {"blocks": ["x" * 1001]},

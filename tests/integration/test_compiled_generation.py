@@ -38,7 +38,7 @@ CODES = {"bits": 4, "group_size": 8}
         pytest.param({"low_rank": 2}, sliced, marks=pytest.mark.slow),  # the part is the layer's
         (CODES, sliced),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_step_is_one_graph(tiny, token_ids, recipe, kernel):
     data = {} if "low_rank" not in recipe else {"method": "sparsegpt", "dataset": list(token_ids)}

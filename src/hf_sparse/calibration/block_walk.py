@@ -102,7 +102,8 @@ class BlockWalk:
             survey = Survey.of(self._model, self._blocks, self._batches)
             if self._carry_dense:
                 _check_followable(survey)
-            self._paddings = [Padding.of(batch, survey.mask_owners) for batch in self._batches]
+            told = survey.mask_owners, survey.frame_masks
+            self._paddings = [Padding.of(batch, *told) for batch in self._batches]
             self._waiting = {block.module: block for block in survey.blocks}
             passes = Passes(self._forward, self._batches)
             dense = Passes(self._forward, self._batches if self._carry_dense else ())

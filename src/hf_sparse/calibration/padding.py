@@ -3,7 +3,7 @@
 A batch has masks (samples, tokens) beside its inputs; a layer gets rows. Those of a decoder, or the
 patches of an image, may be as many as the tokens of a mask that isn't theirs. So it is tried: the
 inputs that a mask goes with lose their last token, and the layers that then get a row less for each
-sample have that mask's tokens.
+sample have that mask's tokens. Layers whose rows are frames of sound are told by `frames`.
 """
 
 from __future__ import annotations
@@ -34,20 +34,32 @@ class Padding:
         masks: (samples, tokens), true where there is a token; those that say so everywhere are
             left out.
         owners: the modules whose rows are a mask's tokens.
+        frames: for modules whose rows are frames, what makes their mask of `attention_mask`: a
+            function of the frames of each sample and that mask.
     """
 
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     owners: Mapping[str, AbstractSet[nn.Module]] = field(default_factory=dict)
+    frames: Mapping[nn.Module, Callable[[int, Tensor], Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: Batch, owners: Mapping[str, AbstractSet[nn.Module]]) -> Padding:
-        return cls({n: batch[n].bool() for n in MASKS if _is_padded(batch.get(n))}, owners)
+    def of(
+        cls,
+        batch: Batch,
+        owners: Mapping[str, AbstractSet[nn.Module]],
+        frames: Mapping[nn.Module, Callable[[int, Tensor], Tensor]],
+    ) -> Padding:
+        masks = {n: batch[n].bool() for n in MASKS if is_padded(batch.get(n))}
+        return cls(masks, owners, frames)
 
     def tokens(self, module: nn.Module, rows: int) -> Tensor | None:
         """Which of a module's rows are no padding, shape (rows,); None if all are."""
         for name, mask in self.masks.items():
             if module in self.owners[name] and mask.numel() == rows:
                 return mask.flatten()
+        sound = self.masks.get("attention_mask")
+        if module in self.frames and sound is not None and rows % len(sound) == 0:
+            return self.frames[module](rows // len(sound), sound).flatten()
         return None
 
 
@@ -65,17 +77,26 @@ def mask_owners(
     """
     owners: dict[str, set[nn.Module]] = {}
     for name in MASKS:
-        padded = {frozenset(b): b for b in batches if _is_padded(b.get(name))}
+        padded = {frozenset(b): b for b in batches if is_padded(b.get(name))}
         found = [_owners(run, batch, name, modules) for batch in padded.values()]
         owners[name] = set().union(*found)
+    return owners
+
+
+def warn_of_unused_masks(batches: Sequence[Batch], used: AbstractSet[str]) -> None:
+    """Say so, once, if masks of the data seem to mark padding and are no use.
+
+    Args:
+        batches: the data.
+        used: names of masks that some layer's rows are told by.
+    """
     may_pad = {name for batch in batches for name in batch if _may_pad(name, batch[name])}
-    if unused := sorted(name for name in may_pad if not owners.get(name)):
+    if unused := sorted(may_pad - used):
         logger.warning(
             "%s of the calibration data may mark padding, and no layer has a row for each of its "
             "entries: padding counts in the statistics; batches without padding avoid it",
             " and ".join(unused),
         )
-    return owners
 
 
 def _may_pad(name: str, mask: Tensor) -> bool:
@@ -87,27 +108,27 @@ def _owners(
     run: Callable[[Batch], object], batch: Batch, name: str, modules: Collection[nn.Module]
 ) -> set[nn.Module]:
     samples, tokens = batch[name].shape
-    rows = _count_rows(run, batch, modules)
+    rows = count_rows(run, batch, modules)
     try:
-        fewer = _count_rows(run, _cut(batch, name), modules) if tokens > 1 else rows
+        fewer = count_rows(run, without_last(batch, name, 1), modules) if tokens > 1 else rows
     except CalibrationError:
         fewer = rows
     expected = samples * tokens, samples * tokens - (0 if fewer is rows else samples)
     return {module for module in rows if expected in zip(rows[module], fewer[module], strict=False)}
 
 
-def _cut(batch: Batch, name: str) -> Batch:
-    """The batch without the last token of the inputs that a mask goes with."""
+def without_last(batch: Batch, name: str, tokens: int) -> Batch:
+    """The batch without the last tokens of the inputs that a mask goes with."""
     others = tuple(prefix for prefix in MASKS.values() if prefix > MASKS[name])
     cut = {}
     for key, value in batch.items():
         own = key.startswith(MASKS[name]) and not key.startswith(others)
         aligned = own and value.shape[:2] == batch[name].shape
-        cut[key] = value[:, :-1] if aligned else value
+        cut[key] = value[:, : value.shape[1] - tokens] if aligned else value
     return cut
 
 
-def _count_rows(
+def count_rows(
     run: Callable[[Batch], object], batch: Batch, modules: Iterable[nn.Module]
 ) -> dict[nn.Module, list[int]]:
     """How many rows each module gets at each of its calls in a pass."""
@@ -122,5 +143,6 @@ def _count_rows(
     return counts
 
 
-def _is_padded(mask: Tensor | None) -> bool:
+def is_padded(mask: Tensor | None) -> bool:
+    """Does a mask (samples, tokens) mark any padding?"""
     return mask is not None and mask.ndim == 2 and not bool(mask.all())

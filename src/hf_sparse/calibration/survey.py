@@ -14,8 +14,9 @@ from ..layers import SparseExperts
 from ..layers.blocks import Block
 from .batches import Batch
 from .forward import call_model
+from .frames import MASK, FrameMask, frame_masks
 from .hooks import hooked
-from .padding import mask_owners
+from .padding import mask_owners, warn_of_unused_masks
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Survey:
             `forward`, in the block's place.
         repeated: the blocks' modules that one pass calls more than once.
         mask_owners: the modules whose rows are the tokens of each mask.
+        frame_masks: for modules whose rows are frames of sound, what makes their mask.
     """
 
     blocks: tuple[Block, ...]
     repeated: AbstractSet[nn.Module]
     mask_owners: Mapping[str, AbstractSet[nn.Module]]
+    frame_masks: Mapping[nn.Module, FrameMask]
 
     @classmethod
     def of(cls, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> Survey:
@@ -48,9 +51,13 @@ class Survey:
                 most |= counts
                 counts.clear()
         experts = [m for m in model.modules() if isinstance(m, SparseExperts)]
-        owners = mask_owners(partial(call_model, model), batches, [*layers.values(), *experts])
+        run, rows_of = partial(call_model, model), [*layers.values(), *experts]
+        owners = mask_owners(run, batches, rows_of)
+        frames = frame_masks(model, run, batches, rows_of)
+        used = {name for name, modules in owners.items() if modules}
+        warn_of_unused_masks(batches, used | ({MASK} if frames else set()))
         called = tuple(part for block in blocks for part in _callable(block, layers, most))
-        return cls(called, {b.module for b in called if most[b.module] > 1}, owners)
+        return cls(called, {b.module for b in called if most[b.module] > 1}, owners, frames)
 
 
 def _callable(
