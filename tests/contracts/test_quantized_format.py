@@ -47,7 +47,7 @@ def make_codes(shape, grid, seed=0) -> QuantizedWeight:
 
 
 def format_of(name, weight) -> Quantized:
-    fmt = choose_format(weight.dequantize(), NM(2, 4), name, weight)
+    fmt = choose_format(weight, NM(2, 4), name)
     assert isinstance(fmt, Quantized)
     assert fmt.layout.name == name
     return fmt
@@ -164,7 +164,7 @@ def test_auto_takes_the_smallest_layout(pattern, grid):
         verdict = cls.fits(weight.codes, pattern, grid.bits)
         if isinstance(verdict, Accepted):
             sizes[name] = packed_bytes(Quantized(grid, verdict.format).pack(weight))
-    chosen = choose_format(dense, pattern, "auto", weight)
+    chosen = choose_format(weight, pattern, "auto")
     assert isinstance(chosen, Quantized)
     assert sizes[chosen.layout.name] == min(sizes.values())
 
@@ -173,7 +173,7 @@ def test_a_layout_that_can_not_hold_the_codes_is_an_error():
     dense = torch.ones(2, 64)
     weight = Grid(4, 32, True).fit(dense).round(dense)
     with pytest.raises(ConfigError, match=r"format='n:m' can't hold this weight: .*bitmask"):
-        choose_format(dense, Unstructured(0.5), "n:m", weight)
+        choose_format(weight, Unstructured(0.5), "n:m")
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.33), (4, 0.22), (3, 0.18)])
@@ -182,7 +182,7 @@ def test_half_of_the_weights_on_a_grid_take_this_share_of_dense_bf16(bits, share
     dense = torch.randn(704, 256, generator=torch.Generator().manual_seed(0))
     dense = dense.where(pattern.mask(dense.abs()), 0)
     weight = Grid(bits, 128, True).fit(dense).round(dense)
-    fmt = choose_format(dense, pattern, "auto", weight)
+    fmt = choose_format(weight, pattern, "auto")
     assert packed_bytes(fmt.pack(weight)) <= share * 2 * dense.numel()
 
 

@@ -37,7 +37,7 @@ def quantise(model, grid, layout="auto"):
         dense = layer.weight.float()
         weight = grid.fit(dense).round(dense)
         pattern = Unstructured(0.5)
-        fmt = choose_format(dense, pattern, layout, weight)
+        fmt = choose_format(weight, pattern, layout)
         other = SparseLinear(
             fmt, fmt.pack(weight), layer.shape, layer.weight_dtype, layer.bias, layer.axes
         )

@@ -44,8 +44,8 @@ def layer_of(weight: QuantizedWeight, layout="bitmask", dtype=torch.float32, bia
     linear = nn.Linear(dense.shape[1], dense.shape[0], bias=bias, dtype=dtype)
     with torch.no_grad():
         linear.weight.copy_(dense)
-    fmt = choose_format(dense, NM(2, 4), layout, weight)
-    layer = pack_linear(linear, dense, fmt, weight)
+    fmt = choose_format(weight, NM(2, 4), layout)
+    layer = pack_linear(linear, weight, fmt)
     layer.resolve()
     return layer
 
@@ -232,7 +232,7 @@ dense = dense.where(NM(2, 4).mask(dense.abs()), 0)
 for name in FORMATS:
     for grid in (Grid(4, 4, True), Grid(3, 5, False)):
         weight = grid.fit(dense).round(dense)
-        fmt = choose_format(dense, NM(2, 4), name, weight)
+        fmt = choose_format(weight, NM(2, 4), name)
         for resolve in (False, True):
             layer = SparseLinear(fmt, fmt.pack(weight), (5, 12), torch.float32)
             if resolve:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_sparse import ConfigError, SparseLinear
 from hf_sparse.core.low_rank import LowRank
-from hf_sparse.formats import Bitmask, pack_weight
+from hf_sparse.formats import Bitmask
 
 # torch's own: of torch.jit, also where torch.func uses it, and of what a trace takes as constant.
 pytestmark = pytest.mark.filterwarnings(
@@ -25,7 +25,7 @@ def stored(dtype=torch.float32):
     weight *= weight.abs() > 0.7
     factors = (torch.randn(size, generator=generator, dtype=dtype) for size in ((24, 2), (2, 16)))
     bias = nn.Parameter(torch.randn(24, generator=generator, dtype=dtype))
-    packed = pack_weight(Bitmask(), weight)
+    packed = Bitmask().pack(weight)
     return SparseLinear(Bitmask(), packed, (24, 16), dtype, bias, low_rank=LowRank(*factors))
 
 

@@ -10,14 +10,14 @@ from torch import nn
 from hf_sparse import AdapterError, FormatError, SparseLinear, TrainingError
 from hf_sparse.core.grids import Grid
 from hf_sparse.core.low_rank import LowRank
-from hf_sparse.formats import Bitmask, NMPacked, Quantized, pack_weight
+from hf_sparse.formats import Bitmask, NMPacked, Quantized
 
 WEIGHT = torch.tensor([[0.0, 2, 0, -3], [5, 0, 0, 0.5], [1, 0, -1, 0]])
 
 
 def layer(weight=WEIGHT, fmt=None, resolve=True, **kwargs):
     fmt = fmt or Bitmask()
-    sparse = SparseLinear(fmt, pack_weight(fmt, weight), weight.shape, weight.dtype, **kwargs)
+    sparse = SparseLinear(fmt, fmt.pack(weight), weight.shape, weight.dtype, **kwargs)
     if resolve:
         sparse.resolve()
     return sparse

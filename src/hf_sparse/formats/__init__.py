@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from ..core.errors import ConfigError, FormatError
 from ..core.grids import QuantizedWeight
 from ..core.patterns import Pattern
 from ..core.registry import Registry, check_frozen, unknown_name
-from .base import Accepted, Format, Layout, Packed, Rejected, TensorSpec
+from .base import Accepted, Format, Held, Layout, Rejected, TensorSpec
 from .bitmask import Bitmask
 from .dense import Dense
 from .n_of_m import NMPacked
@@ -31,6 +29,7 @@ __all__ = [
     "Accepted",
     "Dense",
     "Format",
+    "Held",
     "Layout",
     "Quantized",
     "Rejected",
@@ -38,7 +37,6 @@ __all__ = [
     "check_format_name",
     "choose_format",
     "format_from_spec",
-    "pack_weight",
     "register_format",
 ]
 
@@ -61,43 +59,31 @@ def register_format(cls: type[Layout]) -> type[Layout]:
     return FORMATS.register(cls)
 
 
-def choose_format(
-    weight: Tensor, pattern: Pattern, requested: str, quantized: QuantizedWeight | None = None
-) -> Format:
+def choose_format(held: Held, pattern: Pattern, requested: str) -> Format:
     """The format for one pruned weight: the requested one, or for "auto" the smallest that fits.
 
     Args:
-        weight: pruned weight, shape (out, in).
+        held: a pruned weight, shape (out, in), or its codes; the format then holds them, in the
+            layout that was requested or is the smallest.
         pattern: what it was pruned to.
         requested: a name in `FORMATS`, or "auto".
-        quantized: the weight's codes; the format then holds them, in the layout that was
-            requested or is the smallest. None: the weight's own values.
 
     Raises:
         ConfigError: the requested format does not exist or can't hold this weight.
     """
-    held, bits = weight, None
-    if quantized is not None:
-        held, bits = quantized.codes, quantized.scales.grid.bits
+    grid = held.scales.grid if isinstance(held, QuantizedWeight) else None
+    values = held.codes if isinstance(held, QuantizedWeight) else held
+    bits = None if grid is None else grid.bits
     if requested == "auto":
-        verdicts = [cls.fits(held, pattern, bits) for cls in FORMATS.values()]
+        verdicts = [cls.fits(values, pattern, bits) for cls in FORMATS.values()]
         accepted = [verdict for verdict in verdicts if isinstance(verdict, Accepted)]
         layout = min(accepted, key=lambda verdict: verdict.bytes).format
     else:
-        verdict = FORMATS[check_format_name(requested)].fits(held, pattern, bits)
+        verdict = FORMATS[check_format_name(requested)].fits(values, pattern, bits)
         if isinstance(verdict, Rejected):
             raise ConfigError(f"format={requested!r} can't hold this weight: {verdict.reason}")
         layout = verdict.format
-    return layout if quantized is None else Quantized(quantized.scales.grid, layout)
-
-
-def pack_weight(fmt: Format, weight: Tensor, quantized: QuantizedWeight | None = None) -> Packed:
-    """Pack what `choose_format` has chosen a format for."""
-    if isinstance(fmt, Quantized):
-        assert quantized is not None, "a quantised format packs codes"
-        return fmt.pack(quantized)
-    assert isinstance(fmt, Layout)
-    return fmt.pack(weight)
+    return layout if grid is None else Quantized(grid, layout)
 
 
 def check_format_name(name: object) -> str:

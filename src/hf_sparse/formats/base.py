@@ -12,16 +12,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..core.errors import FormatError
+from ..core.grids import Grid, QuantizedWeight
 from ..core.patterns import Pattern
 
 Packed = dict[str, Tensor]
+# What a format is given to hold: a dense weight, or its codes on a grid.
+Held: TypeAlias = Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,16 @@ class TensorSpec:
 
 
 class Format(ABC):
-    """How a file holds one weight. Instances are frozen values and carry parameters only."""
+    """How a file holds one weight. Instances are frozen values and carry parameters only.
+
+    Attributes:
+        grid: of the codes that it holds; None if it holds floating-point values.
+        layout: where the kept values or codes are.
+    """
 
     name: ClassVar[str]
+    grid: Grid | None
+    layout: Layout
 
     @property
     def label(self) -> str:
@@ -93,6 +103,10 @@ class Format(ABC):
         """
 
     @abstractmethod
+    def pack(self, held: Any) -> Packed:
+        """A dense weight, or its codes if there is a grid, to packed tensors."""
+
+    @abstractmethod
     def unpack(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> Float[Tensor, "out in"]:
@@ -101,6 +115,12 @@ class Format(ABC):
 
 class Layout(Format):
     """Where the kept values are. The values may be of any dtype; what is 0 is not kept."""
+
+    grid = None
+
+    @property
+    def layout(self) -> Layout:  # type: ignore[override]
+        return self
 
     @classmethod
     @abstractmethod

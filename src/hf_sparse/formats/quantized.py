@@ -83,14 +83,14 @@ class Quantized(Format):
             specs["weight_zeros"] = TensorSpec(groups, torch.uint8)
         return specs
 
-    def pack(self, weight: QuantizedWeight) -> Packed:
+    def pack(self, held: QuantizedWeight) -> Packed:
         """The codes as they are; scales to bf16, which holds them exactly."""
-        packed = self.layout.pack(weight.codes)
+        packed = self.layout.pack(held.codes)
         numbers = packed["weight"].flatten() & ((1 << self.grid.bits) - 1)
         packed["weight"] = pack_numbers(numbers.to(torch.uint8), self.grid.bits)
-        packed["weight_scales"] = weight.scales.scale.to(torch.bfloat16)
-        if weight.scales.zero is not None:
-            packed["weight_zeros"] = weight.scales.zero.to(torch.uint8)
+        packed["weight_scales"] = held.scales.scale.to(torch.bfloat16)
+        if held.scales.zero is not None:
+            packed["weight_zeros"] = held.scales.zero.to(torch.uint8)
         return packed
 
     def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..formats import Format, Quantized, pack_weight
+from ..formats import Format
 from ..formats.base import Packed
 from .base import Considered, Kernel, Stored, Verdict
 from .gpu.room import dense_cost
@@ -34,7 +34,7 @@ class DenseKernel(Kernel):
             return Considered(Verdict(cls.name, False, reason))
         reason = "decoded once: the saving is on disk only"
         weight = stored.dense(stored.dtype)
-        packed = dict(stored.tensors) if isinstance(stored.format, Quantized) else None
+        packed = dict(stored.tensors) if stored.format.grid else None
         return Considered(Verdict(cls.name, True, reason, 1.0), cls(weight, packed))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -53,4 +53,4 @@ class DenseKernel(Kernel):
     def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
         if self._stored is not None:
             return dict(self._stored)
-        return pack_weight(fmt, self._weight.to(dtype))
+        return fmt.pack(self._weight.to(dtype))

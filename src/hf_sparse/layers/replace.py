@@ -9,12 +9,10 @@ from __future__ import annotations
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import align_module_device
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.grids import QuantizedWeight
 from ..core.low_rank import LowRank
-from ..formats import Format, pack_weight
+from ..formats import Format, Held
 from .axes import Axes
 from .conv import sparse_class
 from .linear import SparseLinear
@@ -41,25 +39,26 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
 
 def pack_linear(
     module: nn.Module,
-    weight: Float[Tensor, "out in"],
+    held: Held,
     fmt: Format,
-    quantized: QuantizedWeight | None = None,
     low_rank: LowRank | None = None,
 ) -> SparseLinear:
     """A `SparseLinear` to replace a dense layer by: with the same weight, not resolved yet.
 
     Args:
         module: the dense layer.
-        weight: its weight, (out, in); the sparse part if there is a low-rank one.
-        fmt: what `choose_format` chose for the weight and the codes.
-        quantized: the weight's codes if it lies on a grid; they are packed in its place.
+        held: its weight, (out, in), or the weight's codes if it lies on a grid; the sparse part if
+            there is a low-rank one.
+        fmt: what `choose_format` chose for it.
         low_rank: to hold beside it, in the weight's dtype.
     """
-    shape = (weight.shape[0], weight.shape[1])
-    packed = pack_weight(fmt, weight, quantized)
     axes = Axes.of(module)
+    weight: Tensor = module.weight  # type: ignore[assignment]
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
-    return sparse_class(axes)(fmt, packed, shape, weight.dtype, bias, axes, low_rank)
+    rows, columns = axes.matrix(weight).shape
+    return sparse_class(axes)(
+        fmt, fmt.pack(held), (rows, columns), weight.dtype, bias, axes, low_rank
+    )
 
 
 def unpack_linear(sparse: SparseLinear, original: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core.errors import AdapterError, FormatError, TrainingError
-from ..formats import Dense, Quantized, pack_weight
+from ..formats import Dense
 from .held import PackedWeight
 
 MERGED = (
@@ -172,14 +172,14 @@ def take(layer: Any, value: Tensor | None) -> Tensor | None:
         _hold(layer, before, resolved)
         whole: Tensor = layer.matrix.view(shape)
         return whole
-    layout = layer.format.layout if isinstance(layer.format, Quantized) else layer.format
+    layout = layer.format.layout
     if layer.rank or bool(value[current == 0].any()):
         layout = Dense()
     if layout != layer.format:
         lost = "dense" if isinstance(layout, Dense) else "no longer quantised"
         warnings.warn(MERGED.format(lost), stacklevel=3)
     before = before or layer.stored
-    _hold(layer, PackedWeight(layout, pack_weight(layout, value)), resolved)
+    _hold(layer, PackedWeight(layout, layout.pack(value)), resolved)
     layer.written_over = before
     return None
 

@@ -52,13 +52,14 @@ class PrunedLayer:
         module, pattern, low_rank = self.plan.target.module, self.plan.pattern, self.low_rank
         with self.plan.target.weight() as whole:
             weight = whole if self.sparse is None else self.sparse
-            fmt = choose_format(weight, pattern, requested, self.quantized)
+            held = self.quantized or weight
+            fmt = choose_format(held, pattern, requested)
             if isinstance(fmt, Dense) and low_rank is None:
                 self._check_zeros(weight)
                 return self.report
             if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
                 fmt = choose_format(weight, pattern, Bitmask.name)
-            sparse = pack_linear(module, weight, fmt, self.quantized, low_rank)
+            sparse = pack_linear(module, held, fmt, low_rank)
             parents.replace(module, sparse)
             stored = sparse.resident_bytes()  # before a kernel takes the weight over
             sparse.resolve()

@@ -10,7 +10,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..core.errors import TrainingError
-from ..formats import Quantized
 from ..layers import SparseLinear, sparse_layers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -67,9 +66,9 @@ def finish_training(model: nn.Module) -> None:
 
 
 def _check_trainable(name: str, layer: SparseLinear) -> None:
-    if isinstance(layer.format, Quantized):
+    if (grid := layer.format.grid) is not None:
         raise TrainingError(
-            f"{name} holds codes of {layer.format.grid.bits} bits, which have no gradient: train a "
+            f"{name} holds codes of {grid.bits} bits, which have no gradient: train a "
             "LoRA adapter on the model (peft.get_peft_model), or prune without bits="
         )
     hook = getattr(layer, "_hf_hook", None)

@@ -16,7 +16,6 @@ from ..checkpoint.headers import read_layers
 from ..core.errors import TrainingError
 from ..core.logging import get_logger
 from ..formats import Format
-from ..formats.base import Layout
 from ..formats.bits import pack_bits, unpack_bits
 from ..layers import SparseLinear
 from ..layers.axes import Axes
@@ -111,7 +110,7 @@ def stored_mask(
     fmt: Format, tensors: Mapping[str, Tensor], shape: tuple[int, int]
 ) -> Bool[Tensor, "out in"]:
     """What packed tensors keep; of codes, those that aren't 0."""
-    if not isinstance(fmt, Layout):
+    if fmt.grid is not None:
         return fmt.unpack(tensors, shape, torch.float32) != 0
     ones = torch.ones_like(tensors["weight"], dtype=torch.bool)
     return fmt.unpack({**tensors, "weight": ones}, shape, torch.bool)

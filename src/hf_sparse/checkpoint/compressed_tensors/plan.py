@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ...core.errors import CheckpointError
 from ...core.logging import progress_bar
 from ...core.patterns import Unstructured
-from ...formats import Dense, choose_format, pack_weight
+from ...formats import Dense, choose_format
 from ...layers.default_dense import default_dense
 from ...layers.experts import SparseExperts, tied_experts, unfuse
 from ...layers.select import Target, select_targets
@@ -49,7 +49,7 @@ class Item:
         dense = self.parameter.dense()
         if self.layer is None:
             return {self.name: dense}
-        packed = pack_weight(self.layer.format, self.layer.axes.matrix(dense))
+        packed = self.layer.format.pack(self.layer.axes.matrix(dense))
         return {f"{self.layer.name}.{key}": value for key, value in packed.items()}
 
 

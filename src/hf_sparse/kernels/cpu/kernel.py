@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...core.grids import Grid, QuantizedWeight, Scales
 from ...core.logging import get_logger
-from ...formats import Format, Quantized, pack_weight
+from ...formats import Format, Quantized
 from ...formats.base import Packed
 from ...formats.bitmask import Bitmask
 from ..base import Considered, Stored, Verdict
@@ -100,8 +100,8 @@ class TileKernel(PackedKernel):
     def _obstacle(stored: Stored) -> str | None:
         if stored.device.type != "cpu":
             return f"runs on CPUs, the weight is on {stored.device}"
-        if isinstance(stored.format, Quantized):
-            size = stored.format.grid.width(stored.shape[1])
+        if (grid := stored.format.grid) is not None:
+            size = grid.width(stored.shape[1])
             if size < stored.shape[1] and size % 2:
                 return f"takes groups of an even number of columns, these have {size}"
         elif stored.values_dtype not in library.FLOATS:
@@ -138,12 +138,12 @@ class TileKernel(PackedKernel):
         return dense(self._weight, dtype)
 
     def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
-        if isinstance(fmt, Quantized):
+        if fmt.grid is not None:
             return fmt.pack(self._codes(fmt.grid))
         if isinstance(fmt, Bitmask):
             bitmask, values = unpack(self._weight)
             return {"weight": values.to(dtype), "weight_bitmask": bitmask}
-        return pack_weight(fmt, self.weight(dtype))
+        return fmt.pack(self.weight(dtype))
 
     def _codes(self, grid: Grid) -> QuantizedWeight:
         """The codes and scales that the weight was made of."""

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...core.grids import Grid, QuantizedWeight, Scales
-from ...formats import Format, Quantized, pack_weight
+from ...formats import Format, Quantized
 from ...formats.base import Packed
 from ..base import Considered, Stored, Verdict
 from ..codes import more_than_8_bits
@@ -131,9 +131,9 @@ class SlicedKernel(PackedKernel):
         return dense(self._weight, dtype)
 
     def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
-        if isinstance(fmt, Quantized):
+        if fmt.grid is not None:
             return fmt.pack(self._codes(fmt.grid))
-        return pack_weight(fmt, codes(self._weight).to(dtype))
+        return fmt.pack(codes(self._weight).to(dtype))
 
     def _codes(self, grid: Grid) -> QuantizedWeight:
         """The codes and scales that the weight was made of."""

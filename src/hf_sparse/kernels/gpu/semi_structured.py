@@ -30,7 +30,7 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
-from ...formats import Format, pack_weight
+from ...formats import Format
 from ...formats.base import Packed
 from ...formats.n_of_m import NMPacked
 from ..base import Considered, Stored, Verdict
@@ -182,7 +182,7 @@ class SemiStructuredKernel(PackedKernel):
         return self._weight.dense().to(dtype)
 
     def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
-        return pack_weight(fmt, self.weight(dtype))
+        return fmt.pack(self.weight(dtype))
 
 
 def _multiply(x: Tensor, weight: SemiStructuredWeight) -> Tensor:

@@ -25,7 +25,6 @@ from ...config.sparse_config import SparseConfig
 from ...core.errors import AdapterError, ConfigError, SolveError
 from ...core.logging import get_logger, progress_bar
 from ...core.torch_settings import own_settings
-from ...formats import pack_weight
 from ...layers import SparseLinear
 from ...layers.blocks import find_blocks
 from ...layers.replace import ModuleParents, inherit
@@ -251,7 +250,7 @@ def _layer(sparse: SparseLinear, solution: Solution, bias: Tensor | None) -> Spa
         own = nn.Parameter(bias, requires_grad=own.requires_grad)
     merged = type(sparse)(
         sparse.format,
-        pack_weight(sparse.format, solution.weight, solution.quantized),
+        sparse.format.pack(solution.quantized or solution.weight),
         sparse.shape,
         sparse.weight_dtype,
         own,

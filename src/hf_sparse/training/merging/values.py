@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...core.grids import QuantizedWeight
-from ...formats import Format, Quantized
+from ...formats import Format
 from ...solvers import Solution
 from ...solvers.refinement.refit import refit
 from ...solvers.refinement.rounding import quantize
@@ -47,7 +47,7 @@ def values_on_pattern(
     weight = target.where(mask, 0)
     if hessian is not None:
         weight = refit(weight, target, mask, hessian, steps)
-    if isinstance(fmt, Quantized):
+    if fmt.grid is not None:
         quantized = keep_codes(quantize(weight, mask, fmt.grid, hessian), weight, mask)
         return Solution(quantized.dequantize().to(dtype), mask, quantized=quantized)
     rounded = weight.to(dtype)
