@@ -115,7 +115,7 @@ def test_a_registered_method_is_one_like_any_other(no_traces):
     [
         (solver(needs=2), "Mine.needs is 2: set it to a Needs"),
         (solver(needs=None), "Mine.needs is None"),
-        (solver(chooses_pattern=None), "Mine.chooses_pattern is None: set it to a bool"),
+        (solver(chooses_pattern="no"), "Mine.chooses_pattern is 'no': set it to a bool"),
         (solver(name="sparsegpt"), "'sparsegpt' exists already"),
         *((solver(name=name), f"{name!r} is a recipe already") for name in RECIPES),
     ],

@@ -16,7 +16,7 @@ from .batches import Batch
 
 # What a forward takes besides inputs, or makes for itself from another one.
 NO_DATA = re.compile(
-    r"self|args|kwargs|labels|.*_labels|.*embeds|use_.*|output_.*|return_.*|past_key_values|"
+    r"self|args|kwargs|labels|.*_labels|.*embeds|use_.*|output_.*|return_.*|cache|past_key_values|"
     r"position_ids|cache_position|logits_to_keep|.*mask|token_type_ids|encoder_outputs|.*position.*"
 )
 

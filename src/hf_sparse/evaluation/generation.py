@@ -111,14 +111,16 @@ def time_generation(model: nn.Module, prompt: Tensor, tokens: int) -> tuple[floa
         prompt: token ids, (1, length), on the model's device.
         tokens: how many to generate, greedily and with a cache.
     """
-    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    taken = signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+    cache = "cache" if "cache" in taken else "past_key_values"  # its name before transformers 5.24
     started = _now(prompt.device)
     out = model(prompt, use_cache=True, **last)
     prefilled = _now(prompt.device)
     logits: Tensor = out.logits[:, -1]
     for _ in range(tokens):
         following = out.logits[:, -1:].argmax(dim=-1)
-        out = model(following, past_key_values=out.past_key_values, use_cache=True)
+        out = model(following, use_cache=True, **{cache: out[cache]})
     return prefilled - started, (_now(prompt.device) - prefilled) / tokens, logits
 
 

@@ -22,7 +22,7 @@ def find_routers(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for parent_name, parent in model.named_modules():
         prefix = f"{parent_name}." if parent_name else ""
-        if ROUTER_CLASS.search(type(parent).__name__):
+        if parent_name and ROUTER_CLASS.search(type(parent).__name__):
             for name, module in parent.named_modules():
                 if is_prunable(module):
                     found[(prefix + name).rstrip(".")] = f"it is part of the router {parent_name}"

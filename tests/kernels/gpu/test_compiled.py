@@ -11,6 +11,7 @@ from conftest import ROOT
 from hf_sparse.kernels.gpu import weight
 
 pytest.importorskip("triton", reason="triton compiles the kernels")
+pytestmark = pytest.mark.slow  # two compilations of every kernel
 
 PROGRAM = ROOT / "tests" / "helpers" / "compiled.py"
 REGISTERS = 65536  # of a multiprocessor
