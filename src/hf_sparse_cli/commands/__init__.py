@@ -1,8 +1,22 @@
 """The commands, one file each; a new one is a file and a line here."""
 
-from . import compare, convert, evaluate, explain, export, inspect, prune, report
+from . import (
+    compare,
+    convert,
+    evaluate,
+    explain,
+    export,
+    inspect,
+    merge,
+    methods,
+    prune,
+    report,
+    run,
+    serve,
+)
 
 COMMANDS = (
+    methods.COMMAND,
     prune.COMMAND,
     evaluate.COMMAND,
     compare.COMMAND,
@@ -10,5 +24,8 @@ COMMANDS = (
     explain.COMMAND,
     report.COMMAND,
     export.COMMAND,
+    merge.COMMAND,
     convert.COMMAND,
+    serve.COMMAND,
+    run.COMMAND,
 )

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_sparse.config.argument import Argument
-    from hf_sparse.config.arguments import ARGUMENTS, unknown_arguments
+    from hf_sparse.config.arguments import ARGUMENTS, RENAMED, unknown_arguments
     from hf_sparse.core.json_records import parse_json, read_json
     from hf_sparse.core.untrusted_text import printable
 else:
     __path__ = find_spec("hf_sparse").submodule_search_locations
     from .config.argument import Argument
-    from .config.arguments import ARGUMENTS, unknown_arguments
+    from .config.arguments import ARGUMENTS, RENAMED, unknown_arguments
     from .core.json_records import parse_json, read_json
     from .core.untrusted_text import printable
 
 __all__ = [
     "ARGUMENTS",
+    "RENAMED",
     "Argument",
     "parse_json",
     "printable",
