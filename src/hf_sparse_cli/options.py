@@ -138,7 +138,7 @@ def read_file(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Failure(f"--config {file} holds a {type(content).__name__}: expected `name: value`")
     content.pop("quant_method", None)  # what SparseConfig.to_dict() writes can be passed as it is
-    named = {RENAMED.get(name, name): value for name, value in content.items()}
+    named: dict[str, Any] = {RENAMED.get(str(n), str(n)): value for n, value in content.items()}
     if unknown := [name for name in named if name not in ARGUMENTS]:
         raise Failure(f"--config {file}: {unknown_arguments(unknown)}")
     return named

@@ -308,8 +308,9 @@ def test_the_command_says_what_it_made(cli, tmp_path):
     assert code == 0
     assert re.match(r"7 layers packed \(.*6 n:m.*\), 9 parameters dense; 0.01 MB before", said)
     code, said, _ = cli(
-        "convert", DATA / "24-0.9.4", "--output", out, "--max-shard-size", "1KB", "--json"
-    )
+        "convert", DATA / "24-0.9.4", "--output", out, "--max-shard-size", "1KB", "--json",
+        "--overwrite",
+    )  # fmt: skip
     values = json.loads(said)
     assert values["layers"]["model.layers.0.mlp.up_proj"] == "n:m"
     assert values["bytes_after"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))
