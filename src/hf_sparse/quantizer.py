@@ -16,8 +16,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from .checkpoint.commit import PAGE_FILE
 from .checkpoint.headers import PackedLayer, read_layers
 from .checkpoint.load import build_layers, finish_layers
+from .checkpoint.save_id import check_single
 from .checkpoint.state_dict import ValuesRenaming, sparse_state_dict
-from .config.sparse_config import QUANT_METHOD, SparseConfig
+from .config.keys import QUANT_METHOD
+from .config.sparse_config import SparseConfig
 from .core.errors import CheckpointError, ConfigError
 from .core.logging import get_logger
 from .evaluation import Evaluation
@@ -93,6 +95,7 @@ class SparseQuantizer(HfQuantizer):
         self.report: PruningReport | None = None
         self.evaluation: Evaluation | None = None
         self.trains_values = False
+        self._files: Sequence[str] = ()
         self._layers: dict[str, PackedLayer] = {}
         self._renamed: frozenset[str] = frozenset()
 
@@ -115,6 +118,7 @@ class SparseQuantizer(HfQuantizer):
                 "a sparse model is loaded from its files; a state_dict alone doesn't tell the "
                 "formats of its layers"
             )
+        self._files = checkpoint_files
         described = read_layers(checkpoint_files)
         self.report = saved_report(Path(checkpoint_files[0]).parent)
         self._renamed = frozenset(described)
@@ -133,6 +137,7 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
             finish_layers(model, self._layers)
+            check_single(self._files)
             speed_up_head(model)
             _install(model)
         else:
