@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import tempfile
 import time
@@ -132,7 +133,7 @@ def _spread(rounds: Sequence[Sequence[float]]) -> float:
 
 
 def _least(rounds: Sequence[Sequence[float]]) -> float:
-    return sum(min(times) for times in zip(*rounds, strict=True))
+    return math.fsum(min(times) for times in zip(*rounds, strict=True))
 
 
 def cache_file() -> Path:
