@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -45,6 +45,13 @@ DATA_HELP = (
 )
 Split = Annotated[str, typer.Option(help="Split of a Hub data set.", rich_help_panel=DATA)]
 Seed = Annotated[int, typer.Option(help="Order of the documents of a file.", rich_help_panel=DATA)]
+Prefer = Annotated[
+    Literal["auto", "memory", "speed"] | None,
+    typer.Option(
+        help="What sparse layers are to be on this machine.  [default: the checkpoint's]",
+        rich_help_panel=MODEL,
+    ),
+]
 JoinDocuments = Annotated[
     bool,
     typer.Option(
@@ -115,6 +122,7 @@ def load(
     dtype: str,
     device_map: str | None,
     gguf_file: str | None = None,
+    prefer: str | None = None,
     **more: Any,
 ) -> Any:
     """A model, of the kind that its config names, and its tokenizer, or None if it has none.
@@ -123,6 +131,7 @@ def load(
     """
     import transformers
 
+    import hf_sparse
     from hf_sparse.calibration.tokenizers import find_tokenizer
 
     check_dtype(dtype)
@@ -133,6 +142,8 @@ def load(
         auto = transformers.AutoModelForCausalLM
         settings |= {"gguf_file": gguf_file, **_unpacked()}
     loaded = auto.from_pretrained(model, **settings)
+    if prefer is not None:
+        hf_sparse.prefer(loaded, prefer)
     return loaded, find_tokenizer(model, revision, gguf_file)
 
 

@@ -1,6 +1,7 @@
 """The commands, one file each; a new one is a file and a line here."""
 
 from . import (
+    cache,
     compare,
     convert,
     evaluate,
@@ -26,6 +27,7 @@ COMMANDS = (
     export.COMMAND,
     merge.COMMAND,
     convert.COMMAND,
+    cache.COMMAND,
     serve.COMMAND,
     run.COMMAND,
 )

@@ -17,6 +17,7 @@ from ..models import (
     GgufFile,
     JoinDocuments,
     Model,
+    Prefer,
     Revision,
     Seed,
     Split,
@@ -117,6 +118,7 @@ def evaluate(
     gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    prefer: Prefer = None,
 ) -> Evaluation:
     """Measure perplexity, agreement, speed, or tasks.
 
@@ -132,7 +134,7 @@ def evaluate(
         read_config(dense, None)
     import hf_sparse
 
-    loaded, tokenizer = load(model, revision, dtype, device_map, gguf_file)
+    loaded, tokenizer = load(model, revision, dtype, device_map, gguf_file, prefer)
     text: dict[str, Any] = {
         "dataset": dataset,
         "seq_len": seq_len,
