@@ -23,6 +23,7 @@ from .checkpoint.headers import PackedLayer, read_layers
 from .checkpoint.load import build_layers, finish_layers
 from .checkpoint.save_id import check_single
 from .checkpoint.state_dict import ValuesRenaming, sparse_state_dict
+from .checkpoint.weight_files import GUARD, POINTER
 from .config.checks import choice
 from .config.keys import QUANT_METHOD
 from .config.sparse_config import SparseConfig
@@ -135,6 +136,15 @@ class SparseQuantizer(HfQuantizer):
         """Before anything is downloaded: is what the method needs there?"""
         if not self.pre_quantized:
             self.quantization_config.check_data()
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The last that transformers asks before it looks for files: the guard has done its work,
+        they have their usual names."""
+        if getattr(config, POINTER, None) == GUARD:
+            delattr(config, POINTER)
+        return config
+
+    update_tp_plan = update_attn_implementation  # what transformers asks last before 5.24
 
     def _process_model_before_weight_loading(
         self,
