@@ -47,7 +47,7 @@ from .layers import SparseExperts, SparseLinear
 from .layers.explain import Explanation, explain
 from .pruning.report import LayerReport, PruningReport
 from .publish.html import write_report
-from .quantizer import SparseQuantizer, prune
+from .quantizer import SparseQuantizer, prefer, prune
 from .training.lora_export import export_low_rank, split_low_rank
 from .training.merging import LayerMerge, MergeReport, merge_adapter
 
@@ -99,6 +99,7 @@ __all__ = [
     "generation_speed",
     "merge_adapter",
     "perplexity",
+    "prefer",
     "prune",
     "register_format",
     "register_kernel",

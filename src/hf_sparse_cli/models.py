@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +23,10 @@ DeviceMap = Annotated[
 GgufFile = Annotated[
     str | None,
     typer.Option(help="The GGUF file of MODEL that holds weights and tokenizer.", metavar="NAME"),
+]
+Prefer = Annotated[
+    Literal["auto", "memory", "speed"] | None,
+    typer.Option(help="What sparse layers are to be on this machine.  [default: the checkpoint's]"),
 ]
 JoinDocuments = Annotated[
     bool,
@@ -92,6 +96,7 @@ def load(
     dtype: str,
     device_map: str | None,
     gguf_file: str | None = None,
+    prefer: str | None = None,
     **more: Any,
 ) -> Any:
     """A model, of the kind that its config names, and its tokenizer, or None if it has none.
@@ -100,6 +105,7 @@ def load(
     """
     import transformers
 
+    import hf_sparse
     from hf_sparse.calibration.tokenizers import find_tokenizer
 
     check_dtype(dtype)
@@ -110,6 +116,8 @@ def load(
         auto = transformers.AutoModelForCausalLM
         settings |= {"gguf_file": gguf_file, **_unpacked()}
     loaded = auto.from_pretrained(model, **settings)
+    if prefer is not None:
+        hf_sparse.prefer(loaded, prefer)
     return loaded, find_tokenizer(model, revision, gguf_file)
 
 

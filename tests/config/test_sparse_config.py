@@ -99,6 +99,7 @@ def test_defaults_are_those_of_the_documentation():
         "moe_min_tokens": None,
         "calibrate_all_experts": False,
         "format": "auto",
+        "prefer": "auto",
     }
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, get_args, get_type_hints
 
 from ..core.errors import ConfigError
+from ..core.preferences import PREFERENCES
 from ..core.registry import did_you_mean
 from ..core.untrusted_text import brief
 from .argument import Argument
@@ -202,6 +203,15 @@ class Arguments:
         "auto",
         'Storage: "auto" (the smallest that fits, layer by layer), "bitmask", "n:m" or "dense".',
         STORAGE,
+    )
+    prefer: Argument[str, str] = Argument(
+        "auto",
+        'What sparse layers are to be on the machine that runs them: "memory", packed wherever a '
+        'kernel can multiply them; "speed", packed or dense, whichever is faster for a token; '
+        '"auto", packed unless that makes the model clearly slower. `from_pretrained` takes it for '
+        "a sparse checkpoint, too, and `hf_sparse.prefer` changes it later.",
+        STORAGE,
+        partial(choice, allowed=PREFERENCES),
     )
 
     def __post_init__(self) -> None:

@@ -211,7 +211,10 @@ class PruningReport:
         share = self.bytes_after / self.bytes_before
         resident = self.bytes_resident / self.bytes_before
         memory = f", {resident:.2f} in memory" if resident > 1.1 * share else ""
-        memory += " (the saving is on disk only)" if resident >= 1 > share else ""
+        if resident >= 1 > share:
+            packs = self.config.get("prefer") != "memory"
+            remedy = '; prefer="memory" packs what kernels can multiply' if packs else ""
+            memory += f" (the saving is on disk only{remedy})"
         return (
             f"pruned {len(self.layers)} layers to sparsity {self.sparsity:.4f} in "
             f"{self.seconds:.1f} s; their weights take {self.bytes_after / 1e6:.2f} MB, "

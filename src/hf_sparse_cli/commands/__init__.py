@@ -1,6 +1,6 @@
 """The commands, one file each; a new one is a file and a line here."""
 
-from . import compare, convert, evaluate, explain, export, inspect, prune, report
+from . import cache, compare, convert, evaluate, explain, export, inspect, prune, report
 
 COMMANDS = (
     prune.COMMAND,
@@ -11,4 +11,5 @@ COMMANDS = (
     report.COMMAND,
     export.COMMAND,
     convert.COMMAND,
+    cache.COMMAND,
 )

@@ -16,6 +16,7 @@ from ..models import (
     GgufFile,
     JoinDocuments,
     Model,
+    Prefer,
     Revision,
     load,
     read_config,
@@ -92,6 +93,7 @@ def evaluate(
     gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    prefer: Prefer = None,
 ) -> Evaluation:
     """Measure perplexity, agreement with the dense model, speed, or tasks of lm-eval.
 
@@ -106,7 +108,7 @@ def evaluate(
         read_config(dense, None)
     import hf_sparse
 
-    loaded, tokenizer = load(model, revision, dtype, device_map, gguf_file)
+    loaded, tokenizer = load(model, revision, dtype, device_map, gguf_file, prefer)
     text: dict[str, Any] = {
         "data": data,
         "seq_len": seq_len,
