@@ -20,11 +20,8 @@ from .contradictions import (
     resolve_sparsity,
 )
 from .json_values import as_pairs, describe_dataset, describe_tokenizer, read_dataset
+from .keys import QUANT_METHOD, SAVE_KEY
 from .recipes import get_recipe, get_solver
-
-QUANT_METHOD = "hf_sparse"
-# In shards, their index and config.json: the id of the save that they are of.
-SAVE_KEY = "hf_sparse_save"
 
 
 class SparseConfig(Arguments, QuantizationConfigMixin):

@@ -93,7 +93,8 @@ def inspect(
     """
     config = read_config(model, revision)
     require_sparse(model, config)
-    return Inspection(model, config["quantization_config"], read_headers(model, revision), layers)
+    headers = read_headers(model, revision, config)
+    return Inspection(model, config["quantization_config"], headers, layers)
 
 
 COMMAND = Command(
