@@ -648,5 +648,5 @@ def test_what_is_assigned_later_is_checked_too():
         config.seed = -1
 
 
-def test_the_readme_s_table_is_that_of_the_arguments():
-    assert argument_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_table_in_the_docs_is_that_of_the_arguments():
+    assert argument_table() in (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8")

@@ -113,7 +113,7 @@ def _read_table(path: Path) -> Sequence[Any]:
         import datasets
     except ImportError:
         raise CalibrationError(
-            f"reading {path.name} needs the package datasets: pip install 'hf_sparse[datasets]'"
+            f"reading {path.name} needs the package datasets: pip install datasets"
         ) from None
     kind = TABLE_TYPES[path.suffix.lower()]
     settings: dict[str, Any] = {}

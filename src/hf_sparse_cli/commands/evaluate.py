@@ -133,7 +133,9 @@ def evaluate(
     if dense:
         read_config(dense, None)
     import hf_sparse
+    from hf_sparse.calibration.sources import check_source
 
+    check_source(dataset)
     loaded, tokenizer = load(model, revision, dtype, device_map, gguf_file, prefer)
     text: dict[str, Any] = {
         "dataset": dataset,
