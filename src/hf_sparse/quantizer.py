@@ -11,17 +11,24 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import (
+    HfQuantizer,
+    auto,
+    register_quantization_config,
+    register_quantizer,
+)
 
 from .checkpoint.commit import PAGE_FILE
 from .checkpoint.headers import PackedLayer, read_layers
 from .checkpoint.load import build_layers, finish_layers
 from .checkpoint.state_dict import ValuesRenaming, sparse_state_dict
+from .config.arguments import ARGUMENTS
 from .config.sparse_config import QUANT_METHOD, SparseConfig
 from .core.errors import CheckpointError, ConfigError
 from .core.logging import get_logger
 from .evaluation import Evaluation
 from .layers import SparseLinear, sparse_layers
+from .layers.activations import round_activations as layers_round_activations
 from .layers.conv import empty_dense_layer
 from .layers.counts import num_parameters
 from .layers.experts import SparseExperts, fuse
@@ -38,6 +45,8 @@ from .training import peft_hooks
 logger = get_logger(__name__)
 
 register_quantization_config(QUANT_METHOD)(SparseConfig)
+# transformers has no call to say which configs have loading attributes.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (SparseConfig,)
 peft_hooks.install()
 
 
@@ -73,6 +82,25 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     return report
+
+
+def round_activations(model: nn.Module, to: str | None) -> None:
+    """Say what the quantised layers of a loaded model may round their inputs to on a CPU.
+
+    Args:
+        model: with sparse layers.
+        to: "int8", in blocks of 128 inputs or a group, with products of bytes, which are much
+            faster; None: nothing, what a model is loaded with unless its config says otherwise.
+            Weights stay what they are. A warning says so if no layer can be multiplied that way.
+
+    Raises:
+        ConfigError: `to` is neither.
+    """
+    ARGUMENTS["activations"].check("activations", to)
+    layers_round_activations(model, to)
+    quantizer = getattr(unwrapped(model), "hf_quantizer", None)
+    if isinstance(quantizer, SparseQuantizer):
+        quantizer.quantization_config.activations = to
 
 
 @register_quantizer(QUANT_METHOD)
@@ -132,7 +160,11 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
+            activations = self.quantization_config.activations
+            for layer in sparse_layers(model).values():
+                layer.activations = activations
             finish_layers(model, self._layers)
+            layers_round_activations(model, activations)
             speed_up_head(model)
             _install(model)
         else:

@@ -66,6 +66,7 @@ def everything_set() -> SparseConfig:
         moe_min_tokens=17,
         calibrate_all_experts=True,
         format="bitmask",
+        activations="int8",
     )
 
 
@@ -99,6 +100,7 @@ def test_defaults_are_those_of_the_documentation():
         "moe_min_tokens": None,
         "calibrate_all_experts": False,
         "format": "auto",
+        "activations": None,
     }
 
 

@@ -168,6 +168,10 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
             values[name] = as_pairs(values[name])
         return {"quant_method": self.quant_method, **values}
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What holds of a config that is passed for a checkpoint that has its own."""
+        return {"activations": self.activations}
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the method's defaults, and always method, sparsity and pattern."""
         always = ("quant_method", "method", "sparsity", "pattern")

@@ -25,12 +25,14 @@ class Stored:
         tensors: the format's tensors, by local key; checked.
         shape: (out, in).
         dtype: dtype of the dense weight; that of the values may be narrower.
+        activations: "int8" if a kernel may round its inputs to that; None: to nothing.
     """
 
     format: Format
     tensors: Mapping[str, Tensor]
     shape: tuple[int, int]
     dtype: torch.dtype
+    activations: str | None = None
 
     @property
     def device(self) -> torch.device:

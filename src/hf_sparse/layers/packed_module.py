@@ -32,6 +32,7 @@ class PackedModule(nn.Module):
         rank: of the low-rank part; 0 if there is none.
         weight_dtype: of the dense weight; that of the values may be narrower.
         trace: which kernels were considered, and what came of it.
+        activations: "int8" if a kernel may round its inputs to that, else None.
         written_over: the weight that was held before another one was written into the layer.
     """
 
@@ -40,6 +41,7 @@ class PackedModule(nn.Module):
     format: Format
     rank: int
     trace: tuple[Verdict, ...]
+    activations: str | None = None
     written_over: PackedWeight | None
     _held: Held
 
@@ -105,10 +107,20 @@ class PackedModule(nn.Module):
         packed = self.packed
         if any(tensor.is_meta for tensor in packed.values()):
             return
-        choice = choose(StoredWeight(self.format, packed, self.shape, self.weight_dtype))
+        choice = choose(
+            StoredWeight(self.format, packed, self.shape, self.weight_dtype, self.activations)
+        )
         self.trace = choice.trace
         if choice.kernel is not None:
             self.use(choice.kernel)
+
+    def round_activations(self, to: str | None) -> None:
+        """Let kernels, now and later, round their inputs to "int8", or None: to nothing."""
+        if to != self.activations:
+            self.activations = to
+            if self.kernel is not None:
+                self.hold(self.stored)
+                self.resolve()
 
     def use(self, kernel: Kernel) -> None:
         """Let a kernel that has taken the weight over multiply."""

@@ -1,0 +1,23 @@
+"""May the sparse layers of a model round their inputs?"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..core.logging import get_logger
+from .linear import sparse_layers
+
+logger = get_logger(__name__)
+
+
+def round_activations(model: nn.Module, to: str | None) -> None:
+    """Let the sparse layers' kernels round their inputs to "int8", or None: to nothing.
+
+    A warning says so if no layer has a kernel that does.
+    """
+    layers = sparse_layers(model).values()
+    for layer in layers:
+        layer.round_activations(to)
+    verdicts = [layer.trace[0] for layer in layers if layer.kernel is not None]
+    if to is not None and verdicts and not any(verdict.accepted for verdict in verdicts):
+        logger.warning("activations=%r rounds nothing here: %s", to, verdicts[0].reason)
