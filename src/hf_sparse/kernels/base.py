@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,8 @@ from torch import Tensor
 from ..formats import Format
 from ..formats.base import Packed
 from .token_classes import Way
+
+Form = Literal["any", "packed", "dense"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Stored:
         tensors: the format's tensors, by local key; checked.
         shape: (out, in).
         dtype: dtype of the dense weight; that of the values may be narrower.
+        form: what is wanted of a kernel of ours: a packed weight even if that is slower, on a CPU
+            a dense one, or what it finds best.
         activations: "int8" if a kernel may round its inputs to that; None: to nothing.
     """
 
@@ -32,6 +36,7 @@ class Stored:
     tensors: Mapping[str, Tensor]
     shape: tuple[int, int]
     dtype: torch.dtype
+    form: Form = "any"
     activations: str | None = None
 
     @property
@@ -88,6 +93,8 @@ class Verdict:
     """Over the dense product at one token, measured on this machine; None if not measured."""
     ways: tuple[Way, ...] = ()
     """How products of each class of tokens are made, where the kernel has a choice."""
+    seconds: float | None = None
+    """Of a product of one token, estimated from what was measured on this machine."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..core.logging import get_logger
+from ..kernels.cpu.integer.kernel import IntegerKernel
 from .linear import sparse_layers
 
 logger = get_logger(__name__)
@@ -18,6 +19,6 @@ def round_activations(model: nn.Module, to: str | None) -> None:
     layers = sparse_layers(model).values()
     for layer in layers:
         layer.round_activations(to)
-    verdicts = [layer.trace[0] for layer in layers if layer.kernel is not None]
+    verdicts = [v for layer in layers for v in layer.trace if v.kernel == IntegerKernel.name]
     if to is not None and verdicts and not any(verdict.accepted for verdict in verdicts):
         logger.warning("activations=%r rounds nothing here: %s", to, verdicts[0].reason)

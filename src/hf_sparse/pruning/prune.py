@@ -15,7 +15,6 @@ from ..calibration.tokenizers import load_tokenizer
 from ..config.sparse_config import SparseConfig
 from ..core.errors import ConfigError
 from ..core.torch_settings import own_settings
-from ..layers.activations import round_activations
 from ..layers.default_dense import default_dense
 from ..layers.experts import unfused_experts
 from ..layers.head import speed_up_head
@@ -51,7 +50,6 @@ def prune_in_place(
                 default_dense(model),
                 measurements,
             )
-    round_activations(model, config.activations)
     speed_up_head(model)
     return report
 

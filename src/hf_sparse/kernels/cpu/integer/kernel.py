@@ -100,6 +100,8 @@ def _obstacle(stored: Stored) -> str | None:
     """Why a weight is none of the kernel's, as far as its codes needn't be read."""
     if stored.activations != "int8":
         return 'rounds activations, which activations="int8" allows'
+    if stored.form == "dense":
+        return "a dense weight is preferred"
     if stored.device.type != "cpu":
         return f"runs on CPUs, the weight is on {stored.device}"
     if (grid := stored.format.grid) is None:
