@@ -126,10 +126,9 @@ def round_activations(model: nn.Module, to: str | None) -> None:
     ARGUMENTS["activations"].check("activations", to)
     layers_round_activations(model, to)
     quantizer = getattr(unwrapped(model), "hf_quantizer", None)
-    own = isinstance(quantizer, SparseQuantizer)
-    config = quantizer.quantization_config if own else SparseConfig()
-    prefer_form(model, config.prefer)
-    config.activations = to
+    if isinstance(quantizer, SparseQuantizer):
+        quantizer.quantization_config.activations = to
+        prefer_form(model, quantizer.quantization_config.prefer)
 
 
 @register_quantizer(QUANT_METHOD)

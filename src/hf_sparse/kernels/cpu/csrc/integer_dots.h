@@ -18,11 +18,16 @@ struct ByteProducts {
     static TILE_INLINE I widened(I pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
     TILE_INLINE void add(I codes, I x) {
       if constexpr (B == kCodes4) {
-        narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(codes, x));
+        narrow = in_turn(_mm256_add_epi16(narrow, _mm256_maddubs_epi16(codes, x)));
       } else {
         const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
-        wide = _mm256_add_epi32(wide, widened(pairs));
+        wide = in_turn(_mm256_add_epi32(wide, widened(pairs)));
       }
+    }
+    // Has the compiler add one product after another: in a tree, they would wait on the stack.
+    static TILE_INLINE I in_turn(I sum) {
+      asm("" : "+x"(sum));
+      return sum;
     }
     TILE_INLINE void flush() {
       if constexpr (B == kCodes4) {
