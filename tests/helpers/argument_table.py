@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hf_sparse.config.arguments import ARGUMENTS
+from hf_sparse_cli.plain import ARGUMENTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "arguments.md"
 HEAD = "| argument | default | meaning |\n|---|---|---|\n"

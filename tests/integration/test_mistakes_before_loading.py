@@ -27,7 +27,7 @@ def no_weights(monkeypatch):
     [
         ({"dataset": "none.txt"}, CalibrationError, "none.txt': there is no such file"),
         ({"dataset": ""}, CalibrationError, "is a folder: pass one file"),
-        ({"dataset": [{"picture": "a"}] * 2}, CalibrationError, "'picture'"),
+        ({"dataset": [{"words": 1}] * 2}, CalibrationError, "'words'"),
         ({"dataset": ["short"]}, CalibrationError, "fewer than one sequence of 16"),
         ({"dataset": [[1, 2, 5000]]}, CalibrationError, "token id 5000"),
         ({"dataset": TEXTS, "seq_len": 100}, ConfigError, "longer than the 64 positions"),
