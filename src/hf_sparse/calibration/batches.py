@@ -159,7 +159,9 @@ def _joined(samples: list[Batch]) -> Batch:
 
 
 def _as_ids(item: Item) -> Tensor:
-    ids = _as_tensor(item.value)
+    value = item.value
+    alone = isinstance(value, tuple) and len(value) == 1  # as torch's TensorDataset has them
+    ids = _as_tensor(value[0] if alone else value)
     if ids is not None and ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]
     if ids is None or ids.ndim != 1 or ids.dtype.is_floating_point or ids.numel() == 0:
@@ -179,7 +181,10 @@ def _as_inputs(item: Item, keep_labels: bool) -> Batch:
             "a dict: pass items of one kind"
         )
     needed = keep_labels and "decoder_input_ids" not in item.value
-    batch = {k: _as_tensor(value) for k, value in item.value.items() if needed or k != "labels"}
+    left_out = {"labels"} if not needed else set()
+    if "input_ids" in item.value:  # the text that these were made of
+        left_out |= {key for key, value in item.value.items() if isinstance(value, str)}
+    batch = {k: _as_tensor(value) for k, value in item.value.items() if k not in left_out}
     wrong = [key for key, value in batch.items() if value is None or value.ndim == 0]
     if wrong or not batch:
         raise CalibrationError(
