@@ -32,6 +32,7 @@ from .items import Item, Kind
 from .packing import Texts, make_samples
 from .processor_rows import RowReader
 from .sources import open_source
+from .token_masks import token_mask
 
 Batch = dict[str, Tensor]
 
@@ -233,8 +234,9 @@ def _check_vocabulary(batches: Iterable[Batch], vocab_size: int) -> None:
 
 
 def _token_count(batch: Batch) -> int:
-    if "attention_mask" in batch:
-        return int(batch["attention_mask"].sum())
+    mask = token_mask(batch.get("attention_mask"))
+    if mask is not None:
+        return int(mask.sum())
     return batch["input_ids"].numel() if "input_ids" in batch else 0
 
 

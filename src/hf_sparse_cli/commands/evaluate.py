@@ -19,7 +19,6 @@ from ..models import (
     Prefer,
     Revision,
     load,
-    read_config,
     read_dense_config,
 )
 
@@ -91,6 +90,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Samples of a task at most.")] = None,
     revision: Revision = None,
     gguf_file: GgufFile = None,
+    dense_gguf_file: Annotated[
+        str | None, typer.Option(help="As --gguf-file, of the model of --dense.")
+    ] = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     prefer: Prefer = None,
@@ -101,11 +103,13 @@ def evaluate(
     """
     if not (data or speed or tasks):
         raise Failure("nothing to measure: pass --data, --speed or --tasks")
+    if dense_gguf_file and not dense:
+        raise Failure("--dense-gguf-file names a file of the model of --dense: pass that, too")
     if dense and not data:
         raise Failure("--dense compares on text: pass --data, too")
     read_dense_config(model, revision, gguf_file)
     if dense:
-        read_config(dense, None)
+        read_dense_config(dense, None, dense_gguf_file)
     import hf_sparse
 
     loaded, tokenizer = load(model, revision, dtype, device_map, gguf_file, prefer)
@@ -123,7 +127,7 @@ def evaluate(
     timed = hf_sparse.generation_speed(loaded) if speed else None
     dense_measured = agreed = None
     if dense:
-        other, _ = load(dense, None, dtype, device_map)
+        other, _ = load(dense, None, dtype, device_map, dense_gguf_file)
         dense_measured = hf_sparse.perplexity(other, tokenizer, stride=stride, **text)
         agreed = hf_sparse.agreement(loaded, other, tokenizer, **text)
     done = None
