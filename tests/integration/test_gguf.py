@@ -115,10 +115,10 @@ def test_the_command_line_prunes_and_measures_a_gguf_file(folder, tmp_path, cli)
         assert code == 0, error
         assert "perplexity" in said
     dense = ["--dense", folder, "--dense-gguf-file", name]
-    code, said, error = cli("eval", out, "--data", text, *data, *dense)
+    code, said, error = cli("eval", out, "--dataset", text, *data, *dense)
     assert code == 0, error
     assert "dense: perplexity" in said
-    code, _, error = cli("eval", out, "--data", text, "--dense-gguf-file", name)
+    code, _, error = cli("eval", out, "--dataset", text, "--dense-gguf-file", name)
     assert code == 1
     assert "pass that, too" in error
     compared = ["--methods", "magnitude", "--sparsities", "0.5", "--dataset", text, "--no-plot"]

@@ -132,7 +132,7 @@ def evaluate(
     Agreement is that with the dense model, tasks are those of lm-eval. The model may be sparse or
     dense.
     """
-if not (dataset or speed or tasks):
+    if not (dataset or speed or tasks):
         raise Failure("nothing to measure: pass --dataset, --speed or --tasks")
     if dense_gguf_file and not dense:
         raise Failure("--dense-gguf-file names a file of the model of --dense: pass that, too")
