@@ -21,7 +21,7 @@ from ..layers.experts import unfused_experts
 from ..layers.head import speed_up_head
 from ..layers.select import check_patterns
 from .dense_measurements import DenseMeasurements
-from .half_pruned import check_not_half_pruned
+from .half_pruned import check_not_half_pruned, marked_if_broken_off
 from .report import PruningReport
 from .run import run
 from .wrappers import make_ordinary
@@ -42,7 +42,7 @@ def prune_in_place(
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
         HfSparseError: see `core.errors`.
     """
-    with own_settings(input_device(model)):
+    with own_settings(input_device(model)), marked_if_broken_off(model) as progress:
         make_ordinary(model)
         with _marked_quantized(model), unfused_experts(model):
             report = run(
@@ -50,9 +50,10 @@ def prune_in_place(
                 config,
                 lambda: load_tokenizer(config.tokenizer, model),
                 default_dense(model),
+                progress,
                 measurements,
             )
-    speed_up_head(model)
+        speed_up_head(model)
     return report
 
 
