@@ -1,7 +1,7 @@
 """A user of the Hub in `hub_server`.
 
-huggingface_hub reads HF_ENDPOINT when it is imported, so each client is a new process; its proxy
-settings let it reach no other server than the test's.
+huggingface_hub reads HF_ENDPOINT once, so each client is a new process; its proxy settings let it
+reach no other server than the test's.
 """
 
 import json
@@ -64,7 +64,7 @@ class Client:
             for key, value in os.environ.items()
             if not key.startswith(foreign) and not key.upper().endswith("_PROXY")
         }
-        done = fresh.run(code, *args, env=inherited | settings | env)
+        done = fresh.run(code, *args, env=inherited | settings | env, imported=fresh.LOADED)
         assert not self.hub.unanswered, self.hub.unanswered
         return done
 
