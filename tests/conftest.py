@@ -58,6 +58,11 @@ def pytest_configure(config):
         spec.loader.exec_module(sys.modules[file.stem])
 
 
+def pytest_collection_modifyitems(items):
+    """Whole models first: a process is left idle by a long test that starts last."""
+    items.sort(key=lambda item: item.path.parent.name not in ("integration", "sweep"))
+
+
 @pytest.fixture
 def model_path() -> Path:
     """The trained 7 M parameter Llama under examples/."""

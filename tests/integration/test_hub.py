@@ -190,7 +190,7 @@ sys.modules["hf_sparse"] = None  # an import of it fails, as if it were not inst
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained("me/tiny-sparse")
 """
-    done = client.run(code)
+    done = client.run(code, imported=fresh.BARE)
     assert done.returncode != 0
     lines = done.stderr.splitlines()
     assert any("quantization type" in line and "hf_sparse" in line for line in lines)
