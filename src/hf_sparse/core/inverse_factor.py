@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .counting import all_finite
 from .errors import SolveError
 
 # Damping is raised tenfold at most this often before a Hessian counts as unusable.
@@ -57,7 +58,7 @@ def factorise(hessian: Float[Tensor, "in in"], damping: float) -> InverseFactor:
         if int(info) == 0:
             _invert(lower)
             upper = lower.float().flip(0, 1)
-            if bool(torch.isfinite(upper).all()):
+            if all_finite(upper):
                 return InverseFactor(upper, dead, raised)
         del lower
     raise SolveError(
