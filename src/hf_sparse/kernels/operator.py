@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .base import Kernel
 
@@ -180,6 +182,20 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def recorded(x: Tensor) -> bool:
+    """Does a tracer, an export or a transform go by what is computed, whatever x holds? A compiler
+    that may break its graph where it depends on x does not."""
+    return (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or transformed()
+        or (
+            not torch.compiler.is_compiling()
+            and (isinstance(x, FakeTensor) or get_proxy_mode() is not None)
+        )
     )
 
 
