@@ -12,7 +12,7 @@ from ..core.grids import Grid
 from ..core.patterns import Pattern, parse_pattern
 from ..core.statistics import Needs
 from ..formats import check_format_name
-from .arguments import ARGUMENTS, Arguments, documented, unknown_arguments
+from .arguments import ARGUMENTS, RENAMED, Arguments, documented, unknown_arguments
 from .contradictions import (
     check_format,
     check_method,
@@ -146,7 +146,8 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         Raises:
             ConfigError: an unknown key; a newer version of this package may have written it.
         """
-        arguments = {k: v for k, v in config_dict.items() if k not in ("quant_method", SAVE_KEY)}
+        own = {k: v for k, v in config_dict.items() if k not in ("quant_method", SAVE_KEY)}
+        arguments = {RENAMED.get(k, k): v for k, v in own.items()}  # of older checkpoints
         if unknown := sorted(set(arguments) - set(ARGUMENTS)):
             raise unknown_arguments(
                 unknown,

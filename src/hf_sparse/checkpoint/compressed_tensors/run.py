@@ -21,7 +21,7 @@ from .write import copy_others, write_config, write_weights
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_checkpoint` did.
+    """What `convert` did.
 
     Attributes:
         layers: the format of each layer that is packed now, by name.
@@ -36,7 +36,7 @@ class Conversion:
     bytes_after: int
 
 
-def convert_checkpoint(
+def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     max_shard_size: int | str = "5GB",
