@@ -67,6 +67,7 @@ def everything_set() -> SparseConfig:
         moe_min_tokens=17,
         calibrate_all_experts=True,
         format="bitmask",
+        activations="int8",
     )
 
 
@@ -101,6 +102,7 @@ def test_defaults_are_those_of_the_documentation():
         "calibrate_all_experts": False,
         "format": "auto",
         "prefer": "auto",
+        "activations": None,
     }
 
 
