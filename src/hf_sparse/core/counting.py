@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
+from .recording import recording
 from .shapes import BLOCK_WEIGHTS, Mask
 
 # Of each element size the integers that numpy can move whatever the torch dtype.
@@ -17,8 +18,8 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    """Can numpy read the tensor's memory?"""
-    return tensor.device.type == "cpu"
+    """May numpy read the tensor's memory? Not where torch's operations are recorded."""
+    return tensor.device.type == "cpu" and not recording(tensor)
 
 
 def count_true(mask: Bool[Tensor, "..."]) -> int:
