@@ -19,7 +19,7 @@ from ..layers.default_dense import default_dense
 from ..layers.experts import unfused_experts
 from ..layers.head import speed_up_head
 from .dense_measurements import DenseMeasurements
-from .half_pruned import check_not_half_pruned
+from .half_pruned import check_not_half_pruned, marked_if_broken_off
 from .report import PruningReport
 from .run import run
 from .wrappers import make_ordinary
@@ -40,7 +40,7 @@ def prune_in_place(
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
         HfSparseError: see `core.errors`.
     """
-    with own_settings(input_device(model)):
+    with own_settings(input_device(model)), marked_if_broken_off(model) as progress:
         make_ordinary(model)
         with _marked_quantized(model), unfused_experts(model):
             report = run(
@@ -48,9 +48,10 @@ def prune_in_place(
                 config,
                 lambda: load_tokenizer(config.tokenizer, model),
                 default_dense(model),
+                progress,
                 measurements,
             )
-    speed_up_head(model)
+        speed_up_head(model)
     return report
 
 
