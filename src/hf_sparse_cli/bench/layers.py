@@ -21,10 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sparse.core.logging import get_logger, progress_bar
-from hf_sparse.core.patterns import Unstructured
+from hf_sparse.core.patterns import parse_pattern
+from hf_sparse.formats import Bitmask
 from hf_sparse.kernels.cpu import library
 from hf_sparse.kernels.cpu.decode import decode
-from hf_sparse.kernels.cpu.pack import narrow, pack_dense
+from hf_sparse.kernels.cpu.integer.product import integer_linear
+from hf_sparse.kernels.cpu.integer.weight import IntegerWeight
+from hf_sparse.kernels.cpu.integer.weight import pack as pack_integers
+from hf_sparse.kernels.cpu.pack import narrow, pack_dense, unpack
 from hf_sparse.kernels.cpu.product import packed_linear
 from hf_sparse.kernels.cpu.weight import TileWeight
 
@@ -34,9 +38,16 @@ _NAMES = ("fp32", "bf16", "fp16", "int8", "int4")
 _TYPES = (*library.FLOATS, *library.INTEGERS)
 VALUES = dict(zip(_NAMES, _TYPES, strict=True))
 INT8 = "torch.ao dynamic int8"
-# Dense candidate -> the sparse one it is compared with: the one that takes the same x.
-RIVALS = {"torch fp32": "sparse, fp32 x", "torch bf16": "sparse, bf16 x", INT8: "sparse, fp32 x"}
+EXACT = "sparse, x as it is"  # where x is rounded otherwise
+# Candidate -> the sparse one it is compared with: the one that takes the same x.
+RIVALS = {
+    "torch fp32": "sparse, fp32 x",
+    "torch bf16": "sparse, bf16 x",
+    INT8: "sparse, fp32 x",
+    EXACT: "sparse, fp32 x",
+}
 TOLERANCE = 1e-3  # of max |y|: both sum in fp32, in another order
+ROUNDED = 3e-2  # the same where x is rounded to int8
 
 Call = Callable[[int], Tensor]
 
@@ -47,6 +58,8 @@ class LayerSettings:
 
     Attributes:
         group_size: columns that share a scale of int8 and int4 values; None for a scale per output.
+        pattern: "unstructured", or "n:m" in place of the sparsities.
+        activations: "int8" if x is rounded to that, for int8 and int4 values; else None.
         path: instruction set of the sparse kernels; None for what they choose themselves.
         cold_bytes: the copies of each candidate take at least as much together.
         rounds: calls of each candidate at a point, at least.
@@ -59,6 +72,8 @@ class LayerSettings:
     threads: tuple[int, ...]
     values: tuple[str, ...]
     group_size: int | None
+    pattern: str
+    activations: str | None
     path: str | None
     cold_bytes: int
     rounds: int
@@ -94,9 +109,10 @@ class LayerPoint:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Copies of one pruned weight, as each candidate holds it."""
+    """Copies of one pruned weight, as each candidate holds it; `rounded` if x is rounded."""
 
     sparse: list[TileWeight]
+    rounded: list[IntegerWeight]
     fp32: list[Tensor]
     bf16: list[Tensor]
     int8: list[nn.Module]
@@ -117,10 +133,12 @@ def measure(settings: LayerSettings) -> list[LayerPoint]:
     try:
         for shape, sparsity, values in each:
             weights = _make(settings, shape, sparsity, VALUES[values])
-            size = weights.sparse[0].nbytes, 2 * shape[0] * shape[1]
+            own = weights.rounded[0] if weights.rounded else weights.sparse[0]
+            size = own.nbytes, 2 * shape[0] * shape[1]
             for threads, rows in product(settings.threads, settings.rows):
                 torch.set_num_threads(threads)
-                place = (settings.path or "best", shape, sparsity, values, threads, rows)
+                kind = f"{values} {settings.pattern}".removesuffix(" unstructured")
+                place = (settings.path or "best", shape, sparsity, kind, threads, rows)
                 try:
                     points.append(LayerPoint(*place, *_measure(settings, weights, rows), *size))
                 except library.NativeError as error:  # AMX, say, takes no single row
@@ -138,7 +156,7 @@ def _measure(
 ) -> tuple[dict[str, float], dict[str, float], int, float]:
     """Seconds, ratios, rounds and difference of a point."""
     candidates = _candidates(weights, rows, settings.path)
-    difference = _difference(candidates)
+    difference = _difference(candidates, ROUNDED if settings.activations else TOLERANCE)
     seconds, rounds = _interleave(candidates, settings.rounds, settings.seconds)
     ratios = {d: seconds[d] / seconds[s] for d, s in RIVALS.items() if d in seconds}
     return seconds, ratios, rounds, difference
@@ -148,12 +166,15 @@ def _make(
     settings: LayerSettings, shape: tuple[int, int], sparsity: float, dtype: torch.dtype
 ) -> _Weights:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    weight *= Unstructured(sparsity).mask(weight.abs())
+    weight *= parse_pattern(settings.pattern, sparsity).mask(weight.abs())
+    rounded: list[IntegerWeight] = []
     if dtype in library.INTEGERS:
         packed = _quantised(weight, dtype, settings.group_size or shape[1])
     else:
         packed = pack_dense(weight.to(dtype))
     dense = decode(packed, torch.float32)
+    if settings.activations and packed.scales is not None:
+        rounded.append(_integers(packed))
     engine = torch.backends.quantized.engine  # of dynamic int8; not every build of torch has one
 
     def copies(nbytes: int) -> range:
@@ -161,6 +182,7 @@ def _make(
 
     return _Weights(
         [copy.deepcopy(packed) for _ in copies(packed.nbytes)],
+        [copy.deepcopy(each) for each in rounded for _ in copies(each.nbytes)],
         [dense.clone() for _ in copies(4 * dense.numel())],
         [dense.to(torch.bfloat16, copy=True) for _ in copies(2 * dense.numel())],
         [_dynamic_int8(dense) for _ in copies(dense.numel()) if engine != "none"],
@@ -175,6 +197,16 @@ def _quantised(weight: Tensor, dtype: torch.dtype, group_size: int) -> TileWeigh
     codes = [(g / s[:, None]).round() for g, s in zip(groups, scales.unbind(1), strict=True)]
     packed = pack_dense(torch.cat(codes, dim=1).to(torch.int8), scales, group_size)
     return packed if dtype == torch.int8 else narrow(packed)
+
+
+def _integers(packed: TileWeight) -> IntegerWeight:
+    """The same codes and scales in the integer layout; scales are bf16 there."""
+    assert packed.scales is not None
+    bitmask, values = unpack(packed)
+    stored = {"weight": values, "weight_bitmask": bitmask}
+    codes = Bitmask().unpack(stored, packed.shape, torch.int8)
+    scales = packed.scales.transpose(1, 2).flatten(0, 1)[: packed.shape[0]]
+    return pack_integers(codes, scales, packed.group_size)
 
 
 def _dynamic_int8(dense: Tensor) -> nn.Module:
@@ -204,14 +236,21 @@ def _candidates(weights: _Weights, rows: int, path: str | None) -> dict[str, Cal
         "sparse, bf16 x": lambda i: packed_linear(half, other[i % len(other)], path=path),
         INT8: lambda i: int8[i % len(int8)].forward(x),
     }
+    if rounded := weights.rounded:
+        behind = rounded[len(rounded) // 2 :] + rounded[: len(rounded) // 2]
+        candidates |= {
+            EXACT: candidates["sparse, fp32 x"],
+            "sparse, fp32 x": lambda i: integer_linear(x, rounded[i % len(rounded)], path=path),
+            "sparse, bf16 x": lambda i: integer_linear(half, behind[i % len(rounded)], path=path),
+        }
     return candidates if int8 else {k: v for k, v in candidates.items() if k != INT8}
 
 
-def _difference(candidates: dict[str, Call]) -> float:
+def _difference(candidates: dict[str, Call], tolerance: float) -> float:
     """Largest difference of the fp32 products, over the largest element of the dense one."""
     expected, found = candidates["torch fp32"](0), candidates["sparse, fp32 x"](0)
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    if not difference <= TOLERANCE:
+    if not difference <= tolerance:
         raise RuntimeError(f"the sparse product is off by {difference:.2g} of max |y|")
     return difference
 

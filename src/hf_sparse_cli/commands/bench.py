@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -107,6 +107,13 @@ def bench_layers(
             help="Columns that share a scale of int8 and int4 values.  [default: all of a row]"
         ),
     ] = None,
+    pattern: Annotated[
+        str, typer.Option(help='"unstructured", or "n:m" in place of the sparsities.')
+    ] = "unstructured",
+    activations: Annotated[
+        Literal["int8"] | None,
+        typer.Option(help="What x is rounded to, for int8 and int4 values.  [default: nothing]"),
+    ] = None,
     path: Annotated[
         str | None, typer.Option(help="Instruction set of the kernels.  [default: the best]")
     ] = None,
@@ -123,20 +130,25 @@ def bench_layers(
         raise typer.BadParameter(
             f"{group_size} is no group size: pass an even number", param_hint="--group-size"
         )
+    from hf_sparse.core.patterns import NM, parse_pattern
     from hf_sparse.kernels.cpu import library
 
     from ..bench import layers
+
+    kept = parse_pattern(pattern, 0.5)
 
     if path is not None:
         paths = list(library.paths()) if library.available() else []
         listed("--path", path, one_of(paths))
     settings = layers.LayerSettings(
         listed("--shapes", shapes, shape),
-        listed("--sparsity", sparsity, fraction),
+        (kept.sparsity,) if isinstance(kept, NM) else listed("--sparsity", sparsity, fraction),
         listed("--rows", rows, count),
         _threads(threads),
         listed("--values", values, one_of(layers.VALUES)),
         group_size,
+        pattern,
+        activations,
         path,
         cold_mb << 20,
         rounds,

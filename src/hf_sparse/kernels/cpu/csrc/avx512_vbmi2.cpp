@@ -1,15 +1,18 @@
-// AVX-512 with VBMI2 (Ice Lake, Zen 4 and later): vpexpandw and vpexpandb turn the 32 bits of a
+// AVX-512 with VBMI2 and VNNI (Ice Lake, Zen 4 and later): vpexpandw and vpexpandb turn the 32 bits of a
 // pair's mask into its 32 weights in one instruction, zeros in place.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <cstring>
 
+#include "byte_tables.h"
 #include "convert.h"
+#include "integer.h"
 #include "tiles.h"
 #include "target.h"
 
-TILE_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx2,fma,f16c,popcnt")
+TILE_TARGET_BEGIN(
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c,popcnt")
 namespace tiles {
 namespace {
 
@@ -60,15 +63,23 @@ struct Isa : Avx512 {
   }
 };
 
+#include "integer_dots.h"
+#include "integer_round.h"
+#include "integer_vnni.h"
+#include "integer_walk.h"
+
+constexpr IntegerPath kInteger = {round_x<Isa>, IntegerWalk<VnniProducts>::multiply};
+
 bool available() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 
 }  // namespace
 
-constexpr Path kAvx512Vbmi2Path = path_of<Isa>("avx512-vbmi2", available);
+constexpr Path kAvx512Vbmi2Path = path_of<Isa>("avx512-vbmi2", available, &kInteger);
 
 }  // namespace tiles
 TILE_TARGET_END

@@ -49,9 +49,11 @@ struct ByteProducts {
     const I twice = _mm256_broadcastsi128_si256(load128(values));
     return _mm256_and_si256(_mm256_srlv_epi32(twice, shifts), _mm256_set1_epi8(15));
   }
-  template <int32_t B>
-  static TILE_INLINE I unsigned_codes(I codes) {
-    return offset<B> == 0 ? codes : _mm256_xor_si256(codes, _mm256_set1_epi8(offset<B>));
+  // Two's complement to what is `offset` more.
+  template <int32_t Offset>
+  static TILE_INLINE I raised(I codes) {
+    return Offset == 0 ? codes
+                       : _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(Offset)));
   }
 
   // Codes kept in the first two octets of a step, and in the others.
@@ -72,14 +74,14 @@ struct ByteProducts {
     const uint8_t* from = values;
     if constexpr (K == kKeptAll) {
       values += B == kCodes8 ? 32 : 16;
-      return unsigned_codes<B>(B == kCodes8 ? join(from, from + 16) : nibbles(from));
+      return raised<offset<B>>(B == kCodes8 ? join(from, from + 16) : nibbles(from));
     } else {
       const Count n = count<K>(masks, kept);
       values += step_bytes(B, n.low, n.high);
       const I packed = B == kCodes8 ? join(from, from + n.low) : nibbles(from);
       const I shuffle = _mm256_add_epi8(join(kTables.first[masks[0]], kTables.first[masks[2]]),
                                         join(kTables.second[masks[1]], kTables.second[masks[3]]));
-      return unsigned_codes<B>(_mm256_shuffle_epi8(packed, shuffle));
+      return raised<offset<B>>(_mm256_shuffle_epi8(packed, shuffle));
     }
   }
 };
