@@ -48,6 +48,8 @@ from .layers.explain import Explanation, explain
 from .pruning.report import LayerReport, PruningReport
 from .publish.html import write_report
 from .quantizer import SparseQuantizer, prune
+from .streaming.ledger import clear_checkpoint
+from .streaming.run import prune_checkpoint
 from .training.lora_export import export_low_rank, split_low_rank
 from .training.merging import LayerMerge, MergeReport, merge_adapter
 
@@ -89,6 +91,7 @@ __all__ = [
     "Texts",
     "TrainingError",
     "agreement",
+    "clear_checkpoint",
     "compare",
     "convert_checkpoint",
     "evaluate",
@@ -100,6 +103,7 @@ __all__ = [
     "merge_adapter",
     "perplexity",
     "prune",
+    "prune_checkpoint",
     "register_format",
     "register_kernel",
     "register_solver",

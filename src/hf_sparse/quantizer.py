@@ -29,6 +29,7 @@ from .layers.head import restore_head, speed_up_head
 from .layers.replace import ModuleParents, unpack_linear
 from .pruning.prune import prune_in_place, require_dense
 from .pruning.report import PruningReport
+from .pruning.residence import Residence
 from .pruning.saved_report import saved_report
 from .pruning.wrappers import unwrapped
 from .publish.html import write_report
@@ -138,9 +139,14 @@ class SparseQuantizer(HfQuantizer):
         else:
             self.prune(model)
 
-    def prune(self, model: PreTrainedModel) -> PruningReport:
-        """Prune a loaded dense model and keep the report; the config then describes the data."""
-        self.report = prune_in_place(model, self.quantization_config)
+    def prune(self, model: PreTrainedModel, residence: Residence | None = None) -> PruningReport:
+        """Prune a dense model and keep the report; the config then describes the data.
+
+        Args:
+            model: loaded; or without weights, and `residence` has them.
+            residence: where its blocks are while they aren't at work; None for memory.
+        """
+        self.report = prune_in_place(model, self.quantization_config, residence=residence)
         if self.report.data is not None:
             self.quantization_config = self.quantization_config.replaced(dataset=self.report.data)
         model.config.quantization_config = self.quantization_config

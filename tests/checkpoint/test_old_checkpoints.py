@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from hf_sparse import CheckpointError
-from hf_sparse.checkpoint.compressed_tensors.files import read_parameters, weight_files
+from hf_sparse.checkpoint.compressed_tensors.files import read_parameters
 from hf_sparse.checkpoint.compressed_tensors.parameters import BITMASK, BITMASK_24
+from hf_sparse.checkpoint.weight_files import weight_files
 
 DATA = ROOT / "tests" / "data"
 STEM = "model.layers.0.mlp.up_proj"

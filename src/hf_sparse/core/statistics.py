@@ -64,15 +64,19 @@ class Statistics:
             self._damped[damp_percent] = matrix
         return self._damped[damp_percent]
 
-    def inverse_factor(self, damp_percent: float) -> InverseFactor:
+    def inverse_factor(self, damp_percent: float, spend: bool = False) -> InverseFactor:
         """The factor U of the damped H^-1 = U'U; computed once, see `factorise`.
+
+        With `spend`, H is gone then: nobody else is going to ask for it.
 
         Raises:
             SolveError: H isn't positive definite even with 10^3 times the damping.
         """
         if damp_percent not in self._factors:
             assert self.hessian is not None, "the solver did not ask for the Hessian"
-            self._factors[damp_percent] = factorise(self.hessian, damp_percent)
+            self._factors[damp_percent] = factorise(self.hessian, damp_percent, spend)
+            if spend:
+                object.__setattr__(self, "hessian", None)
         return self._factors[damp_percent]
 
     @full_precision()

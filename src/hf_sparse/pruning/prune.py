@@ -21,12 +21,16 @@ from ..layers.head import speed_up_head
 from .dense_measurements import DenseMeasurements
 from .half_pruned import check_not_half_pruned
 from .report import PruningReport
+from .residence import Residence
 from .run import run
 from .wrappers import make_ordinary
 
 
 def prune_in_place(
-    model: nn.Module, config: SparseConfig, measurements: DenseMeasurements | None = None
+    model: nn.Module,
+    config: SparseConfig,
+    measurements: DenseMeasurements | None = None,
+    residence: Residence | None = None,
 ) -> PruningReport:
     """Prune any module tree; its pruned layers become `SparseLinear`s.
 
@@ -35,6 +39,7 @@ def prune_in_place(
             stay dense unless the config asks for them.
         config: what to do.
         measurements: from `measurements_of`, for runs over copies of one model with the same data.
+        residence: where its blocks are while they aren't at work; None for memory.
 
     Raises:
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
@@ -49,6 +54,7 @@ def prune_in_place(
                 lambda: load_tokenizer(config.tokenizer, model),
                 default_dense(model),
                 measurements,
+                residence,
             )
     speed_up_head(model)
     return report

@@ -24,8 +24,9 @@ from ..layers.blocks import Block, find_blocks
 from ..layers.select import select_targets
 from ..solvers import make_solver
 from .dense_measurements import DenseMeasurements
-from .plan import check_plans, plan_layers
+from .plan import LayerPlan, check_plans, check_weights, plan_layers
 from .report import PruningReport
+from .residence import Residence
 from .solve_blocks import BlockSolver
 from .tracking import log_to_current_run
 
@@ -38,6 +39,7 @@ def run(
     load_tokenizer: Callable[[], Any],
     default_dense: Mapping[str, str],
     measurements: DenseMeasurements | None = None,
+    residence: Residence | None = None,
 ) -> PruningReport:
     """Prune a model in place and replace its pruned layers by sparse ones.
 
@@ -48,6 +50,7 @@ def run(
         default_dense: layers that stay dense unless the config asks for them, with the reason.
         measurements: the calibration data, and what other runs over copies of this model have
             measured on them; None to load the config's data.
+        residence: where its blocks are while they aren't at work; None for memory.
 
     Returns:
         What was done to each layer.
@@ -56,6 +59,7 @@ def run(
         HfSparseError: see `errors`. Data and weights are checked before the model is touched.
     """
     started = time.perf_counter()
+    residence = residence or Residence()
     config.check_data()
     selection = select_targets(model, config.targets, config.modules_to_not_convert, default_dense)
     plans, left_dense = plan_layers(selection.targets, config, dict(selection.left_dense))
@@ -65,11 +69,13 @@ def run(
     _tell_no_blocks(model, blocks, config)
     if measurements is None:
         measurements = DenseMeasurements(load_calibration(model, config, load_tokenizer))
-    solver_run = BlockSolver(model, config, solver, measurements)
+    record = measurements.data.record if measurements.data else None
+    residence.begin(model, blocks, config, record)
+    _check_weights(plans, blocks, residence)
+    solver_run = BlockSolver(model, config, solver, measurements, residence)
     with _evaluating(model):
         solver_run.prune(plans, blocks)
     _tell_unreached(solver_run.unreached, bool(solver_run.layers))
-    record = measurements.data.record if measurements.data else None
     report = PruningReport(
         layers=tuple(solver_run.layers),
         left_dense=left_dense | solver_run.unreached,
@@ -90,6 +96,17 @@ def _name(model: nn.Module) -> str:
     """The id that a model was loaded from, or the name of its folder; "" if it has none."""
     name = str(getattr(model, "name_or_path", "") or "")
     return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _check_weights(
+    plans: Sequence[LayerPlan], blocks: Sequence[Block], residence: Residence
+) -> None:
+    """Look at every weight before one is pruned."""
+    targets = {plan.target.name: plan.target for plan in plans}
+    for block in blocks:
+        if block.name not in residence.finished:
+            with residence.at_work(block):
+                check_weights(targets[name] for name in block.targets)
 
 
 def _tell_no_blocks(model: nn.Module, blocks: Sequence[Block], config: SparseConfig) -> None:

@@ -52,17 +52,20 @@ class SparseGPT(Solver):
         damp_percent: fraction of mean(diag H) added to H.
         block_size: columns per mask.
         joint_grid: round what is kept to it in the same pass; None leaves it as it is.
+        spend_hessian: nothing comes after that asks for the Hessian, whose memory the factor may
+            take.
     """
 
     damp_percent: float = 0.01
     block_size: int = 128
     joint_grid: Grid | None = None
+    spend_hessian: bool = False
     name: ClassVar[str] = "sparsegpt"
     needs: ClassVar[Needs] = Needs.HESSIAN
 
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         assert statistics is not None
-        factor = statistics.inverse_factor(self.damp_percent)
+        factor = statistics.inverse_factor(self.damp_percent, self.spend_hessian)
         updated = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         mask = torch.ones_like(updated, dtype=torch.bool)
         rounding = None

@@ -11,9 +11,10 @@ from accelerate.utils import convert_file_size_to_int
 
 from ...core.errors import ConfigError, SaveError
 from ..folder import write_folder
-from .files import read_parameters, weight_files
+from ..skeleton import empty_model
+from ..weight_files import weight_files
+from .files import read_parameters
 from .plan import Number, plan
-from .skeleton import empty_model
 from .source import old_format, read_config, without_storage
 from .write import copy_others, write_config, write_weights
 
