@@ -4,11 +4,13 @@ Importing the package registers the quantisation method `hf_sparse` with transfo
 """
 
 from importlib.metadata import version as _version
+from typing import Any as _Any
 
-from .checkpoint.compressed_tensors import Conversion, convert_checkpoint
+from .checkpoint.compressed_tensors import Conversion, convert
 from .checkpoint.dense_export import export_dense
 from .config.recipes import register_solver
 from .config.sparse_config import SparseConfig
+from .core import renamed as _renamed
 from .core.data_record import DataRecord
 from .core.errors import (
     AdapterError,
@@ -47,13 +49,26 @@ from .layers import SparseExperts, SparseLinear
 from .layers.explain import Explanation, explain
 from .pruning.report import LayerReport, PruningReport
 from .publish.html import write_report
-from .quantizer import SparseQuantizer, prune
+from .quantizer import SparseQuantizer, prefer, prune
+from .streaming.estimate import Estimate, estimate
 from .streaming.ledger import clear_checkpoint
+from .streaming.rates import Rates
 from .streaming.run import prune_checkpoint
 from .training.lora_export import export_low_rank, split_low_rank
 from .training.merging import LayerMerge, MergeReport, merge_adapter
 
 __version__ = _version("hf_sparse")
+
+_RENAMED = {"convert_checkpoint": "convert"}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    _renamed.warn_renamed(f"hf_sparse.{name}", f"hf_sparse.{new}", stacklevel=3)
+    return globals()[new]
+
 
 __all__ = [
     "AdapterError",
@@ -66,6 +81,7 @@ __all__ = [
     "Conversion",
     "DataRecord",
     "Environment",
+    "Estimate",
     "Evaluation",
     "EvaluationError",
     "Explanation",
@@ -79,6 +95,7 @@ __all__ = [
     "PackageError",
     "Perplexity",
     "PruningReport",
+    "Rates",
     "RegistrationError",
     "SaveError",
     "SolveError",
@@ -93,7 +110,8 @@ __all__ = [
     "agreement",
     "clear_checkpoint",
     "compare",
-    "convert_checkpoint",
+    "convert",
+    "estimate",
     "evaluate",
     "evaluate_tasks",
     "explain",
@@ -102,6 +120,7 @@ __all__ = [
     "generation_speed",
     "merge_adapter",
     "perplexity",
+    "prefer",
     "prune",
     "prune_checkpoint",
     "register_format",

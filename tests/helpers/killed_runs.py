@@ -31,7 +31,9 @@ def config(method: str = "sparsegpt", **changes) -> SparseConfig:
     """One that takes statistics block by block."""
     random_ids = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 61, (24,), generator=random_ids) for _ in range(6)]
-    settings = {"sparsity": 0.5, "dataset": ids, "seq_len": 24, "batch_size": 2}
+    settings = {"sparsity": 0.5, "dataset": ids, "num_samples": 6, "seq_len": 24, "batch_size": 2}
+    if "pattern" in changes:
+        del settings["sparsity"]
     return SparseConfig(method=method, **(settings | changes))
 
 

@@ -57,7 +57,7 @@ def _reversed(matrix: Tensor, out: Tensor) -> Tensor:
 
 
 def factorise(
-    hessian: Float[Tensor, "in in"], damp_percent: float, spend: bool = False
+    hessian: Float[Tensor, "in in"], damping: float, spend: bool = False
 ) -> InverseFactor:
     """The factor U of H^-1 = U'U (SparseGPT, sec. 3.2), found in fp64 without forming H^-1.
 
@@ -67,7 +67,7 @@ def factorise(
 
     Args:
         hessian: H.
-        damp_percent: of the mean of its diagonal.
+        damping: of the mean of its diagonal.
         spend: U takes H's memory; 8 bytes for each element then.
 
     Raises:
@@ -75,21 +75,21 @@ def factorise(
     """
     dead = hessian.diagonal() == 0
     for step in range(DAMP_STEPS):
-        damping = damp_percent * 10**step
+        raised = damping * 10**step
         lower = _reversed(hessian, torch.empty_like(hessian, dtype=torch.float64))
-        lower.diagonal().copy_(damped_diagonal(hessian, damping, torch.float64).flip(0))
+        lower.diagonal().copy_(damped_diagonal(hessian, raised, torch.float64).flip(0))
         info = torch.empty((), dtype=torch.int32, device=lower.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:
             _invert(lower)
             if all(bool(strip.float().isfinite().all()) for strip in lower.split(STRIP)):
                 upper = _reversed(lower, hessian if spend else torch.empty_like(hessian))
-                return InverseFactor(upper, dead, damping)
+                return InverseFactor(upper, dead, raised)
         del lower
     raise SolveError(
-        f"its Hessian is not positive definite, even with {damp_percent * 10 ** (DAMP_STEPS - 1)} "
+        f"its Hessian is not positive definite, even with {damping * 10 ** (DAMP_STEPS - 1)} "
         "of the mean diagonal added: use more or more varied calibration data, or a larger "
-        "damp_percent"
+        "damping"
     )
 
 

@@ -50,21 +50,21 @@ class Statistics:
     _factors: dict[float, InverseFactor] = field(default_factory=dict, repr=False, compare=False)
     _damped: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def damped_hessian(self, damp_percent: float) -> Float[Tensor, "in in"]:
-        """H with H_jj = 1 for dead inputs and damp_percent * mean(diag H) added; fp32, shared.
+    def damped_hessian(self, damping: float) -> Float[Tensor, "in in"]:
+        """H with H_jj = 1 for dead inputs and damping * mean(diag H) added; fp32, shared.
 
         Raises:
             SolveError: H is not finite.
         """
-        if damp_percent not in self._damped:
+        if damping not in self._damped:
             assert self.hessian is not None, "the solver did not ask for the Hessian"
-            matrix = damped(self.hessian, damp_percent, self.hessian.dtype)
+            matrix = damped(self.hessian, damping, self.hessian.dtype)
             if not bool(torch.isfinite(matrix).all()):
                 raise SolveError("its Hessian holds NaN or infinite values")
-            self._damped[damp_percent] = matrix
-        return self._damped[damp_percent]
+            self._damped[damping] = matrix
+        return self._damped[damping]
 
-    def inverse_factor(self, damp_percent: float, spend: bool = False) -> InverseFactor:
+    def inverse_factor(self, damping: float, spend: bool = False) -> InverseFactor:
         """The factor U of the damped H^-1 = U'U; computed once, see `factorise`.
 
         With `spend`, H is gone then: nobody else is going to ask for it.
@@ -72,12 +72,12 @@ class Statistics:
         Raises:
             SolveError: H isn't positive definite even with 10^3 times the damping.
         """
-        if damp_percent not in self._factors:
+        if damping not in self._factors:
             assert self.hessian is not None, "the solver did not ask for the Hessian"
-            self._factors[damp_percent] = factorise(self.hessian, damp_percent, spend)
+            self._factors[damping] = factorise(self.hessian, damping, spend)
             if spend:
                 object.__setattr__(self, "hessian", None)
-        return self._factors[damp_percent]
+        return self._factors[damping]
 
     @full_precision()
     def relative_error(

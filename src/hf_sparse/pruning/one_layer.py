@@ -65,13 +65,7 @@ class PrunedLayer:
             sparse.resolve()
             with torch.no_grad(), align_module_device(sparse):
                 self._check_zeros(sparse.sparse_weight)
-        return replace(
-            self.report,
-            format=fmt.label,
-            bytes_after=stored,
-            bytes_resident=sparse.resident_bytes(),
-            kernel=sparse.trace[-1].kernel,
-        )
+        return replace(self.report, format=fmt.label, bytes_after=stored)
 
     def _check_zeros(self, stored: Tensor) -> None:
         zeros = _zeros(stored)

@@ -6,8 +6,9 @@ Works on any module tree, in place; knows nothing of from_pretrained.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from ..config.sparse_config import SparseConfig
 from ..core.errors import CalibrationError
 from ..core.logging import get_logger
 from ..kernels.machine import Environment
+from ..layers import sparse_layers
 from ..layers.blocks import Block, find_blocks
+from ..layers.prefer import prefer
 from ..layers.select import select_targets
 from ..solvers import make_solver
 from .dense_measurements import DenseMeasurements
 from .plan import LayerPlan, check_plans, check_weights, plan_layers
-from .report import PruningReport
+from .report import LayerReport, PruningReport
 from .residence import Residence
 from .solve_blocks import BlockSolver
 from .tracking import log_to_current_run
@@ -76,8 +79,9 @@ def run(
     with _evaluating(model):
         solver_run.prune(plans, blocks)
     _tell_unreached(solver_run.unreached, bool(solver_run.layers))
+    prefer(model, config.prefer)
     report = PruningReport(
-        layers=tuple(solver_run.layers),
+        layers=tuple(_as_held(solver_run.layers, model)),
         left_dense=left_dense | solver_run.unreached,
         data=record,
         seconds=time.perf_counter() - started,
@@ -90,6 +94,17 @@ def run(
     logger.info("%s", report.summary())
     log_to_current_run(report)
     return report
+
+
+def _as_held(reports: Iterable[LayerReport], model: nn.Module) -> Iterator[LayerReport]:
+    """The layers' reports with the kernels that they ended with; not of those that are in files."""
+    layers = sparse_layers(model)
+    for report in reports:
+        layer = layers.get(report.name)
+        if layer is not None and not any(t.is_meta for t in layer.packed.values()):
+            kernel, resident = layer.trace[-1].kernel, layer.resident_bytes()
+            report = replace(report, kernel=kernel, bytes_resident=resident)
+        yield report
 
 
 def _name(model: nn.Module) -> str:

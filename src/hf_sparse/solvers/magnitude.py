@@ -17,6 +17,9 @@ class Magnitude(Solver):
 
     name: ClassVar[str] = "magnitude"
     needs: ClassVar[Needs] = Needs.NOTHING
+    about: ClassVar[str] = (
+        "Removes the smallest weights of each layer; the fastest and the worst (Han et al. 2015)."
+    )
 
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         mask = pattern.mask(weight.abs())

@@ -17,6 +17,10 @@ class Wanda(Solver):
 
     name: ClassVar[str] = "wanda"
     needs: ClassVar[Needs] = Needs.COLUMN_NORMS
+    about: ClassVar[str] = (
+        "Removes the smallest |weight| x norm of its input in each row, and changes nothing "
+        "else (Sun et al. 2023)."
+    )
 
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         assert statistics is not None

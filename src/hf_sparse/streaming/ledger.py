@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Manifest:
 
 
 class Ledger:
-    """Holds its folder as long as the process lives.
+    """Holds its folder until it is closed, or its process ends.
 
     Args:
         folder: created if it isn't there.
@@ -87,6 +87,7 @@ class Ledger:
                 path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SaveError(f"can't keep a run in {str(folder)!r}: {error}") from error
+        self._held: int | None = None
         if os.name == "posix":
             self._held = lock(folder)
             if self._held is None:
@@ -165,6 +166,12 @@ class Ledger:
                 f"blocks before it are there: {again}"
             ) from error
 
+    def close(self) -> None:
+        """Let other runs use the folder."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
     def clear(self) -> None:
         """Remove the run; the folder too, if nothing else is in it."""
         (self._folder / MANIFEST).unlink(missing_ok=True)
@@ -207,7 +214,8 @@ def clear_checkpoint(checkpoint_dir: str | os.PathLike[str]) -> None:
     folder = Path(checkpoint_dir)
     if not folder.is_dir():
         return
-    Ledger(folder, {}, resumable=False).clear()
+    with closing(Ledger(folder, {}, resumable=False)) as ledger:
+        ledger.clear()
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -6,13 +6,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
+from accelerate.utils import convert_file_size_to_int
 from safetensors import safe_open
 from torch import Tensor
 
@@ -24,15 +26,19 @@ from ..checkpoint.state_dict import sparse_state_dict
 from ..checkpoint.write_shards import write_shards
 from ..config.sparse_config import SparseConfig
 from ..core.errors import ConfigError, SaveError
+from ..core.logging import get_logger
 from ..layers.counts import num_parameters
 from ..pruning.report import PruningReport
 from ..publish.card import is_own_card
 from ..publish.save import write_companions
 from ..quantizer import SparseQuantizer
+from .estimate import estimate_model
 from .ledger import Ledger
 from .residence import Streamed
 from .skeleton import Skeleton, open_checkpoint
 from .source import SourceWeights
+
+logger = get_logger(__name__)
 
 # What the bytes of the result may depend on.
 PACKAGES = ("hf_sparse", "torch", "transformers", "safetensors")
@@ -85,11 +91,15 @@ def prune_checkpoint(
     if target.exists() and not target.is_dir():
         raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
     skeleton = open_checkpoint(model_id_or_path, revision, dtype)
-    spill = max_memory is not None
-    with _folder_for(target, checkpoint_dir) as kept, _waiting(kept, spill) as waiting:
-        resumable = checkpoint_dir is not None
-        source = SourceWeights(skeleton.folder, skeleton.twin, skeleton.dtype)
-        ledger = Ledger(kept, _identity(skeleton, source) if resumable else {}, resumable)
+    spill = _must_spill(skeleton, config, target, max_memory)
+    source = SourceWeights(skeleton.folder, skeleton.twin, skeleton.dtype)
+    resumable = checkpoint_dir is not None
+    identity = _identity(skeleton, source) if resumable else {}
+    with (
+        _folder_for(target, checkpoint_dir) as kept,
+        closing(Ledger(kept, identity, resumable)) as ledger,
+        _waiting(kept, spill) as waiting,
+    ):
         residence = Streamed(source, ledger, waiting)
         quantizer = SparseQuantizer(config, pre_quantized=False)
         skeleton.model.hf_quantizer = quantizer
@@ -116,6 +126,43 @@ def _check_config(config: SparseConfig) -> None:
             f"{name}='fisher' takes gradients of the whole model, which from disk to disk is never "
             f"in memory: pass another {name}, or prune the model in memory"
         )
+
+
+def _must_spill(
+    skeleton: Skeleton, config: SparseConfig, target: Path, max_memory: int | str | None
+) -> bool:
+    """Tell what the run will take; must activations wait in a file for it to fit?
+
+    Raises:
+        ConfigError: it doesn't fit even so, or not on the disk; says what is needed.
+    """
+    needed = estimate_model(skeleton.twin, config)
+    logger.info("%s", needed)
+    place = next(path for path in (target, *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed.bytes_written > free:
+        raise ConfigError(
+            f"the run writes {needed.bytes_written / 1e9:.1f} GB, finished blocks and the result, "
+            f"and {free / 1e9:.1f} GB are free at {str(place)!r}"
+        )
+    limit = psutil.virtual_memory().available if max_memory is None else _bytes(max_memory)
+    if needed.peak_without_activations > limit:
+        parts = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in needed.memory.items())
+        raise ConfigError(
+            f"the run needs {needed.peak_without_activations / 1e9:.2f} GB of memory with "
+            f"activations in a file, and {limit / 1e9:.2f} GB are allowed or free ({parts}): "
+            "pass a larger max_memory, or leave the widest layers dense, see modules_to_not_convert"
+        )
+    return max_memory is not None and needed.peak > limit
+
+
+def _bytes(size: int | str) -> int:
+    try:
+        return int(convert_file_size_to_int(size))
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(
+            f"max_memory={size!r} is no size: pass bytes or a text like '8GiB'"
+        ) from None
 
 
 def _identity(skeleton: Skeleton, source: SourceWeights) -> dict[str, str]:

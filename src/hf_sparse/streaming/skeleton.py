@@ -46,6 +46,7 @@ def open_checkpoint(
     model_id_or_path: str | os.PathLike[str],
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
+    weights: bool = True,
 ) -> Skeleton:
     """Read a checkpoint's config and headers.
 
@@ -53,6 +54,7 @@ def open_checkpoint(
         model_id_or_path: a folder, or a Hub id that is downloaded to the cache.
         revision: branch, tag or commit of a Hub id.
         dtype: as for `from_pretrained`.
+        weights: fetch those, too.
 
     Raises:
         CheckpointError: there is no such model, or not in safetensors files.
@@ -62,7 +64,9 @@ def open_checkpoint(
     if not folder.is_dir():
         try:
             fetched = snapshot_download(
-                str(model_id_or_path), revision=revision, allow_patterns=list(FETCHED)
+                str(model_id_or_path),
+                revision=revision,
+                allow_patterns=list(FETCHED[not weights :]),
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(

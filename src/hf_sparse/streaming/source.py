@@ -42,6 +42,11 @@ class SourceWeights:
 
     def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self.files = weight_files(folder)
+        if not self.files:
+            raise CheckpointError(
+                f"{folder} has no safetensors files: load the model, and save it with "
+                "save_pretrained first"
+            )
         self.model, self._folder, self._dtype = model, folder, dtype
         self.expected: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
         self._keys: dict[str, list[str]] = {}
@@ -74,7 +79,7 @@ class SourceWeights:
             device_map={"": "cpu"},
         )
         try:
-            with _no_bars():
+            with no_bars():
                 convert_and_load_state_dict_in_model(self.model, tensors, config)
             return {name: self._loaded(name) for name in names}
         finally:
@@ -169,7 +174,7 @@ def _get(model: nn.Module, name: str) -> Tensor:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """transformers would draw a bar for each block that it loads."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

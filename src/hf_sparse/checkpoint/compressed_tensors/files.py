@@ -1,4 +1,4 @@
-"""The files of an old sparse checkpoint: which they are, and the parameters that they hold.
+"""The parameters that the files of an old sparse checkpoint hold.
 
 Nothing here is trusted: shapes and dtypes are checked from the headers before a tensor is read,
 contents right after. The parts of a weight may lie in different files.
@@ -36,7 +36,7 @@ def read_parameters(files: Iterable[Path], structure: str) -> list[StoredParamet
     """All parameters of a checkpoint, from its files' headers, in the files' order.
 
     Args:
-        files: of the checkpoint, in their order.
+        files: the checkpoint's, see `weight_files`.
         structure: a key of PARTS.
 
     Raises:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...config.sparse_config import SparseConfig
 from ...core.logging import get_logger, progress_bar
-from ..commit import INDEX, SINGLE
 from ..headers import metadata
+from ..weight_files import INDEX, SINGLE
 from .plan import Item
 from .source import without_storage
 
