@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config.sparse_config import SparseConfig
-from ..core.patterns import Pattern
+from ..core.patterns import NM, Unstructured
 from ..core.statistics import Needs
 from ..layers.blocks import Block, find_blocks
 from ..layers.default_dense import default_dense
@@ -264,9 +264,12 @@ def _idle(block: Block, model: PreTrainedModel) -> int:
 
 def _packed(plan: LayerPlan, config: SparseConfig, itemsize: int) -> int:
     """Bytes of a layer as it is stored: a bit for each weight, and what is kept."""
-    pattern: Pattern = plan.pattern
-    size = prod(plan.target.shape)
-    kept = size - pattern.zeros(size)
+    pattern, size = plan.pattern, prod(plan.target.shape)
+    kept = size
+    if isinstance(pattern, NM):
+        kept = size * pattern.n // pattern.m
+    elif isinstance(pattern, Unstructured):
+        kept -= pattern.zeros(size)
     bits = 8 * itemsize if config.bits is None else config.bits
     return size // 8 + kept * bits // 8
 
