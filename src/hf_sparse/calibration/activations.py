@@ -127,7 +127,9 @@ def digest(value: Any) -> str:
     for leaf in tree_flatten(value)[0]:
         if isinstance(leaf, Tensor):
             found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-            found.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(
+                leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             found.update(repr(leaf).encode())
     return found.hexdigest()

@@ -67,7 +67,7 @@ class _Copy:
 
     def __init__(self, storage: torch.UntypedStorage, folder: Path | None) -> None:
         self.size = storage.nbytes()
-        self._held: torch.UntypedStorage | None = None
+        self._held: Any = None
         self._path: Path | None = None
         if folder is None:
             self._held = storage.cpu().clone()  # type: ignore[no-untyped-call]
@@ -78,11 +78,8 @@ class _Copy:
     def into(self, storage: torch.UntypedStorage) -> None:
         storage.copy_(self._mapped() if self._held is None else self._held)
 
-    def _mapped(self) -> torch.UntypedStorage:
-        mapped: torch.UntypedStorage = torch.UntypedStorage.from_file(
-            str(self._path), shared=True, nbytes=self.size
-        )
-        return mapped
+    def _mapped(self) -> Any:
+        return torch.UntypedStorage.from_file(str(self._path), shared=True, nbytes=self.size)
 
     def __del__(self) -> None:
         if self._path is not None:

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from .commit import INDEX
+from .weight_files import INDEX
 
 # The library's names of dtypes, in the order of a file's tensors, which after that have their
 # names'.
@@ -81,7 +81,7 @@ def _write(
             tensor, expected = read(key), tensors[key]
             assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype), key
             if tensor.numel():
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _header(

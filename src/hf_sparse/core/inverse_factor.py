@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .counting import all_finite
 from .errors import SolveError
 
 # Damping is raised tenfold at most this often before a Hessian counts as unusable.
@@ -82,7 +83,7 @@ def factorise(
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:
             _invert(lower)
-            if all(bool(strip.float().isfinite().all()) for strip in lower.split(STRIP)):
+            if all(all_finite(strip.float()) for strip in torch.split(lower, STRIP)):
                 upper = _reversed(lower, hessian if spend else torch.empty_like(hessian))
                 return InverseFactor(upper, dead, raised)
         del lower

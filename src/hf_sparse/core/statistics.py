@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .counting import all_finite
 from .errors import SolveError
 from .inverse_factor import InverseFactor, damped, factorise
 from .precision import full_precision
@@ -59,7 +60,7 @@ class Statistics:
         if damping not in self._damped:
             assert self.hessian is not None, "the solver did not ask for the Hessian"
             matrix = damped(self.hessian, damping, self.hessian.dtype)
-            if not bool(torch.isfinite(matrix).all()):
+            if not all_finite(matrix):
                 raise SolveError("its Hessian holds NaN or infinite values")
             self._damped[damping] = matrix
         return self._damped[damping]

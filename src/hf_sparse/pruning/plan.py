@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config.sparse_config import SparseConfig
+from ..core.counting import all_finite
 from ..core.errors import ConfigError, SolveError
 from ..core.patterns import Pattern
 from ..layers.select import Target, layer_sparsity, require_match
@@ -74,7 +75,7 @@ def check_weights(targets: Iterable[Target]) -> None:
     for target in targets:
         with target.weight() as weight:
             _check_kind(target.name, weight)
-            if not bool(torch.isfinite(weight).all()):
+            if not all_finite(weight):
                 raise SolveError(
                     f"layer {target.name}: its weight holds NaN or infinite values; the model "
                     "was left as it was"

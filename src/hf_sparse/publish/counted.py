@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..checkpoint.headers import PackedLayer, read_folder
+from ..core.counting import count_zeros
 from ..pruning.report import LayerReport, PruningReport
 
 
@@ -59,5 +60,5 @@ def _dense(path: Path, key: str) -> Tensor:
 
 
 def _counted(layer: LayerReport, weight: Tensor) -> LayerReport:
-    zeros = weight.numel() - int(torch.count_nonzero(weight))
+    zeros = count_zeros(weight)
     return replace(layer, zeros=zeros, sparsity=zeros / max(1, weight.numel()))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.counting import all_finite
 from ..core.errors import SolveError
 from ..core.grids import Grid
 from ..core.patterns import Pattern
@@ -111,7 +111,7 @@ class LayerSolver:
         if self.refit_steps:
             assert statistics is not None
             solution = self._refitted(solution, target, statistics, metric)
-        if not bool(torch.isfinite(solution.weight).all()):
+        if not all_finite(solution.weight):
             raise SolveError("the solved weight is not finite: raise damping")
         if self.grid is not None and solution.quantized is None:
             solution = self._rounded(solution, self.grid, statistics)

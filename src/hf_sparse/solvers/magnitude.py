@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..core.counting import zero_outside
 from ..core.patterns import Pattern
 from ..core.shapes import Weight
 from ..core.statistics import Needs, Statistics
@@ -23,4 +24,4 @@ class Magnitude(Solver):
 
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         mask = pattern.mask(weight.abs())
-        return Solution(weight.where(mask, 0), mask)
+        return Solution(zero_outside(weight, mask), mask)

@@ -97,7 +97,7 @@ def _dtype(asked: str | torch.dtype, content: Mapping[str, Any], folder: Path) -
         for path in weight_files(folder):
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118
-                    found = file.get_tensor(key).dtype
+                    found: torch.dtype = file.get_tensor(key).dtype
                     if found.is_floating_point:
                         return found
     dtype = getattr(torch, named, None) if isinstance(named, str) else named
