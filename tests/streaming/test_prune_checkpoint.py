@@ -185,7 +185,7 @@ def test_another_version_of_a_package_is_refused(broken_off, tmp_path):
 
 @pytest.mark.parametrize("kind", ["blocks", "outputs"])
 def test_a_damaged_file_of_a_run_is_refused(kind, broken_off, tmp_path):
-    path = next((tmp_path / "run" / kind).iterdir())
+    path = next((tmp_path / "run" / kind).glob("*.safetensors"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

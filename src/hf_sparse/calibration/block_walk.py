@@ -115,8 +115,7 @@ class BlockWalk:
             survey = Survey.of(self._model, self._blocks, self._batches)
             if self._carry_dense or self._activations.keeps:
                 _check_followable(survey, self._activations.keeps)
-            told = survey.mask_owners, survey.frame_masks
-            self._paddings = [Padding.of(batch, *told) for batch in self._batches]
+            self._paddings = [Padding.of(batch, survey.told) for batch in self._batches]
             finished = [b for b in survey.blocks if b.name in self._activations.finished]
             waiting = [b for b in survey.blocks if b.name not in self._activations.finished]
             self._waiting = {block.module: block for block in waiting}
@@ -185,7 +184,8 @@ class BlockWalk:
         if self._running_block or module not in self._waiting:
             return
         running = self._pass_of[greenlet.getcurrent()]
-        batch, padding = running[0], self._paddings[running[0]]
+        batch = running[0]
+        padding = self._paddings[batch].in_call(module, args, kwargs)
         if self._scouted is None:
             block = self._waiting[module]
             self._activations.arrive(running, block.name, (args, kwargs))

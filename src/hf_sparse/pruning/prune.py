@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from ..layers.default_dense import default_dense
 from ..layers.experts import unfused_experts
 from ..layers.head import speed_up_head
 from .dense_measurements import DenseMeasurements
-from .half_pruned import check_not_half_pruned
+from .half_pruned import Progress, check_not_half_pruned, marked_if_broken_off
 from .report import PruningReport
 from .residence import Residence
 from .run import run
@@ -45,7 +45,9 @@ def prune_in_place(
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
         HfSparseError: see `core.errors`.
     """
-    with own_settings(input_device(model)):
+    # Of a model in files nothing is changed, and a run over it can go on.
+    marked = marked_if_broken_off(model) if residence is None else nullcontext(Progress())
+    with own_settings(input_device(model)), marked as progress:
         make_ordinary(model)
         with _marked_quantized(model), unfused_experts(model):
             report = run(
@@ -53,10 +55,11 @@ def prune_in_place(
                 config,
                 lambda: load_tokenizer(config.tokenizer, model),
                 default_dense(model),
+                progress,
                 measurements,
                 residence,
             )
-    speed_up_head(model)
+        speed_up_head(model)
     return report
 
 

@@ -28,6 +28,7 @@ from ..layers.prefer import prefer
 from ..layers.select import select_targets
 from ..solvers import make_solver
 from .dense_measurements import DenseMeasurements
+from .half_pruned import Progress
 from .plan import LayerPlan, check_plans, check_weights, plan_layers
 from .report import LayerReport, PruningReport
 from .residence import Residence
@@ -42,6 +43,7 @@ def run(
     config: SparseConfig,
     load_tokenizer: Callable[[], Any],
     default_dense: Mapping[str, str],
+    progress: Progress,
     measurements: DenseMeasurements | None = None,
     residence: Residence | None = None,
 ) -> PruningReport:
@@ -52,6 +54,7 @@ def run(
         config: what to do.
         load_tokenizer: called if the dataset is text.
         default_dense: layers that stay dense unless the config asks for them, with the reason.
+        progress: is told what is done.
         measurements: the calibration data, and what other runs over copies of this model have
             measured on them; None to load the config's data.
         residence: where its blocks are while they aren't at work; None for memory.
@@ -76,7 +79,7 @@ def run(
     record = measurements.data.record if measurements.data else None
     residence.begin(model, blocks, config, record)
     _check_weights(plans, blocks, residence)
-    solver_run = BlockSolver(model, config, solver, measurements, residence)
+    solver_run = BlockSolver(model, config, solver, measurements, progress, residence)
     with _evaluating(model):
         solver_run.prune(plans, blocks)
     _tell_unreached(solver_run.unreached, bool(solver_run.layers))

@@ -21,7 +21,7 @@ from ..layers.replace import ModuleParents, write_weight
 from ..solvers import Solver
 from ..solvers.layer_solver import LayerSolver
 from .dense_measurements import DenseMeasurements
-from .half_pruned import mark_half_pruned
+from .half_pruned import Progress
 from .one_layer import PrunedLayer, solve_layer
 from .plan import LayerPlan
 from .report import LayerReport
@@ -40,6 +40,7 @@ class BlockSolver:
         config: what to do.
         solver: its method.
         measurements: the data, and what is known of the dense model.
+        progress: is told of each layer that is about to change.
         residence: where blocks are that aren't at work.
 
     Attributes:
@@ -54,10 +55,11 @@ class BlockSolver:
         config: SparseConfig,
         solver: Solver,
         measurements: DenseMeasurements,
+        progress: Progress,
         residence: Residence,
     ) -> None:
         self._model, self._config, self._measurements = model, config, measurements
-        self._residence = residence
+        self._progress, self._residence = progress, residence
         self._parents = ModuleParents(model)
         self._solver = LayerSolver(
             solver, config.refit, config.damping, config.grid, config.low_rank
@@ -66,6 +68,7 @@ class BlockSolver:
         self._pruned: dict[str, PrunedLayer] = {}  # not packed yet
         before = residence.finished
         self.layers: list[LayerReport] = [x for block in before.values() for x in block.layers]
+        progress.solved.update(layer.name for layer in self.layers)
         self.unreached: dict[str, str] = {}
         self.block_seconds = {name: block.seconds for name, block in before.items()}
 
@@ -74,25 +77,18 @@ class BlockSolver:
         """Solve all layers and replace them.
 
         Raises:
-            HfSparseError: a layer can't be solved. If others have been by then, the model is marked
-                as half pruned; so it is after any other exception.
+            HfSparseError: a layer can't be solved.
         """
+        self._progress.blocks = blocks
         self._blocks = {name: block.name for block in blocks for name in block.targets}
         plans = self._prepared(plans, blocks)
         self._clock = time.perf_counter()
-        try:
-            steps = closing(self._solve_all(plans, blocks))
-            with progress_bar(len(plans), "Pruning") as bar, steps as layers:
-                for label, layer in layers:
-                    bar.set_description(f"Pruning: {label}", refresh=False)
-                    bar.set_postfix_str(layer.brief(), refresh=False)
-                    bar.update()
-        except BaseException as error:
-            solved = self._solved()
-            if solved:
-                done = [block.name for block in blocks if solved.issuperset(block.targets)]
-                mark_half_pruned(self._model, error, done, len(blocks))
-            raise
+        steps = closing(self._solve_all(plans, blocks))
+        with progress_bar(len(plans), "Pruning") as bar, steps as layers:
+            for label, layer in layers:
+                bar.set_description(f"Pruning: {label}", refresh=False)
+                bar.set_postfix_str(layer.brief(), refresh=False)
+                bar.update()
 
     def _prepared(self, plans: Sequence[LayerPlan], blocks: Sequence[Block]) -> Sequence[LayerPlan]:
         """What has to be known of the whole model before the first layer is touched."""
@@ -130,10 +126,10 @@ class BlockSolver:
                     packed = self._pack()
                     seconds = self._count_seconds(block.name)
                     self._residence.finish(block, FinishedBlock(packed, seconds))
-        solved, batches = self._solved(), self._measurements.batches
+        batches = self._measurements.batches
         given = {key for batch in batches for key in batch}
         for name in by_name:
-            if name not in solved:
+            if name not in self._progress.solved:
                 missing = missing_input(self._model, name, given)
                 has = f", the data have {', '.join(sorted(given))}"
                 self.unreached[name] = f"{NO_TOKEN}: {missing}{has}" if missing else NO_TOKEN
@@ -156,10 +152,6 @@ class BlockSolver:
             self._dense_weights,
             self._residence.activations,
         )
-
-    def _solved(self) -> set[str]:
-        """Names of the layers that have their pruned weights."""
-        return {layer.name for layer in self.layers} | set(self._pruned)
 
     def _count_seconds(self, block: str) -> float:
         """All time since the last call was a block's."""
@@ -190,7 +182,8 @@ class BlockSolver:
         report = replace(pruned.report, block=self._blocks[name])
         if self._config.metric == "fisher" and metric is None:
             report = replace(report, notes=(*report.notes, NO_GRADIENT))
-        self._pruned[name] = replace(pruned, report=report)  # first: from here on it is touched
+        self._pruned[name] = replace(pruned, report=report)
+        self._progress.solved.add(name)
         write_weight(plan.target.module, weight)
         return report
 

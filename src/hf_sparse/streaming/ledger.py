@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ from .source import file_digest
 VERSION = 1
 MANIFEST = "manifest.json"
 BLOCKS, OUTPUTS = "blocks", "outputs"
+# How the names of folders begin in which activations wait.
+WAITING = "waiting-"
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Ledger:
                 raise SaveError(
                     f"{str(folder)!r} is in use by another run: wait for it, or pass another folder"
                 )
+        self._remove_waiting()
 
     def begin(self, settings: Mapping[str, Any]) -> dict[str, FinishedBlock]:
         """The blocks that a run of the same kind has finished; everything else in the folder that
@@ -110,10 +114,7 @@ class Ledger:
             _check_files(found, self._folder)
         self._manifest = found or Manifest(VERSION, self._run)
         named = {entry.file for entry in self._manifest.blocks} | set(self._manifest.outputs)
-        for part in (BLOCKS, OUTPUTS):
-            for path in (self._folder / part).iterdir():
-                if path.name not in named:
-                    path.unlink()
+        self._remove_all_but(named)
         return {e.name: FinishedBlock(e.layers, e.seconds) for e in self._manifest.blocks}
 
     def activations(self, waiting: Path | None) -> Activations:
@@ -166,6 +167,10 @@ class Ledger:
                 f"blocks before it are there: {again}"
             ) from error
 
+    def _remove_waiting(self) -> None:
+        for path in self._folder.glob(f"{WAITING}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def close(self) -> None:
         """Let other runs use the folder."""
         if self._held is not None:
@@ -175,13 +180,20 @@ class Ledger:
     def clear(self) -> None:
         """Remove the run; the folder too, if nothing else is in it."""
         (self._folder / MANIFEST).unlink(missing_ok=True)
-        for part in (BLOCKS, OUTPUTS):
-            for path in (self._folder / part).glob("*.safetensors"):
-                path.unlink()
+        self._remove_all_but(())
+        self._remove_waiting()
+        for path in (self._folder / BLOCKS, self._folder / OUTPUTS, self._folder):
             with suppress(OSError):
-                (self._folder / part).rmdir()
-        with suppress(OSError):
-            self._folder.rmdir()
+                path.rmdir()
+
+    def _remove_all_but(self, named: Collection[str]) -> None:
+        """Remove what runs have left in the folder, half written or waiting, but for some files."""
+        for part in (BLOCKS, OUTPUTS):
+            for path in (self._folder / part).iterdir():
+                if ".safetensors" in path.name and path.name not in named:
+                    path.unlink()
+        for path in self._folder.glob(f".{MANIFEST}-*"):
+            path.unlink()
 
     def _stand_ins(self) -> dict[str, str]:
         """For each finished block the one whose outputs stand for its own: in a list the last."""

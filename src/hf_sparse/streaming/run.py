@@ -33,7 +33,7 @@ from ..publish.card import is_own_card
 from ..publish.save import write_companions
 from ..quantizer import SparseQuantizer
 from .estimate import estimate_model
-from .ledger import Ledger
+from .ledger import WAITING, Ledger
 from .residence import Streamed
 from .skeleton import Skeleton, open_checkpoint
 from .source import SourceWeights
@@ -193,8 +193,7 @@ def _waiting(kept: Path, spill: bool) -> Iterator[Path | None]:
     if not spill:
         yield None
         return
-    kept.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept, prefix="waiting-") as folder:
+    with tempfile.TemporaryDirectory(dir=kept, prefix=WAITING) as folder:
         yield Path(folder)
 
 
