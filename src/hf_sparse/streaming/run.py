@@ -58,7 +58,7 @@ def prune_checkpoint(
     """Prune a checkpoint from disk to disk, with one block at a time in memory.
 
     The result has the bytes of `from_pretrained(..., quantization_config=config)` followed by
-    `save_pretrained`. Each block is read, pruned, packed and written, and then forgotten. It runs on
+    `save_pretrained`. Each block is read, pruned, packed and written, and then forgotten, on
     the CPU.
 
     Args:
