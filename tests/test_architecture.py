@@ -33,6 +33,7 @@ FLOORS = [
     {"evaluation"},
     {"publish", "training"},
     {"quantizer"},
+    {"streaming"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(FLOORS) for name in names}

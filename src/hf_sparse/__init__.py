@@ -50,6 +50,10 @@ from .layers.explain import Explanation, explain
 from .pruning.report import LayerReport, PruningReport
 from .publish.html import write_report
 from .quantizer import SparseQuantizer, prefer, prune, round_activations
+from .streaming.estimate import Estimate, estimate
+from .streaming.ledger import clear_checkpoint
+from .streaming.rates import Rates
+from .streaming.run import prune_checkpoint
 from .training.lora_export import export_low_rank, split_low_rank
 from .training.merging import LayerMerge, MergeReport, merge_adapter
 
@@ -77,6 +81,7 @@ __all__ = [
     "Conversion",
     "DataRecord",
     "Environment",
+    "Estimate",
     "Evaluation",
     "EvaluationError",
     "Explanation",
@@ -90,6 +95,7 @@ __all__ = [
     "PackageError",
     "Perplexity",
     "PruningReport",
+    "Rates",
     "RegistrationError",
     "SaveError",
     "SolveError",
@@ -102,8 +108,10 @@ __all__ = [
     "Texts",
     "TrainingError",
     "agreement",
+    "clear_checkpoint",
     "compare",
     "convert",
+    "estimate",
     "evaluate",
     "evaluate_tasks",
     "explain",
@@ -114,6 +122,7 @@ __all__ = [
     "perplexity",
     "prefer",
     "prune",
+    "prune_checkpoint",
     "register_format",
     "register_kernel",
     "register_solver",

@@ -44,6 +44,7 @@ from .layers.replace import ModuleParents, unpack_linear
 from .pruning.dense_measurements import DenseMeasurements
 from .pruning.prune import check_before_loading, prune_in_place, require_dense
 from .pruning.report import PruningReport
+from .pruning.residence import Residence
 from .pruning.saved_report import saved_report
 from .pruning.wrappers import unwrapped
 from .publish.html import write_report
@@ -217,10 +218,15 @@ class SparseQuantizer(HfQuantizer):
         else:
             self.prune(model)
 
-    def prune(self, model: PreTrainedModel) -> PruningReport:
-        """Prune a loaded dense model and keep the report; the config then describes the data."""
+    def prune(self, model: PreTrainedModel, residence: Residence | None = None) -> PruningReport:
+        """Prune a dense model and keep the report; the config then describes the data.
+
+        Args:
+            model: loaded; or without weights, and `residence` has them.
+            residence: where its blocks are while they aren't at work; None for memory.
+        """
         measurements, self._measurements = self._measurements, None
-        self.report = prune_in_place(model, self.quantization_config, measurements)
+        self.report = prune_in_place(model, self.quantization_config, measurements, residence)
         if self.report.data is not None:
             self.quantization_config = self.quantization_config.replaced(dataset=self.report.data)
         model.config.quantization_config = self.quantization_config

@@ -11,6 +11,7 @@ METHOD = "Method"
 OUTPUT = "Output"
 MODEL = "Model"
 OTHER = "Other"
+STREAMING = "From disk to disk"
 
 SECTIONS = (
     ARGUMENTS,
@@ -23,5 +24,6 @@ SECTIONS = (
     "Storage",
     OUTPUT,
     MODEL,
+    STREAMING,
     OTHER,
 )

@@ -109,3 +109,15 @@ def test_nothing_is_parked_from_the_cpu_by_default():
     tensor = torch.ones(3)
     Parked((tensor,), frozenset()).away()
     assert tensor.tolist() == [1, 1, 1]
+
+
+def test_with_a_folder_what_waits_is_in_files_that_go_when_it_is_back(tmp_path):
+    hidden = torch.arange(40_000.0)
+    small, ids = torch.ones(3), torch.arange(40_000)
+    parked = Parked((hidden, small, ids), frozenset(), folder=tmp_path)
+    parked.away()
+    assert [bytes_held(tensor) for tensor in (hidden, small, ids)] == [0, 12, 320_000]
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == [160_000]
+    parked.back()
+    assert torch.equal(hidden, torch.arange(40_000.0))
+    assert not list(tmp_path.iterdir())

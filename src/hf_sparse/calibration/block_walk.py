@@ -12,14 +12,17 @@ A block that a pass calls more than once (layers shared over the depth) is prune
 for all of them: a scout, a pass of its own from the model's start, records the others' inputs.
 
 Live at any time: one block's work and, per batch, what the model's forward pass holds between two
-blocks, that is the hidden states. On an accelerator those of waiting batches are moved to the CPU.
+blocks, that is the hidden states. Those of waiting batches are moved from an accelerator to the
+CPU, or to files, see `activations`.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Generator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,14 +30,14 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core.errors import CalibrationError
 from ..layers.blocks import Block
+from .activations import Activations, Pass
 from .batches import Batch
 from .forward import call_model, plain_outputs
 from .hooks import hooked
-from .offload import Parked
 from .padding import Padding
 from .passes import Call, Passes, wait
 from .survey import Survey
@@ -52,6 +55,8 @@ class Visit:
         leave_dense: lets the dense model's pass of one of `dense_calls` go on through the block as
             it is now, to the next if there is one: call it once for each, while the block is dense.
             The call is gone then.
+        leave: lets all passes go on through the block as it is now; the calls are gone then. What
+            asks for the next visit does the same.
     """
 
     block: Block
@@ -59,6 +64,7 @@ class Visit:
     run: Callable[[Block, Call], Any]
     dense_calls: tuple[Call, ...]
     leave_dense: Callable[[Call], None]
+    leave: Callable[[], None]
 
 
 class BlockWalk:
@@ -70,6 +76,8 @@ class BlockWalk:
         batches: model inputs, on the CPU.
         carry_dense: run a second pass per batch, through the blocks as they were. It takes the
             memory of one more set of hidden states.
+        activations: where the passes' hidden states wait, and which blocks a run before has
+            finished: those have no visit. None to hold all in memory.
 
     The caller prunes a visit's block before asking for the next visit, and closes the iterator
     (`contextlib.closing`) to unwind the passes that are under way and remove all hooks, also after
@@ -77,7 +85,8 @@ class BlockWalk:
 
     Raises:
         CalibrationError: the model can't be run on a batch; or `carry_dense`, and a block is called
-            several times in a pass, or reached by other batches in the dense model.
+            several times in a pass, or reached by other batches in the dense model; or outputs are
+            to be kept, and a block is called several times.
     """
 
     def __init__(
@@ -86,57 +95,78 @@ class BlockWalk:
         blocks: Sequence[Block],
         batches: Sequence[Batch],
         carry_dense: bool = False,
+        activations: Activations | None = None,
     ) -> None:
         self._model, self._blocks, self._batches = model, blocks, batches
         self._carry_dense = carry_dense
+        self._activations = activations or Activations()
         self._waiting: dict[nn.Module, Block] = {}
+        self._left: Block | None = None
         self._paddings: list[Padding] = []
-        self._batch_of: dict[greenlet.greenlet, int] = {}
+        self._pass_of: dict[greenlet.greenlet, Pass] = {}
+        self._met: dict[Pass, list[weakref.ref[Tensor]]] = {}
         self._running_block = False
         self._scouted: tuple[nn.Module, list[Call]] | None = None
-        own = itertools.chain(model.parameters(), model.buffers())
+        own = itertools.chain(model.parameters(), model.buffers(), *(b.values() for b in batches))
         self._own = frozenset(t.untyped_storage().data_ptr() for t in own)
 
     def __iter__(self) -> Generator[Visit]:
         with torch.no_grad(), plain_outputs(self._model):
             survey = Survey.of(self._model, self._blocks, self._batches)
-            if self._carry_dense:
-                _check_followable(survey)
+            if self._carry_dense or self._activations.keeps:
+                _check_followable(survey, self._activations.keeps)
             self._paddings = [Padding.of(batch, survey.told) for batch in self._batches]
-            self._waiting = {block.module: block for block in survey.blocks}
-            passes = Passes(self._forward, self._batches)
-            dense = Passes(self._forward, self._batches if self._carry_dense else ())
-            hooks = (
+            finished = [b for b in survey.blocks if b.name in self._activations.finished]
+            waiting = [b for b in survey.blocks if b.name not in self._activations.finished]
+            self._waiting = {block.module: block for block in waiting}
+            if not waiting:
+                return
+            passes = Passes(partial(self._forward, False), self._batches)
+            dense = Passes(partial(self._forward, True), self._batches if self._carry_dense else ())
+            stops = (
                 module.register_forward_pre_hook(self._stop, prepend=True, with_kwargs=True)
                 for module in self._waiting
             )
-            with hooked(hooks), passes, dense:
+            ends = (module.register_forward_hook(self._keep) for module in self._waiting)
+            hooks = hooked(itertools.chain(stops, ends) if self._activations.keeps else stops)
+            with self._replayed(finished), hooks, passes, dense:
                 yield from self._visits(survey, passes, dense)
 
     def _visits(self, survey: Survey, passes: Passes, dense: Passes) -> Generator[Visit]:
         order = {block.name: place for place, block in enumerate(survey.blocks)}
         while self._waiting and (reached := passes.blocks()):
             block = min(reached, key=lambda block: order[block.name])
-            calls, dense_calls = passes.calls(block), dense.calls(block)
-            stopped = [call.batch for call in calls]
-            if self._carry_dense and stopped != [call.batch for call in dense_calls]:
-                raise CalibrationError(
-                    f"{block.name} is reached by other batches in the dense than in the pruned "
-                    "model: target='dense' can't compare them; pass target='layer'"
-                )
-            if block.module in survey.repeated:
-                calls = tuple(call for batch in stopped for call in self._scout(block, batch))
-            del self._waiting[block.module]
-            leave_dense = partial(self._leave_dense, dense, block)
-            yield Visit(block, calls, self._run, dense_calls, leave_dense)
-            del calls, dense_calls, leave_dense  # they must not wait for the next block's
-            if self._waiting:
-                for batch in stopped:
-                    passes.go_on(batch)
+            stopped = [call.batch for call in passes.calls(block)]
+            # Nothing here holds the visit: its calls must not wait for the next block's.
+            yield self._visit(survey, block, passes, dense)
+            self._leave(passes, block, stopped)
 
-    def _forward(self, batch: int) -> None:
+    def _visit(self, survey: Survey, block: Block, passes: Passes, dense: Passes) -> Visit:
+        calls, dense_calls = passes.calls(block), dense.calls(block)
+        stopped = [call.batch for call in calls]
+        if self._carry_dense and stopped != [call.batch for call in dense_calls]:
+            raise CalibrationError(
+                f"{block.name} is reached by other batches in the dense than in the pruned "
+                "model: target='dense' can't compare them; pass target='layer'"
+            )
+        if block.module in survey.repeated:
+            calls = tuple(call for batch in stopped for call in self._scout(block, batch))
+        del self._waiting[block.module]
+        self._left = block
+        leave_dense = partial(self._leave_dense, dense, block)
+        leave = partial(self._leave, passes, block, stopped)
+        return Visit(block, calls, self._run, dense_calls, leave_dense, leave)
+
+    def _leave(self, passes: Passes, block: Block, stopped: Sequence[int]) -> None:
+        """Let passes go on through a block, unless they have."""
+        if self._left is block and self._waiting:
+            for batch in stopped:
+                passes.go_on(batch)
+        self._left = None
+
+    def _forward(self, dense: bool, batch: int) -> None:
         """One forward pass of the whole model; the body of a batch's coroutine."""
-        self._batch_of[greenlet.getcurrent()] = batch
+        self._pass_of[greenlet.getcurrent()] = batch, dense
         call_model(self._model, self._batches[batch])
 
     def _scout(self, block: Block, batch: int) -> list[Call]:
@@ -144,7 +174,7 @@ class BlockWalk:
         calls: list[Call] = []
         self._scouted = block.module, calls
         try:
-            self._forward(batch)
+            self._forward(False, batch)
         finally:
             self._scouted = None
         return calls
@@ -153,14 +183,47 @@ class BlockWalk:
         """Where a pass reaches a block that isn't pruned yet: hand its inputs over and wait."""
         if self._running_block or module not in self._waiting:
             return
-        batch = self._batch_of[greenlet.getcurrent()]
+        running = self._pass_of[greenlet.getcurrent()]
+        batch = running[0]
         padding = self._paddings[batch].in_call(module, args, kwargs)
         if self._scouted is None:
-            parked = Parked((args, kwargs), self._own)
-            wait(self._waiting[module], Call(batch, args, kwargs, padding, parked))
+            block = self._waiting[module]
+            self._activations.arrive(running, block.name, (args, kwargs))
+            # What blocks before were handed may live on in the model's frames.
+            met = self._met.get(running, [])
+            parked = self._activations.parked((args, kwargs, [ref() for ref in met]), self._own)
+            new = [weakref.ref(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            self._met[running] = [ref for ref in met if ref() is not None] + new
+            wait(block, Call(batch, args, kwargs, padding, parked))
         elif module is self._scouted[0]:  # the pass goes on, and may write into its tensors
             args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
-            self._scouted[1].append(Call(batch, args, kwargs, padding, Parked((), self._own)))
+            parked = self._activations.parked((), self._own)
+            self._scouted[1].append(Call(batch, args, kwargs, padding, parked))
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Where a pass comes out of a block that it leaves: a later run needs what it made."""
+        running = self._pass_of.get(greenlet.getcurrent())
+        if running and self._left and module is self._left.module and not self._running_block:
+            self._activations.leave(running, self._left.name, output)
+
+    @contextmanager
+    def _replayed(self, finished: Sequence[Block]) -> Iterator[None]:
+        """While this lasts blocks that a run before has finished hand out what they made then."""
+
+        def replay(name: str, *args: Any, **kwargs: Any) -> Any:
+            return self._activations.replay(self._pass_of[greenlet.getcurrent()], name)
+
+        before = [(block.module, vars(block.module).get("forward")) for block in finished]
+        try:
+            for block in finished:
+                block.module.forward = partial(replay, block.name)
+            yield
+        finally:
+            for module, forward in before:
+                if forward is None:
+                    vars(module).pop("forward", None)
+                else:
+                    module.forward = forward
 
     def _run(self, block: Block, call: Call) -> Any:
         call.parked.back()
@@ -179,15 +242,17 @@ class BlockWalk:
             self._run(block, call)
 
 
-def _check_followable(survey: Survey) -> None:
-    """Raise a CalibrationError if the dense model's passes can't be compared in a block."""
+def _check_followable(survey: Survey, keeps: bool) -> None:
+    """Raise a CalibrationError if a pass may not come through each block once, and by itself."""
     nested = {inner for b in survey.blocks for inner in b.module.modules() if inner is not b.module}
     shared = survey.repeated | nested
     for block in survey.blocks:
         if block.module in shared:
+            what = f"{block.name} is called several times in one pass, or by several blocks: "
             raise CalibrationError(
-                f"{block.name} is called several times in one pass, or by several blocks: "
-                "target='dense' can't be followed through it; pass target='layer'"
+                f"{what}a run over it can't be kept and resumed; prune it in memory"
+                if keeps
+                else f"{what}target='dense' can't be followed through it; pass target='layer'"
             )
 
 

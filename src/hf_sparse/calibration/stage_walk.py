@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config.sparse_config import SparseConfig
 from ..layers.blocks import Block
+from .activations import Activations
 from .batches import Batch
 from .block_walk import BlockWalk, Visit
 from .experts import observe
@@ -25,11 +26,13 @@ def walk_stages(
     batches: Sequence[Batch],
     config: SparseConfig,
     dense_weights: Weights,
+    activations: Activations | None = None,
 ) -> Generator[tuple[Block, Iterator[tuple[str, Observed]]]]:
     """Each block that the model reaches, with its layers' names and statistics, stage by stage.
 
     A layer is to be solved before the next one is asked for, and the layers to the end before the
-    next block: statistics are those of what has been left of the layers before. Close it at the end
+    next block: statistics are those of what has been left of the layers before. Behind the last one
+    the passes have gone through the block, and its dense weights can go. Close it at the end
     (`contextlib.closing`), also after an exception.
 
     Args:
@@ -38,12 +41,15 @@ def walk_stages(
         batches: calibration data.
         config: what the statistics are for.
         dense_weights: a context in which the block's layers have their dense weights.
+        activations: see `BlockWalk`.
 
     Raises:
         CalibrationError: see `BlockWalk`.
         SolveError: a layer saw NaN or infinite inputs; names the layer.
     """
-    with closing(iter(BlockWalk(model, blocks, batches, config.target == "dense"))) as visits:
+    follows_dense = config.target == "dense"
+    walk = BlockWalk(model, blocks, batches, follows_dense, activations)
+    with closing(iter(walk)) as visits:
         for visit in visits:
             block, layers = visit.block, _layers(model, visit, config, dense_weights)
             del visit  # its inputs must not wait for the next block's
@@ -74,3 +80,6 @@ def _layers(
         )
         for name in list(found):
             yield name, found.pop(name)
+    leave = visit.leave
+    del visit  # each pass frees its inputs as it goes on
+    leave()

@@ -18,6 +18,8 @@ TILE_ROWS = 2048
 FLUSH_ROWS = 256
 # H is symmetric: only tiles on and below the diagonal are computed, in strips of this many rows.
 STRIP = 128
+# Rows of H that are mirrored at once.
+MIRROR_STRIP = 1024
 # On a GPU: wide enough that the products are few and large.
 GPU_STRIP = 2048
 
@@ -84,8 +86,7 @@ class StatisticsCollector:
             raise SolveError("no calibration token reached it")
         if self._hessian is not None:
             self._flush()
-            lower = self._hessian.tril_()
-            hessian = (lower + lower.tril(-1).T).div_(self.tokens)
+            hessian = _mirrored(self._hessian).div_(self.tokens)
             squares = hessian.diagonal()
         else:
             hessian = None
@@ -107,3 +108,13 @@ class StatisticsCollector:
             for start in range(0, rows.shape[1], strip):
                 end = min(start + strip, rows.shape[1])
                 self._hessian[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
+
+
+def _mirrored(matrix: Tensor) -> Tensor:
+    """The symmetric matrix whose lower triangle this one has, in its place."""
+    for start in range(0, len(matrix), MIRROR_STRIP):
+        end = start + MIRROR_STRIP
+        tile = matrix[start:end, start:end]
+        tile.copy_(tile.tril() + tile.tril(-1).T)
+        matrix[start:end, end:] = matrix[end:, start:end].T
+    return matrix

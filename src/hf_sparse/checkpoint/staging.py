@@ -39,7 +39,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
         with locked(target):
             _remove_dead(target)
             hidden = Path(tempfile.mkdtemp(dir=target, prefix=_PREFIX))
-            held = _lock(hidden)
+            held = lock(hidden)
         try:
             staging = hidden / "files"
             staging.mkdir()
@@ -60,7 +60,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time. File systems that have no locks go without."""
-    held = _lock(folder, wait=True)
+    held = lock(folder, wait=True)
     try:
         yield
     finally:
@@ -100,7 +100,7 @@ def sync(path: Path) -> None:
         os.close(opened)
 
 
-def _lock(folder: Path, wait: bool = False) -> int | None:
+def lock(folder: Path, wait: bool = False) -> int | None:
     """Hold a folder until what is returned is closed; None if it is held, or can't be."""
     if sys.platform == "win32":
         return None
@@ -118,7 +118,7 @@ def _remove_dead(target: Path) -> None:
     named = _named_by_config(target)
     for path in target.iterdir():
         ours = _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
-        if ours and path.name != named and (held := _lock(path)) is not None:
+        if ours and path.name != named and (held := lock(path)) is not None:
             shutil.rmtree(path, ignore_errors=True)
             os.close(held)
 

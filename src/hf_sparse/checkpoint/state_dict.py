@@ -13,15 +13,20 @@ from ..layers.held import VALUES, buffer_name
 from .headers import PackedLayer, metadata
 
 
-def sparse_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def sparse_state_dict(
+    model: nn.Module, prefix: str = ""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A model's state dict with packed layers under their file keys, and the files' metadata.
 
     Tensors that accelerate has offloaded from sparse layers are brought to the CPU.
+
+    Args:
+        model: a model, or a module of one.
+        prefix: of that module's names in the model, with the dot.
     """
-    state: dict[str, Tensor] = dict(model.state_dict())
-    layers = sparse_layers(model)
-    described = []
-    for name, layer in layers.items():
+    state: dict[str, Tensor] = dict(model.state_dict(prefix=prefix))
+    for local, layer in sparse_layers(model).items():
+        name = f"{prefix}{local}".rstrip(".")
         with align_module_device(layer):
             for key in layer.format.specs(layer.shape):
                 held = state.pop(f"{name}.{buffer_name(key)}")
@@ -32,8 +37,12 @@ def sparse_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
                         state[f"{name}.{key}"] = tensor.clone()
             if layer.bias is not None and state[f"{name}.bias"].is_meta:
                 state[f"{name}.bias"] = layer.bias.detach().clone()
-        described.append(PackedLayer(name, layer.format, layer.shape, layer.axes, layer.rank))
-    return state, metadata(described)
+    return state, metadata(
+        PackedLayer(
+            f"{prefix}{name}".rstrip("."), layer.format, layer.shape, layer.axes, layer.rank
+        )
+        for name, layer in sparse_layers(model).items()
+    )
 
 
 class ValuesRenaming(WeightRenaming):

@@ -97,6 +97,11 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         return None if self.refit else self.grid
 
     @property
+    def spend_hessian(self) -> bool:
+        """Is the solver the last to ask for a layer's Hessian?"""
+        return not (self.refit or self.low_rank or self.target == "dense")
+
+    @property
     def needs_gradients(self) -> bool:
         return "fisher" in (self.metric, self.allocation)
 

@@ -65,15 +65,19 @@ class Statistics:
             self._damped[damping] = matrix
         return self._damped[damping]
 
-    def inverse_factor(self, damping: float) -> InverseFactor:
+    def inverse_factor(self, damping: float, spend: bool = False) -> InverseFactor:
         """The factor U of the damped H^-1 = U'U; computed once, see `factorise`.
+
+        With `spend`, H is gone then: nobody else is going to ask for it.
 
         Raises:
             SolveError: H isn't positive definite even with 10^3 times the damping.
         """
         if damping not in self._factors:
             assert self.hessian is not None, "the solver did not ask for the Hessian"
-            self._factors[damping] = factorise(self.hessian, damping)
+            self._factors[damping] = factorise(self.hessian, damping, spend)
+            if spend:
+                object.__setattr__(self, "hessian", None)
         return self._factors[damping]
 
     @full_precision()

@@ -9,7 +9,7 @@ module that keeps to it can be taken apart, and put together again, without know
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -178,6 +178,26 @@ def tied_experts(model: nn.Module) -> set[str]:
     }
 
 
+def expert_tensors(experts: SparseExperts, fused: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the fused tensors are in experts that were taken apart: views of them, by name.
+
+    Args:
+        experts: without contents, or with others.
+        fused: the 3-D parameters and other tensors of the module that was taken apart, by name.
+    """
+    found = dict(fused)
+    module = experts._fused
+    for name in _projections(module):
+        weights, biases = found.pop(name), found.pop(f"{name}_bias", None)
+        found[name] = torch.full((1,), experts.num_experts)
+        for index in range(experts.num_experts):
+            weight = weights[index]
+            found[f"{index}.{name}.weight"] = weight.T if module.is_transposed else weight
+            if biases is not None:
+                found[f"{index}.{name}.bias"] = biases[index].clone()
+    return found
+
+
 def unfuse(model: nn.Module, fused: nn.Module) -> None:
     """Put a `SparseExperts` in a fused module's place."""
     replace_module(model, fused, SparseExperts(fused))
@@ -196,7 +216,8 @@ def unfused_experts(model: nn.Module) -> Iterator[None]:
     """
     tied = tied_experts(model)
     for name, module in [(n, m) for n, m in model.named_modules() if n and is_fused(m)]:
-        if name not in tied and not any(parameter.is_meta for parameter in module.parameters()):
+        offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
+        if name not in tied and not offloaded:
             unfuse(model, module)
     try:
         yield

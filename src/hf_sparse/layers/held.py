@@ -51,6 +51,14 @@ class PackedWeight:
             factors = LowRank(factors.b.to(dtype, copy=True), factors.a.to(dtype, copy=True))
         return PackedWeight(self.format, packed, factors)
 
+    def on_meta(self) -> PackedWeight:
+        """The same without contents."""
+        packed = {key: tensor.to("meta") for key, tensor in self.packed.items()}
+        factors = self.low_rank
+        if factors is not None:
+            factors = LowRank(factors.b.to("meta"), factors.a.to("meta"))
+        return PackedWeight(self.format, packed, factors)
+
     def named_tensors(self) -> dict[str, Tensor]:
         """The packed tensors by the names that a layer has for them."""
         return {buffer_name(key): tensor for key, tensor in self.packed.items()}

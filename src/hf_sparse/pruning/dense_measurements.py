@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import closing
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, closing
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -27,6 +27,8 @@ from ..layers.select import Target
 from .allocation import cost_quantiles, outlier_share
 
 T = TypeVar("T")
+# A context in which a block's weights are in memory.
+AtWork: TypeAlias = Callable[[Block], AbstractContextManager[None]]
 
 
 class DenseMeasurements:
@@ -57,11 +59,15 @@ class DenseMeasurements:
         return self._once(key, lambda: collect_metrics(model, blocks, self.batches, config.seed))
 
     def outliers(
-        self, model: nn.Module, blocks: Sequence[Block], targets: Mapping[str, Target]
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        targets: Mapping[str, Target],
+        at_work: AtWork,
     ) -> Mapping[str, float]:
         """Each layer's block's share of outliers, on an evenly spaced part of the batches."""
         key = ("outliers", _layers(blocks))
-        return self._once(key, lambda: _outliers(model, blocks, targets, self.batches))
+        return self._once(key, lambda: _outliers(model, blocks, targets, self.batches, at_work))
 
     def costs(
         self,
@@ -70,12 +76,16 @@ class DenseMeasurements:
         targets: Mapping[str, Target],
         metrics: Mapping[str, OutputMetric],
         config: SparseConfig,
+        at_work: AtWork,
     ) -> Mapping[str, Tensor]:
         """Quantiles of what removing each layer's weights costs, on an evenly spaced part of the
         batches; `metrics` are those of the config's seed."""
         damp = config.damping
         key = ("costs", _layers(blocks), config.seed, damp)
-        return self._once(key, lambda: _costs(model, blocks, targets, self.batches, metrics, damp))
+        batches = self.batches
+        return self._once(
+            key, lambda: _costs(model, blocks, targets, batches, metrics, damp, at_work)
+        )
 
     def _once(self, key: Hashable, measure: Callable[[], T]) -> T:
         if key in self._known:
@@ -97,6 +107,7 @@ def _outliers(
     blocks: Sequence[Block],
     targets: Mapping[str, Target],
     batches: Sequence[Batch],
+    at_work: AtWork,
 ) -> dict[str, float]:
     """Each layer's block's share of outliers."""
 
@@ -105,7 +116,7 @@ def _outliers(
         with targets[name].weight() as weight:
             return outlier_share(weight.float(), statistics.column_norms) * weight.numel()
 
-    found = _measured(model, blocks, targets, batches, Needs.COLUMN_NORMS, outliers)
+    found = _measured(model, blocks, targets, batches, Needs.COLUMN_NORMS, outliers, at_work)
     shares = {}
     for block in blocks:
         names = [name for name in block.targets if name in found]
@@ -121,6 +132,7 @@ def _costs(
     batches: Sequence[Batch],
     metrics: Mapping[str, OutputMetric],
     damping: float,
+    at_work: AtWork,
 ) -> dict[str, Tensor]:
     """Quantiles of what removing each layer's weights costs."""
 
@@ -132,7 +144,7 @@ def _costs(
         with targets[name].weight() as weight:
             return cost_quantiles(weight.float(), metrics[name].diagonal, inverse_diagonal)
 
-    found = _measured(model, blocks, targets, batches, Needs.HESSIAN, costs)
+    found = _measured(model, blocks, targets, batches, Needs.HESSIAN, costs, at_work)
     return {name: cost for name, cost in found.items() if cost is not None}
 
 
@@ -143,6 +155,7 @@ def _measured(
     batches: Sequence[Batch],
     needs: Needs,
     measure: Callable[[str, Statistics], T],
+    at_work: AtWork,
 ) -> dict[str, T]:
     """Walk the dense model and measure every layer; statistics live for their block alone."""
     used = batches[:: round(1 / SHARE)]
@@ -151,12 +164,15 @@ def _measured(
     with walk as visits, progress_bar(len(blocks), "Allocating") as bar:
         for visit in visits:
             layers = {name: targets[name].module for name in visit.block.targets}
-            observed = collect_statistics(visit, layers, needs)
-            del visit  # nor do its inputs outlive it
-            for name in list(observed):
-                try:
-                    found[name] = measure(name, observed.pop(name).statistics)
-                except SolveError as error:
-                    raise SolveError(f"layer {name}: {error}") from None
+            with at_work(visit.block):
+                observed = collect_statistics(visit, layers, needs)
+                leave = visit.leave
+                del visit  # nor do its inputs outlive it
+                for name in list(observed):
+                    try:
+                        found[name] = measure(name, observed.pop(name).statistics)
+                    except SolveError as error:
+                        raise SolveError(f"layer {name}: {error}") from None
+                leave()
             bar.update()
     return found

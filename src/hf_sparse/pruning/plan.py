@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,9 +51,13 @@ def plan_layers(
 
 
 def check_plans(plans: Sequence[LayerPlan], solver: Solver, low_rank: int) -> None:
-    """Can all of it be done? A ConfigError or SolveError that names the layer if not."""
+    """Can shapes like these be pruned? A ConfigError or SolveError that names the layer if not."""
     _check_low_rank(low_rank, plans)
-    _check_weights(solver, plans)
+    for plan in plans:
+        try:
+            solver.check_shape(plan.target.shape)
+        except SolveError as error:
+            raise SolveError(f"layer {plan.target.name}: {error}") from None
 
 
 def _check_low_rank(rank: int, plans: Sequence[LayerPlan]) -> None:
@@ -66,17 +70,14 @@ def _check_low_rank(rank: int, plans: Sequence[LayerPlan]) -> None:
         )
 
 
-def _check_weights(solver: Solver, plans: Sequence[LayerPlan]) -> None:
-    for plan in plans:
-        try:
-            solver.check_shape(plan.target.shape)
-        except SolveError as error:
-            raise SolveError(f"layer {plan.target.name}: {error}") from None
-        with plan.target.weight() as weight:
-            _check_kind(plan.target.name, weight)
+def check_weights(targets: Iterable[Target]) -> None:
+    """Can these weights, which are in memory, be pruned? If not, an error that names the layer."""
+    for target in targets:
+        with target.weight() as weight:
+            _check_kind(target.name, weight)
             if not all_finite(weight):
                 raise SolveError(
-                    f"layer {plan.target.name}: its weight holds NaN or infinite values; the model "
+                    f"layer {target.name}: its weight holds NaN or infinite values; the model "
                     "was left as it was"
                 )
 

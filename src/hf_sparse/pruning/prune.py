@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,14 +21,18 @@ from ..layers.experts import unfused_experts
 from ..layers.head import speed_up_head
 from ..layers.select import check_patterns
 from .dense_measurements import DenseMeasurements
-from .half_pruned import check_not_half_pruned, marked_if_broken_off
+from .half_pruned import Progress, check_not_half_pruned, marked_if_broken_off
 from .report import PruningReport
+from .residence import Residence
 from .run import run
 from .wrappers import make_ordinary
 
 
 def prune_in_place(
-    model: nn.Module, config: SparseConfig, measurements: DenseMeasurements | None = None
+    model: nn.Module,
+    config: SparseConfig,
+    measurements: DenseMeasurements | None = None,
+    residence: Residence | None = None,
 ) -> PruningReport:
     """Prune any module tree; its pruned layers become `SparseLinear`s.
 
@@ -37,12 +41,15 @@ def prune_in_place(
             stay dense unless the config asks for them.
         config: what to do.
         measurements: from `measurements_of`, for runs over copies of one model with the same data.
+        residence: where its blocks are while they aren't at work; None for memory.
 
     Raises:
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
         HfSparseError: see `core.errors`.
     """
-    with own_settings(input_device(model)), marked_if_broken_off(model) as progress:
+    # Of a model in files nothing is changed, and a run over it can go on.
+    marked = marked_if_broken_off(model) if residence is None else nullcontext(Progress())
+    with own_settings(input_device(model)), marked as progress:
         make_ordinary(model)
         with _marked_quantized(model), unfused_experts(model):
             report = run(
@@ -52,6 +59,7 @@ def prune_in_place(
                 default_dense(model),
                 progress,
                 measurements,
+                residence,
             )
         speed_up_head(model)
     return report

@@ -29,8 +29,9 @@ from ..layers.select import select_targets
 from ..solvers import make_solver
 from .dense_measurements import DenseMeasurements
 from .half_pruned import Progress
-from .plan import check_plans, plan_layers
+from .plan import LayerPlan, check_plans, check_weights, plan_layers
 from .report import LayerReport, PruningReport
+from .residence import Residence
 from .solve_blocks import BlockSolver
 from .tracking import log_to_current_run
 
@@ -44,6 +45,7 @@ def run(
     default_dense: Mapping[str, str],
     progress: Progress,
     measurements: DenseMeasurements | None = None,
+    residence: Residence | None = None,
 ) -> PruningReport:
     """Prune a model in place and replace its pruned layers by sparse ones.
 
@@ -55,6 +57,7 @@ def run(
         progress: is told what is done.
         measurements: the calibration data, and what other runs over copies of this model have
             measured on them; None to load the config's data.
+        residence: where its blocks are while they aren't at work; None for memory.
 
     Returns:
         What was done to each layer.
@@ -63,6 +66,7 @@ def run(
         HfSparseError: see `errors`. Data and weights are checked before the model is touched.
     """
     started = time.perf_counter()
+    residence = residence or Residence()
     config.check_data()
     selection = select_targets(model, config.targets, config.modules_to_not_convert, default_dense)
     plans, left_dense = plan_layers(selection.targets, config, dict(selection.left_dense))
@@ -72,11 +76,13 @@ def run(
     _tell_no_blocks(model, blocks, config)
     if measurements is None:
         measurements = DenseMeasurements(load_calibration(model, config, load_tokenizer))
-    solver_run = BlockSolver(model, config, solver, measurements, progress)
+    record = measurements.data.record if measurements.data else None
+    residence.begin(model, blocks, config, record)
+    _check_weights(plans, blocks, residence)
+    solver_run = BlockSolver(model, config, solver, measurements, progress, residence)
     with _evaluating(model):
         solver_run.prune(plans, blocks)
     _tell_unreached(solver_run.unreached, bool(solver_run.layers))
-    record = measurements.data.record if measurements.data else None
     round_activations(model, config.activations)
     prefer(model, config.prefer)
     report = PruningReport(
@@ -96,10 +102,11 @@ def run(
 
 
 def _as_held(reports: Iterable[LayerReport], model: nn.Module) -> Iterator[LayerReport]:
-    """The layers' reports with the kernels that they ended with."""
+    """The layers' reports with the kernels that they ended with; not of those that are in files."""
     layers = sparse_layers(model)
     for report in reports:
-        if (layer := layers.get(report.name)) is not None:
+        layer = layers.get(report.name)
+        if layer is not None and not any(t.is_meta for t in layer.packed.values()):
             kernel, resident = layer.trace[-1].kernel, layer.resident_bytes()
             report = replace(report, kernel=kernel, bytes_resident=resident)
         yield report
@@ -109,6 +116,17 @@ def _name(model: nn.Module) -> str:
     """The id that a model was loaded from, or the name of its folder; "" if it has none."""
     name = str(getattr(model, "name_or_path", "") or "")
     return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _check_weights(
+    plans: Sequence[LayerPlan], blocks: Sequence[Block], residence: Residence
+) -> None:
+    """Look at every weight before one is pruned."""
+    targets = {plan.target.name: plan.target for plan in plans}
+    for block in blocks:
+        if block.name not in residence.finished:
+            with residence.at_work(block):
+                check_weights(targets[name] for name in block.targets)
 
 
 def _tell_no_blocks(model: nn.Module, blocks: Sequence[Block], config: SparseConfig) -> None:

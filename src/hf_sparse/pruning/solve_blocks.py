@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 
@@ -25,6 +25,7 @@ from .half_pruned import Progress
 from .one_layer import PrunedLayer, solve_layer
 from .plan import LayerPlan
 from .report import LayerReport
+from .residence import FinishedBlock, Residence
 from .sparsity_per_layer import allocate, exactly
 
 NO_GRADIENT = "no gradient of the sampled batches reached it: refitted by its inputs alone"
@@ -40,6 +41,7 @@ class BlockSolver:
         solver: its method.
         measurements: the data, and what is known of the dense model.
         progress: is told of each layer that is about to change.
+        residence: where blocks are that aren't at work.
 
     Attributes:
         layers: reports of the layers that are packed, in the order of solving.
@@ -54,18 +56,21 @@ class BlockSolver:
         solver: Solver,
         measurements: DenseMeasurements,
         progress: Progress,
+        residence: Residence,
     ) -> None:
         self._model, self._config, self._measurements = model, config, measurements
-        self._progress = progress
+        self._progress, self._residence = progress, residence
         self._parents = ModuleParents(model)
         self._solver = LayerSolver(
             solver, config.refit, config.damping, config.grid, config.low_rank
         )
         self._metrics: Mapping[str, OutputMetric] = {}
         self._pruned: dict[str, PrunedLayer] = {}  # not packed yet
-        self.layers: list[LayerReport] = []
+        before = residence.finished
+        self.layers: list[LayerReport] = [x for block in before.values() for x in block.layers]
+        progress.solved.update(layer.name for layer in self.layers)
         self.unreached: dict[str, str] = {}
-        self.block_seconds: dict[str, float] = {}
+        self.block_seconds = {name: block.seconds for name, block in before.items()}
 
     @torch.no_grad()
     def prune(self, plans: Sequence[LayerPlan], blocks: Sequence[Block]) -> None:
@@ -84,7 +89,6 @@ class BlockSolver:
                 bar.set_description(f"Pruning: {label}", refresh=False)
                 bar.set_postfix_str(layer.brief(), refresh=False)
                 bar.update()
-        self._pack()
 
     def _prepared(self, plans: Sequence[LayerPlan], blocks: Sequence[Block]) -> Sequence[LayerPlan]:
         """What has to be known of the whole model before the first layer is touched."""
@@ -99,7 +103,8 @@ class BlockSolver:
         if config.allocation == "uniform":
             return plans
         targets = {plan.target.name: plan.target for plan in plans}
-        zeros = allocate(self._model, config, targets, blocks, self._measurements, metrics)
+        at_work = self._residence.at_work
+        zeros = allocate(self._model, config, targets, blocks, self._measurements, metrics, at_work)
         return [
             LayerPlan(plan.target, exactly(zeros[plan.target.name], plan.target.shape))
             for plan in plans
@@ -109,23 +114,19 @@ class BlockSolver:
         self, plans: Sequence[LayerPlan], blocks: Sequence[Block]
     ) -> Generator[tuple[str, LayerReport]]:
         """Solve block by block; yields where it is, and the report of each layer that is done."""
-        if self._measurements.data is None:
-            for i, plan in enumerate(plans, 1):
-                yield f"layer {i} of {len(plans)}", self._solve(plan, None)
-                self._pack()
-                self._count_seconds(self._blocks[plan.target.name])
-            return
         by_name = {plan.target.name: plan for plan in plans}
+        before = len(self._residence.finished)
+        with closing(self._walk(blocks)) as walk:
+            for done, (block, layers) in enumerate(walk, before + 1):
+                with self._residence.at_work(block):
+                    for name, observed in layers:
+                        yield f"block {done} of {len(blocks)}", self._solve(by_name[name], observed)
+                        del observed
+                    # It has fed its pruned outputs on: its dense weights can go.
+                    packed = self._pack()
+                    seconds = self._count_seconds(block.name)
+                    self._residence.finish(block, FinishedBlock(packed, seconds))
         batches = self._measurements.batches
-        walk = walk_stages(self._model, blocks, batches, self._config, self._dense_weights)
-        with closing(walk):
-            for done, (block, layers) in enumerate(walk, 1):
-                # The block before has fed its pruned outputs on: its dense weights can go.
-                self._pack()
-                for name, observed in layers:
-                    yield f"block {done} of {len(blocks)}", self._solve(by_name[name], observed)
-                    del observed
-                self._count_seconds(block.name)
         given = {key for batch in batches for key in batch}
         for name in by_name:
             if name not in self._progress.solved:
@@ -133,11 +134,31 @@ class BlockSolver:
                 has = f", the data have {', '.join(sorted(given))}"
                 self.unreached[name] = f"{NO_TOKEN}: {missing}{has}" if missing else NO_TOKEN
 
-    def _count_seconds(self, block: str) -> None:
+    def _walk(
+        self, blocks: Sequence[Block]
+    ) -> Generator[tuple[Block, Iterable[tuple[str, Observed | None]]]]:
+        """Each block with its layers' names and statistics, which are None without data."""
+        if self._measurements.data is None:
+            finished = self._residence.finished
+            for block in blocks:
+                if block.name not in finished:
+                    yield block, ((name, None) for name in block.targets)
+            return
+        yield from walk_stages(
+            self._model,
+            blocks,
+            self._measurements.batches,
+            self._config,
+            self._dense_weights,
+            self._residence.activations,
+        )
+
+    def _count_seconds(self, block: str) -> float:
         """All time since the last call was a block's."""
         now = time.perf_counter()
-        self.block_seconds[block] = self.block_seconds.get(block, 0.0) + now - self._clock
+        self.block_seconds[block] = now - self._clock
         self._clock = now
+        return self.block_seconds[block]
 
     @contextmanager
     def _dense_weights(self) -> Iterator[None]:
@@ -166,8 +187,9 @@ class BlockSolver:
         write_weight(plan.target.module, weight)
         return report
 
-    def _pack(self) -> None:
-        """Replace the layers pruned since by sparse ones, and complete their reports."""
-        for pruned in self._pruned.values():
-            self.layers.append(pruned.pack(self._parents, self._config.format))
+    def _pack(self) -> tuple[LayerReport, ...]:
+        """Replace the layers pruned since by sparse ones; their complete reports."""
+        packed = [x.pack(self._parents, self._config.format) for x in self._pruned.values()]
+        self.layers += packed
         self._pruned.clear()
+        return tuple(packed)

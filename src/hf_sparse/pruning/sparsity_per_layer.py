@@ -12,7 +12,7 @@ from ..core.statistics import OutputMetric
 from ..layers.blocks import Block
 from ..layers.select import Target, layer_sparsity, require_match
 from .allocation import Curve, explicit_curves, fisher_curves, meet_budget, owl_curves
-from .dense_measurements import DenseMeasurements
+from .dense_measurements import AtWork, DenseMeasurements
 
 # log costs of fp32 numbers lie within these, and owl's and explicit's t does, too.
 LOWEST, HIGHEST = -200.0, 200.0
@@ -30,6 +30,7 @@ def allocate(
     blocks: Sequence[Block],
     measurements: DenseMeasurements,
     metrics: Mapping[str, OutputMetric],
+    at_work: AtWork,
 ) -> dict[str, int]:
     """Zeros of each layer, by name; together as many as uniform sparsity makes.
 
@@ -46,9 +47,9 @@ def allocate(
         fixed = {name: layer_sparsity(config.allocation, name) for name in targets}
         curves, low, high = explicit_curves(fixed), 0.0, 1.0
     elif config.allocation == "owl":
-        curves = owl_curves(measurements.outliers(model, blocks, targets), config.sparsity)
+        curves = owl_curves(measurements.outliers(model, blocks, targets, at_work), config.sparsity)
     else:
-        costs = measurements.costs(model, blocks, targets, metrics, config)
+        costs = measurements.costs(model, blocks, targets, metrics, config, at_work)
         curves = fisher_curves(costs, config.sparsity)
     if not isinstance(config.allocation, dict):
         missing = {name: config.sparsity for name in targets if name not in curves}

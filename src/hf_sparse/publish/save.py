@@ -75,14 +75,14 @@ def save_pretrained(
         if (
             Path(folder) / CONFIG_FILE
         ).is_file():  # else an adapter, or nothing: another rank saves
-            _write_companions(model, Path(folder))
+            write_companions(model, Path(folder))
 
     write_folder(save_directory, write, keep=is_own_card)
     if push_to_hub:
         model.push_to_hub(hub.pop("repo_id", Path(save_directory).resolve().name), **hub)
 
 
-def _write_companions(model: PreTrainedModel, folder: Path) -> None:
+def write_companions(model: PreTrainedModel, folder: Path) -> None:
     """What goes beside the weights: the pruning report, the evaluation and the model card."""
     quantizer = model.hf_quantizer
     held = {REPORT_FILE: quantizer.report, EVALUATION_FILE: quantizer.evaluation}

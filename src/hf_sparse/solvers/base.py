@@ -38,7 +38,8 @@ class Solution:
 class Solver(ABC):
     """One pruning method; a frozen dataclass whose fields are `SparseConfig` arguments.
 
-    A solver sees tensors only, never a module, and changes none of its arguments.
+    A solver sees tensors only, never a module, and changes none of its arguments, but for a Hessian
+    that it is told to spend.
     """
 
     name: ClassVar[str]

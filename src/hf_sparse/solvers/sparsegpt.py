@@ -52,11 +52,14 @@ class SparseGPT(Solver):
         damping: fraction of mean(diag H) added to H.
         block_size: columns per mask.
         joint_grid: round what is kept to it in the same pass; None leaves it as it is.
+        spend_hessian: nothing comes after that asks for the Hessian, whose memory the factor may
+            take.
     """
 
     damping: float = 0.01
     block_size: int = 128
     joint_grid: Grid | None = None
+    spend_hessian: bool = False
     name: ClassVar[str] = "sparsegpt"
     needs: ClassVar[Needs] = Needs.HESSIAN
     about: ClassVar[str] = (
@@ -66,7 +69,7 @@ class SparseGPT(Solver):
 
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         assert statistics is not None
-        factor = statistics.inverse_factor(self.damping)
+        factor = statistics.inverse_factor(self.damping, self.spend_hessian)
         updated = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         mask = torch.ones_like(updated, dtype=torch.bool)
         rounding = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..command import Command
+from ..command import Command, Result
 from ..failures import Failure, sentence
 from ..models import (
     DeviceMap,
@@ -24,10 +24,10 @@ from ..models import (
 )
 from ..options import RENAMED_OPTIONS, ConfigFile, config_parameters, make_config
 from ..output import Output, Overwrite, check_output
-from ..sections import OUTPUT
+from ..sections import OUTPUT, STREAMING
 
 if TYPE_CHECKING:
-    from hf_sparse import PruningReport
+    from hf_sparse import PruningReport, SparseConfig
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,31 @@ def prune(
     gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
-) -> Pruned:
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="From disk to disk, a block at a time, in this much memory, e.g. 8GiB.",
+            rich_help_panel=STREAMING,
+        ),
+    ] = None,
+    checkpoint_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="From disk to disk, and keep finished blocks here: if the run is broken off, the "
+            "same command goes on from there.",
+            rich_help_panel=STREAMING,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only tell what memory, disk and time a run from disk to disk would take.",
+            rich_help_panel=STREAMING,
+        ),
+    ] = False,
+) -> Result:
     """Prune a model and save it sparse.
 
     Its tokenizer or processor goes along. The folder appears complete or not at all. Whatever can
@@ -93,7 +117,14 @@ def prune(
     if method:
         kind = "sparse already" if method == "hf_sparse" else f"quantised with {method}"
         raise Failure(f"{model} is {kind}: prune the dense model that it was made from")
-    check_output(output, overwrite, model)
+    streamed = bool(max_memory or checkpoint_dir or dry_run)
+    if streamed and (push_to_hub or gguf_file or device_map):
+        raise Failure(
+            "--max-memory, --checkpoint-dir and --dry-run are for runs from disk to disk, which "
+            "take no --push-to-hub, --gguf-file or --device-map; `hf upload` pushes the result"
+        )
+    if not dry_run:
+        check_output(output, overwrite, model)
     if push_to_hub:
         check_push(push_to_hub, create_pr)
     sparse_config = make_config(settings, config)
@@ -102,6 +133,14 @@ def prune(
     from hf_sparse.calibration.sources import check_source
 
     check_source(sparse_config.dataset)
+
+    if dry_run:
+        from hf_sparse import estimate
+
+        return estimate(model, sparse_config, revision=revision, dtype=dtype)
+    if streamed:
+        options = {"max_memory": max_memory, "checkpoint_dir": checkpoint_dir}
+        return _from_disk_to_disk(model, sparse_config, output, revision, dtype, options)
     from hf_sparse import prune as prune_loaded
     from hf_sparse.calibration.tokenizers import find_processor
     from hf_sparse.checkpoint.folder import write_folder
@@ -134,6 +173,21 @@ def prune(
     return Pruned(pruned.hf_quantizer.report, output, push_to_hub)
 
 
+def _from_disk_to_disk(
+    model: str,
+    config: SparseConfig,
+    output: Path,
+    revision: str | None,
+    dtype: str,
+    options: Mapping[str, Any],
+) -> Pruned:
+    from hf_sparse import estimate, prune_checkpoint
+
+    typer.echo(estimate(model, config, revision=revision, dtype=dtype), err=True)
+    report = prune_checkpoint(model, config, output, revision=revision, dtype=dtype, **options)
+    return Pruned(report, output, None)
+
+
 def check_push(repository: str, create_pr: bool) -> None:
     """Raise unless the token may write to a repository: pruning for hours must not be in vain.
 
@@ -161,6 +215,8 @@ COMMAND = Command(
         "hf-sparse prune ./llama --pattern 2:4 --dataset text.txt --output out --push-to-hub me/x",
         "hf-sparse prune ./llama --method magnitude --sparsity '{\"mlp\": 0.6}' --output out",
         "hf-sparse prune ./llama --config sparse.yaml --seed 1 --output out --json > report.json",
+        "hf-sparse prune ./llama-70b --dataset c4.txt --output out --max-memory 24GiB "
+        "--checkpoint-dir run",
     ),
     generated=config_parameters(),
     renamed=RENAMED_OPTIONS,

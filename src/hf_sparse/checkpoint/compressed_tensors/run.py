@@ -11,10 +11,10 @@ from accelerate.utils import convert_file_size_to_int
 
 from ...core.errors import CheckpointError, ConfigError, SaveError
 from ..folder import write_folder
+from ..skeleton import empty_model
 from ..weight_files import INDEX, SINGLE, weight_files
 from .files import read_parameters
 from .plan import Number, plan
-from .skeleton import empty_model
 from .source import old_format, read_config, without_storage
 from .write import copy_others, write_config, write_weights
 

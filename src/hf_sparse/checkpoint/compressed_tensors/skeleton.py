@@ -1,20 +1,13 @@
-"""The model that a config.json describes, without its weights.
-
-It tells what no file of weights does: which weights are linear layers, and under which names this
-version of transformers keeps what an older one wrote.
-"""
+"""Under which names this version of transformers keeps what an older one wrote."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -23,50 +16,12 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from ...core.errors import CheckpointError
 from ...layers.experts import is_fused
 from .parameters import StoredParameter
 
 # Buffers that files of older versions of transformers hold, and no longer needs.
 _FORMER_BUFFERS = r"(rotary_emb\.inv_freq|(^|\.)position_ids)$"
-
-
-def empty_model(config: Mapping[str, Any], folder: Path) -> PreTrainedModel:
-    """The model that the content of a config.json describes, on the meta device.
-
-    Its class is looked up in transformers' own tables; no name in the config becomes an import.
-
-    Raises:
-        CheckpointError: transformers doesn't know it, or can't build it; names the folder.
-    """
-    kind, names = config.get("model_type"), config.get("architectures")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise CheckpointError(f"{folder}: this transformers has no model type {kind!r}")
-    try:
-        described = CONFIG_MAPPING[kind].from_dict(dict(config))
-        named = names if isinstance(names, list) else []
-        classes = [cls for cls in _model_classes(described) if cls.__name__ in named]
-        if classes:
-            with torch.device("meta"):
-                model: PreTrainedModel = classes[0](described)
-            return model
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: transformers can't build the model in config.json: {error}"
-        ) from error
-    raise CheckpointError(f"{folder}: this transformers has no {kind!r} model called {names!r}")
-
-
-def _model_classes(config: PretrainedConfig) -> Iterator[type[PreTrainedModel]]:
-    """All classes of models that transformers' auto classes have for a config."""
-    known: list[Any] = [value for value in vars(modeling_auto).values() if isinstance(value, type)]
-    for auto in known:
-        if issubclass(auto, _BaseAutoModelClass) and auto._model_mapping:
-            found = auto._model_mapping.get(type(config), ())
-            yield from found if isinstance(found, (tuple, list)) else (found,)
 
 
 @dataclass(frozen=True)

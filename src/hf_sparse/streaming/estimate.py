@@ -1,0 +1,281 @@
+"""What a run from disk to disk will take, from a model's config and shapes alone.
+
+With T calibration tokens, a layer of `out` x `in`, and n = `in`:
+
+    forward passes     2 out n T for each pass; one for the statistics (one a stage with `stages`)
+                       and one through the pruned block
+    Hessian            n^2 T, once for layers that read the same input
+    its factor         n^3 in fp64, once for those
+    solving            out n^2, and work that grows with the number of weights
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from transformers import PreTrainedModel
+
+from ..config.sparse_config import SparseConfig
+from ..core.patterns import NM, Unstructured
+from ..core.statistics import Needs
+from ..layers.blocks import Block, find_blocks
+from ..layers.default_dense import default_dense
+from ..layers.experts import unfused_experts
+from ..layers.select import Target, select_targets
+from ..pruning.plan import LayerPlan, plan_layers
+from .rates import Rates, measure_rates
+from .residence import LARGE
+from .skeleton import open_checkpoint
+
+# Bytes for each weight of the layer at work, in fp32 and the like, when it is being solved.
+SOLVING = {Needs.NOTHING: 22, Needs.COLUMN_NORMS: 22, Needs.HESSIAN: 18}
+# Bytes for each element of a Hessian while it is being factorised, beside its own 4.
+FACTORISING = 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one run.
+
+    Attributes:
+        blocks: how many there are.
+        weights: that are pruned.
+        tokens: of calibration.
+        operations: floating-point operations, by part.
+        bytes_read: from the checkpoint, three times over with data: to check it, for one pass ahead
+            of the others, and to prune it.
+        bytes_written: finished blocks, what is kept to go on from them, and the result.
+        memory: bytes at the peak, by part.
+        network_bytes: that a process sends for each block if several share the samples: its part of
+            each Hessian, and the solved weights.
+        seconds: with the rates; None without.
+        rates: of the hardware.
+    """
+
+    blocks: int
+    weights: int
+    tokens: int
+    operations: Mapping[str, float]
+    bytes_read: int
+    bytes_written: int
+    memory: Mapping[str, int]
+    network_bytes: int
+    seconds: float | None = None
+    rates: Rates | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes of memory."""
+        return sum(self.memory.values())
+
+    @property
+    def peak_without_activations(self) -> int:
+        """The same with activations in a file."""
+        return self.peak - self.memory["activations"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {**asdict(self), "peak": self.peak}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in self.memory.items() if v >= 5e6)
+        work = ", ".join(f"{k} {v:.2g}" for k, v in self.operations.items() if v)
+        lines = [
+            f"{self.blocks} blocks, {self.weights / 1e9:.3g} billion weights to prune, "
+            f"{self.tokens} calibration tokens",
+            f"memory: {self.peak / 1e9:.2f} GB at the peak ({parts})",
+            f"disk: {self.bytes_read / 1e9:.1f} GB read, {self.bytes_written / 1e9:.1f} GB written",
+            f"operations: {work or 'none'}",
+        ]
+        if self.seconds is not None:
+            lines.append(f"time: {_duration(self.seconds)}")
+        return "\n".join(lines)
+
+
+def estimate(
+    model_id_or_path: str | os.PathLike[str],
+    config: SparseConfig,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    rates: Rates | None = None,
+    measure: bool = True,
+) -> Estimate:
+    """What `prune_checkpoint` will take, from config.json alone: no weights are read.
+
+    Args:
+        model_id_or_path: a folder with config.json, or a Hub id.
+        config: what is to be done; its data are not read, and taken to give num_samples of seq_len.
+        revision: branch, tag or commit of a Hub id.
+        dtype: of the weights, as for `from_pretrained`.
+        rates: of the hardware that it is for; None to measure this machine's, for some seconds.
+        measure: False to say nothing of time if no rates are given.
+
+    Raises:
+        ConfigError, TargetError: the config doesn't suit the model.
+        CheckpointError: there is no such model.
+    """
+    skeleton = open_checkpoint(model_id_or_path, revision, dtype, weights=False)
+    if rates is None and measure:
+        rates = measure_rates(config, skeleton.dtype)
+    return estimate_model(skeleton.twin, config, rates)
+
+
+def estimate_model(
+    model: PreTrainedModel, config: SparseConfig, rates: Rates | None = None
+) -> Estimate:
+    """`estimate` of a model on meta."""
+    with unfused_experts(model):
+        selection = select_targets(
+            model, config.targets, config.modules_to_not_convert, default_dense(model)
+        )
+        plans, _ = plan_layers(selection.targets, config, {})
+        blocks = find_blocks(model, [plan.target.name for plan in plans], config.blocks)
+        by_name = {plan.target.name: plan for plan in plans}
+        return _estimate(model, blocks, by_name, config, rates)
+
+
+def _estimate(
+    model: PreTrainedModel,
+    blocks: list[Block],
+    plans: Mapping[str, LayerPlan],
+    config: SparseConfig,
+    rates: Rates | None,
+) -> Estimate:
+    tokens = _tokens(model, config) if config.dataset is not None else 0
+    itemsize = model.dtype.itemsize
+    solves = config.needs is Needs.HESSIAN
+    operations = dict.fromkeys(("forward", "Hessians", "factors", "solving"), 0.0)
+    worst: dict[str, int] = {}
+    written = network = 0
+    for block in blocks:
+        targets = [plans[name].target for name in block.targets]
+        groups = _groups(targets)
+        stages = len(groups) if config.stages else 1
+        size = sum(p.numel() for p in block.module.parameters())
+        active = size - _idle(block, model)
+        operations["forward"] += 2 * active * tokens * (stages + 1)
+        hessians = [4 * n * n for n, _ in groups] if solves else []
+        for n, members in groups if solves else ():
+            operations["Hessians"] += n * n * tokens * _share(members, model)
+            operations["factors"] += n**3
+            operations["solving"] += sum(target.shape[0] for target in members) * n * n
+        largest = max(prod(target.shape) for target in targets)
+        held = max(hessians, default=0) if config.stages else sum(hessians)
+        at_once = max([FACTORISING * h // 4 for h in hessians] + [SOLVING[config.needs] * largest])
+        packed = sum(_packed(plans[name], config, itemsize) for name in block.targets)
+        parts = {
+            "block": size * itemsize,
+            "Hessians": held,
+            "solving": max(at_once, packed - held),
+        }
+        worst = max(worst, parts, key=lambda x: sum(x.values()))
+        dense = size - sum(prod(target.shape) for target in targets)
+        written += packed + dense * itemsize
+        network = max(network, held + packed)
+    inside = {id(p) for block in blocks for p in block.module.parameters()}
+    outside = [p for p in model.parameters() if id(p) not in inside]
+    small = sum(p.numel() * itemsize for p in outside if p.numel() * itemsize < LARGE)
+    everything = sum(p.numel() for p in model.parameters()) * itemsize
+    width = getattr(model.config.get_text_config(), "hidden_size", 0) or 0
+    activations = tokens * width * itemsize * (2 if config.target == "dense" else 1)
+    kept = len(blocks) * activations
+    result = written + sum(p.numel() for p in outside) * itemsize
+    found = Estimate(
+        blocks=len(blocks),
+        weights=sum(prod(plan.target.shape) for plan in plans.values()),
+        tokens=tokens,
+        operations=operations,
+        bytes_read=everything * (3 if tokens else 2),
+        bytes_written=written + result + kept,
+        memory={
+            "process": psutil.Process().memory_info().rss,
+            "outside the blocks": small,
+            "activations": activations,
+            **worst,
+        },
+        network_bytes=network,
+    )
+    if rates is None:
+        return found
+    values = {name: getattr(found, name) for name in found.__dataclass_fields__}
+    return Estimate(**values | {"seconds": rates.seconds(found), "rates": rates})
+
+
+def _tokens(model: PreTrainedModel, config: SparseConfig) -> int:
+    """As many as are asked for."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest if isinstance(longest, int) else 2048
+    return config.num_samples * (config.seq_len or min(2048, limit))
+
+
+def _groups(targets: Iterable[Target]) -> list[tuple[int, list[Target]]]:
+    """Layers that read the same input, with its length.
+
+    Those of one parent with inputs of one length do, but for its last: the one that comes out.
+    """
+    by_parent: dict[str, list[Target]] = {}
+    for target in targets:
+        by_parent.setdefault(target.name.rpartition(".")[0], []).append(target)
+    groups: list[tuple[int, list[Target]]] = []
+    for members in by_parent.values():
+        found = [[members[0]]]
+        for before, target in pairwise(members):
+            last = target is members[-1] and len(members) > 1
+            if last or target.shape[1] != before.shape[1]:
+                found.append([target])
+            else:
+                found[-1].append(target)
+        groups += [(group[0].shape[1], group) for group in found]
+    return groups
+
+
+def _experts(model: PreTrainedModel) -> tuple[int, int]:
+    """How many experts a block has, and how many of them a token goes to."""
+    text = model.config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    count = next((n for name in names if (n := getattr(text, name, None))), 0)
+    chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None) or count
+    return count, chosen
+
+
+def _share(members: list[Target], model: PreTrainedModel) -> float:
+    """The share of the tokens that reach some layers: experts see those that are routed to them."""
+    count, chosen = _experts(model)
+    return chosen / count if count and "experts" in members[0].name.split(".") else 1.0
+
+
+def _idle(block: Block, model: PreTrainedModel) -> int:
+    """Weights of a block that a token doesn't meet, on average."""
+    count, chosen = _experts(model)
+    if not count:
+        return 0
+    named = block.module.named_parameters()
+    routed = sum(p.numel() for name, p in named if "experts" in name.split("."))
+    return round(routed * (1 - chosen / count))
+
+
+def _packed(plan: LayerPlan, config: SparseConfig, itemsize: int) -> int:
+    """Bytes of a layer as it is stored: a bit for each weight, and what is kept."""
+    pattern, size = plan.pattern, prod(plan.target.shape)
+    kept = size
+    if isinstance(pattern, NM):
+        kept = size * pattern.n // pattern.m
+    elif isinstance(pattern, Unstructured):
+        kept -= pattern.zeros(size)
+    bits = 8 * itemsize if config.bits is None else config.bits
+    return size // 8 + kept * bits // 8
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"about {seconds / length:.2g} {unit}"
+    return f"about {seconds:.2g} seconds"

@@ -1,0 +1,97 @@
+"""How fast some hardware does what a run consists of: given, or measured here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from ..config.sparse_config import SparseConfig
+from ..core.inverse_factor import factorise
+from ..core.precision import full_precision
+from ..core.statistics import Needs
+from ..pruning.prune import prune_in_place
+from .source import no_bars
+
+if TYPE_CHECKING:
+    from .estimate import Estimate
+
+# Of what is measured: large enough for full speed, small enough for some seconds in all.
+SIDE, TOKENS = 1024, 256
+SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of some hardware, all of it that is to be used together.
+
+    Attributes:
+        forward: floating-point operations a second of products in the model's dtype.
+        single: of products in fp32, for Hessians and solving.
+        double: of a Hessian's factorisation in fp64.
+        weights: a second that are solved and packed, beside the products.
+        disk: bytes a second, read or written.
+    """
+
+    forward: float
+    single: float
+    double: float
+    weights: float
+    disk: float = 1e9
+
+    def seconds(self, found: Estimate) -> float:
+        """What an estimate's work takes."""
+        operations = found.operations
+        return (
+            operations["forward"] / self.forward
+            + (operations["Hessians"] + operations["solving"]) / self.single
+            + operations["factors"] / self.double
+            + found.weights / self.weights
+            + (found.bytes_read + found.bytes_written) / self.disk
+        )
+
+
+@torch.no_grad()
+def measure_rates(config: SparseConfig, dtype: torch.dtype) -> Rates:
+    """This machine's CPU, measured for some seconds with the config's own method."""
+    x, weight = torch.randn(TOKENS, SIDE), torch.randn(SIDE, SIDE)
+    low, low_weight = x.to(dtype), weight.to(dtype)
+    products = 2 * TOKENS * SIDE * SIDE
+    with full_precision():
+        single = products / _time(lambda: x @ weight)
+    double = SIDE**3 / _time(lambda: factorise(torch.eye(SIDE), 0.01))
+    forward = products / _time(lambda: linear(low, low_weight))
+    layer = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False)).to(dtype)
+    data = [{"input": torch.randn(TOKENS, SIDE)}]
+    toy = config.replaced(
+        dataset=data if config.dataset is not None else None,
+        targets=None,
+        modules_to_not_convert=None,
+        blocks=None,
+        sparsity=config.sparsity if isinstance(config.sparsity, float) else None,
+        allocation="uniform",
+    )
+    with no_bars():
+        prune_in_place(layer, toy)  # what is needed for the first time is loaded
+        layer = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False)).to(dtype)
+        started = time.perf_counter()
+        prune_in_place(layer, toy)
+        seconds = time.perf_counter() - started
+    if config.needs is Needs.HESSIAN:
+        seconds -= SIDE**3 / double + (TOKENS * SIDE**2 + SIDE**3) / single
+    return Rates(forward, single, double, SIDE**2 / max(seconds, 1e-3))
+
+
+def _time(work: Callable[[], object]) -> float:
+    """Seconds that it takes, the shortest time of several."""
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < SECONDS:
+        before = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - before)
+    return best

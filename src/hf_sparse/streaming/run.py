@@ -1,0 +1,247 @@
+"""`prune_checkpoint`: a dense checkpoint, block by block, to a sparse one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from accelerate.utils import convert_file_size_to_int
+from safetensors import safe_open
+from torch import Tensor
+
+from ..calibration.tokenizers import find_processor
+from ..checkpoint.folder import write_folder
+from ..checkpoint.headers import read_layers
+from ..checkpoint.load import build_layers
+from ..checkpoint.state_dict import sparse_state_dict
+from ..checkpoint.write_shards import write_shards
+from ..config.sparse_config import SparseConfig
+from ..core.errors import ConfigError, SaveError
+from ..core.logging import get_logger
+from ..layers.counts import num_parameters
+from ..pruning.report import PruningReport
+from ..publish.card import is_own_card
+from ..publish.save import write_companions
+from ..quantizer import SparseQuantizer
+from .estimate import estimate_model
+from .ledger import WAITING, Ledger
+from .residence import Streamed
+from .skeleton import Skeleton, open_checkpoint
+from .source import SourceWeights
+
+logger = get_logger(__name__)
+
+# What the bytes of the result may depend on.
+PACKAGES = ("hf_sparse", "torch", "transformers", "safetensors")
+
+
+def prune_checkpoint(
+    model_id_or_path: str | os.PathLike[str],
+    config: SparseConfig,
+    output_dir: str | os.PathLike[str],
+    *,
+    max_memory: int | str | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: int | str = "50GB",
+) -> PruningReport:
+    """Prune a checkpoint from disk to disk, with one block at a time in memory.
+
+    The result has the bytes of `from_pretrained(..., quantization_config=config)` followed by
+    `save_pretrained`. Each block is read, pruned, packed and written, and then forgotten, on
+    the CPU.
+
+    Args:
+        model_id_or_path: folder or Hub id of a dense model with safetensors files.
+        config: what to do. Its method must do without gradients of the whole model.
+        output_dir: folder for the result, with the tokenizer or processor; appears complete or not
+            at all.
+        max_memory: bytes, or a text like "8GiB", that the process may take; what doesn't fit is an
+            error before the work. Activations wait in a file if that is what makes it fit. Default:
+            all in memory but the weights.
+        checkpoint_dir: a folder in which finished blocks are kept until the result is complete, so
+            that a run that was broken off goes on from there. Default: a run begins anew.
+        revision: branch, tag or commit of a Hub id.
+        dtype: of the weights, as for `from_pretrained`. Default: the checkpoint's.
+        max_shard_size: as for `save_pretrained`.
+
+    Returns:
+        What was done to each layer.
+
+    Raises:
+        ConfigError: the config can't be used from disk to disk or in so little memory, or the run
+            in checkpoint_dir is another one; says what differs.
+        CheckpointError: the model isn't stored in safetensors files that hold all of it.
+        SaveError: the result, or a finished block, can't be written.
+        HfSparseError: see `hf_sparse.core.errors`.
+    """
+    if not isinstance(config, SparseConfig):
+        raise ConfigError(f"prune_checkpoint needs a SparseConfig, got {type(config).__name__}")
+    _check_config(config)
+    target = Path(output_dir)
+    if target.exists() and not target.is_dir():
+        raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
+    skeleton = open_checkpoint(model_id_or_path, revision, dtype)
+    spill = _must_spill(skeleton, config, target, max_memory)
+    source = SourceWeights(skeleton.folder, skeleton.twin, skeleton.dtype)
+    resumable = checkpoint_dir is not None
+    identity = _identity(skeleton, source) if resumable else {}
+    with (
+        _folder_for(target, checkpoint_dir) as kept,
+        closing(Ledger(kept, identity, resumable)) as ledger,
+        _waiting(kept, spill) as waiting,
+    ):
+        residence = Streamed(source, ledger, waiting)
+        quantizer = SparseQuantizer(config, pre_quantized=False)
+        skeleton.model.hf_quantizer = quantizer
+        report = quantizer.prune(skeleton.model, residence)
+        processor = find_processor(str(model_id_or_path), revision)
+
+        def write(folder: str) -> None:
+            _write_config(skeleton, Path(folder))
+            _write_weights(skeleton, source, residence, ledger, Path(folder), max_shard_size)
+            write_companions(skeleton.model, Path(folder))
+            if processor is not None:
+                processor.save_pretrained(folder)
+
+        write_folder(target, write, keep=is_own_card)
+        ledger.clear()
+    return report
+
+
+def _check_config(config: SparseConfig) -> None:
+    config.check_data()
+    if config.needs_gradients:
+        name = "metric" if config.metric == "fisher" else "allocation"
+        raise ConfigError(
+            f"{name}='fisher' takes gradients of the whole model, which from disk to disk is never "
+            f"in memory: pass another {name}, or prune the model in memory"
+        )
+
+
+def _must_spill(
+    skeleton: Skeleton, config: SparseConfig, target: Path, max_memory: int | str | None
+) -> bool:
+    """Tell what the run will take; must activations wait in a file for it to fit?
+
+    Raises:
+        ConfigError: it doesn't fit even so, or not on the disk; says what is needed.
+    """
+    needed = estimate_model(skeleton.twin, config)
+    logger.info("%s", needed)
+    place = next(path for path in (target, *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed.bytes_written > free:
+        raise ConfigError(
+            f"the run writes {needed.bytes_written / 1e9:.1f} GB, finished blocks and the result, "
+            f"and {free / 1e9:.1f} GB are free at {str(place)!r}"
+        )
+    limit = psutil.virtual_memory().available if max_memory is None else _bytes(max_memory)
+    if needed.peak_without_activations > limit:
+        parts = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in needed.memory.items())
+        raise ConfigError(
+            f"the run needs {needed.peak_without_activations / 1e9:.2f} GB of memory with "
+            f"activations in a file, and {limit / 1e9:.2f} GB are allowed or free ({parts}): "
+            "pass a larger max_memory, or leave the widest layers dense, see modules_to_not_convert"
+        )
+    return max_memory is not None and needed.peak > limit
+
+
+def _bytes(size: int | str) -> int:
+    try:
+        return int(convert_file_size_to_int(size))
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError(
+            f"max_memory={size!r} is no size: pass bytes or a text like '8GiB'"
+        ) from None
+
+
+def _identity(skeleton: Skeleton, source: SourceWeights) -> dict[str, str]:
+    """What the result depends on beside the config and the data."""
+    files = {f"file {name}": digest for name, digest in source.digests().items()}
+    versions = {f"version of {name}": version(name) for name in PACKAGES}
+    threads = {"dtype": str(skeleton.dtype), "config.json": skeleton.digest}
+    return files | versions | threads
+
+
+@contextmanager
+def _folder_for(target: Path, checkpoint_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Where finished blocks go: a folder beside the output that goes at the end, by default."""
+    if checkpoint_dir is not None:
+        yield Path(checkpoint_dir)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=".hf_sparse-run-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _waiting(kept: Path, spill: bool) -> Iterator[Path | None]:
+    """The folder for activations that wait in files, if they do."""
+    if not spill:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(dir=kept, prefix=WAITING) as folder:
+        yield Path(folder)
+
+
+def _write_config(skeleton: Skeleton, folder: Path) -> None:
+    """What `save_pretrained` writes beside the weights."""
+    model = skeleton.model
+    model.config.dtype = str(skeleton.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _write_weights(
+    skeleton: Skeleton,
+    source: SourceWeights,
+    residence: Streamed,
+    ledger: Ledger,
+    folder: Path,
+    max_shard_size: int | str,
+) -> None:
+    """The result's files: finished blocks from theirs, everything else from the source's."""
+    twin: Any = skeleton.twin
+    described = {name: x for path in ledger.files for name, x in read_layers([path]).items()}
+    build_layers(twin, described, skeleton.dtype)
+    state, about = sparse_state_dict(twin)
+    places: dict[str, Path] = {}
+    for path in ledger.files:
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    ignored = set(twin._keys_to_ignore_on_save or ()) | _tied(twin)
+    tensors = {name: tensor for name, tensor in state.items() if name not in ignored}
+    read = partial(_read, places, residence)
+    parameters = num_parameters(twin)
+    write_shards(tensors, read, folder, {**about, "format": "pt"}, max_shard_size, parameters)
+
+
+def _read(places: dict[str, Path], residence: Streamed, name: str) -> Tensor:
+    if name not in places:
+        return residence.outside(name)
+    with safe_open(places[name], framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor.clone()
+
+
+def _tied(twin: Any) -> set[str]:
+    """Names of weights that are another one's, and saved under its name alone."""
+    ties = getattr(twin, "all_tied_weights_keys", None) or {}
+    state = twin.state_dict(keep_vars=True)
+    return {name for name, other in ties.items() if state.get(name) is state.get(other)}

@@ -1,0 +1,125 @@
+"""A dense checkpoint opened without its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..checkpoint.compressed_tensors.source import read_config
+from ..checkpoint.skeleton import empty_model
+from ..checkpoint.weight_files import weight_files
+from ..core.errors import CheckpointError, ConfigError
+
+# What is fetched from the Hub: no weights in other forms, and nothing that is code.
+FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on meta, but for what is computed from its config.
+
+    Attributes:
+        folder: where its files are.
+        model: what is pruned.
+        twin: the same again; it stays as the checkpoint has it.
+        dtype: of its weights.
+        digest: SHA-256 of its config.json.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    twin: PreTrainedModel
+    dtype: torch.dtype
+    digest: str
+
+
+def open_checkpoint(
+    model_id_or_path: str | os.PathLike[str],
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    weights: bool = True,
+) -> Skeleton:
+    """Read a checkpoint's config and headers.
+
+    Args:
+        model_id_or_path: a folder, or a Hub id that is downloaded to the cache.
+        revision: branch, tag or commit of a Hub id.
+        dtype: as for `from_pretrained`.
+        weights: fetch those, too.
+
+    Raises:
+        CheckpointError: there is no such model, or not in safetensors files.
+        ConfigError: dtype is none.
+    """
+    folder = Path(model_id_or_path).expanduser()
+    if not folder.is_dir():
+        try:
+            fetched = snapshot_download(
+                str(model_id_or_path),
+                revision=revision,
+                allow_patterns=list(FETCHED[not weights :]),
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"there is no folder {str(model_id_or_path)!r}, and from the Hub: {error}"
+            ) from error
+        folder = Path(fetched)
+    content = read_config(folder)
+    if "quantization_config" in content:
+        raise CheckpointError(f"{folder} is quantised or sparse already: prune the dense model")
+    chosen = _dtype(dtype, content, folder)
+    models = [empty_model(content, folder, chosen) for _ in range(2)]
+    for model in models:
+        model.config.name_or_path = model.name_or_path = str(model_id_or_path)
+        model.eval()
+    _compute_buffers(models[0])
+    if models[0].can_generate():
+        models[0].generation_config = _generation_config(folder)
+    digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    return Skeleton(folder, models[0], models[1], chosen, digest)
+
+
+def _dtype(asked: str | torch.dtype, content: Mapping[str, Any], folder: Path) -> torch.dtype:
+    """As of `from_pretrained`: "auto" is the config's, or else that of the first weight."""
+    named = content.get("dtype") or content.get("torch_dtype")
+    if asked != "auto":
+        named = asked
+    if named is None:
+        for path in weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    found: torch.dtype = file.get_tensor(key).dtype
+                    if found.is_floating_point:
+                        return found
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(
+            f"dtype {named!r} is not known: pass 'auto' or a floating-point dtype of torch"
+        )
+    return dtype
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Buffers that no file has, such as the frequencies of rotary embeddings."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    model._move_missing_keys_from_meta_to_device(set(), {"": "cpu"}, None, None)
+    model.initialize_weights()
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True
+        )

@@ -1,0 +1,91 @@
+"""What a run will take, counted by hand, and what can't fit."""
+
+import pytest
+import torch
+from killed_runs import config, digests
+from tiny_models import DECODER, build, tiny_llama
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from hf_sparse import ConfigError, Rates, SparseConfig, estimate, prune_checkpoint
+from hf_sparse.streaming import residence
+
+BLOCK = 24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40  # two heads of 6 for keys and values
+TOKENS = 6 * 24
+
+
+@pytest.fixture
+def source(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def test_operations_are_those_of_each_layer_and_shared_input(source):
+    found = estimate(source, config(), measure=False)
+    assert (found.blocks, found.weights, found.tokens) == (2, 2 * BLOCK, TOKENS)
+    assert found.operations["Hessians"] == 2 * (3 * 24**2 + 40**2) * TOKENS
+    assert found.operations["factors"] == 2 * (3 * 24**3 + 40**3)
+    assert found.operations["solving"] == 2 * ((24 * 2 + 12 * 2 + 80) * 24**2 + 24 * 40**2)
+    norms = 2 * 24
+    assert found.operations["forward"] == 2 * 2 * 2 * (BLOCK + norms) * TOKENS
+
+
+def test_experts_are_met_by_the_tokens_that_are_routed_to_them(tmp_path):
+    settings = DECODER | {"num_local_experts": 4, "num_experts_per_tok": 1}
+    build(MixtralForCausalLM, MixtralConfig(**settings)).save_pretrained(tmp_path)
+    found = estimate(tmp_path, config(targets=["experts"]), measure=False)
+    assert found.operations["Hessians"] == 2 * (24**2 + 40**2) * TOKENS
+
+
+def test_memory_at_the_peak_is_the_block_its_hessians_and_the_layer_at_work(source):
+    found = estimate(source, config(), measure=False)
+    assert found.memory["block"] == 4 * (BLOCK + 48)
+    assert found.memory["Hessians"] == 4 * (3 * 24**2 + 40**2)
+    assert found.memory["activations"] == 4 * TOKENS * 24
+    assert found.memory["solving"] == max(8 * 40**2, 18 * 24 * 40)
+
+
+def test_time_is_work_by_rates(source):
+    rates = Rates(forward=1e6, single=2e6, double=4e6, weights=1e3, disk=1e5)
+    found = estimate(source, config(), rates=rates)
+    work = found.operations
+    expected = work["forward"] / 1e6 + (work["Hessians"] + work["solving"]) / 2e6
+    expected += work["factors"] / 4e6 + 2 * BLOCK / 1e3
+    expected += (found.bytes_read + found.bytes_written) / 1e5
+    assert found.seconds == pytest.approx(expected)
+
+
+def test_no_weights_are_needed(source):
+    (source / "model.safetensors").unlink()
+    assert estimate(source, SparseConfig(method="magnitude"), measure=False).tokens == 0
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_begins(source, tmp_path):
+    with pytest.raises(ConfigError, match=r"needs .* GB of memory .*Hessians .*max_memory"):
+        prune_checkpoint(source, config(), tmp_path / "disk", max_memory="10MB")
+    with pytest.raises(ConfigError, match="max_memory='much' is no size"):
+        prune_checkpoint(source, config(), tmp_path / "disk", max_memory="much")
+    assert not (tmp_path / "disk").exists()
+
+
+def test_activations_wait_in_a_file_if_they_do_not_fit(tmp_path, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    ids = torch.randint(3, 61, (64, 64))
+    settings = config(method="wanda", dataset=list(ids), num_samples=64, seq_len=64, batch_size=64)
+    folders = []
+    original = residence.Streamed.__init__
+
+    def spied(self, source, ledger, waiting):
+        folders.append(waiting)
+        original(self, source, ledger, waiting)
+
+    monkeypatch.setattr(residence.Streamed, "__init__", spied)
+    needed = estimate(tmp_path / "dense", settings, measure=False)
+    prune_checkpoint(tmp_path / "dense", settings, tmp_path / "whole")
+    limit = needed.peak + 200_000_000
+    monkeypatch.setattr(
+        "hf_sparse.streaming.estimate.Estimate.peak_without_activations", property(lambda x: 0)
+    )
+    prune_checkpoint(tmp_path / "dense", settings, tmp_path / "filed", max_memory=limit // 100)
+    assert folders[0] is None
+    assert folders[1].name.startswith("waiting-")
+    assert digests(tmp_path / "whole") == digests(tmp_path / "filed")
