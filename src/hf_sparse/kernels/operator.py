@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 
 from .base import Kernel
 
@@ -178,29 +179,28 @@ def check_input(x: Tensor, columns: int, weight: Iterable[Any] = ()) -> None:
 def transformed() -> bool:
     """Is a transform of torch.func, or forward-mode differentiation, at work, and no compiler?"""
     return not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
 
 
-def unwatched(*tensors: Tensor | None) -> bool:
+def unwatched(x: Tensor, bias: Tensor | None) -> bool:
     """Does nothing record or change what is computed with these tensors: no autograd, compiler,
-    tracer, transform, mode or subclass?"""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or transformed()
-    ):
-        return False
-    grad = torch.is_grad_enabled()
-    return all(
-        each is None or (type(each) in _PLAIN and not (grad and each.requires_grad))
-        for each in tensors
+    tracer, transform, mode or subclass? Asked at every product: as short as it can be."""
+    return (
+        not torch.compiler.is_compiling()
+        and not _tracing()
+        and not _dispatch_modes()
+        and _transforms() is None
+        and forward_ad._current_level < 0
+        and type(x) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and not (_records() and (x.requires_grad or (bias is not None and bias.requires_grad)))
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_tracing, _dispatch_modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
+_transforms, _records = torch._C._functorch.peek_interpreter_stack, torch.is_grad_enabled
 
 
 class _LinearMap(torch.autograd.Function):
@@ -263,8 +263,8 @@ class PackedKernel(Kernel):
         self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "*batch out"]:
         if unwatched(x, bias):
-            return self._straight(x, bias)
-        y: Tensor
+            y: Tensor = self._straight(x, bias)
+            return y
         if transformed():
             y = _apply(x, self.operators, *self.operands())
         else:

@@ -15,6 +15,7 @@ from ..calibration.tokenizers import load_tokenizer
 from ..config.sparse_config import SparseConfig
 from ..core.errors import ConfigError
 from ..core.torch_settings import own_settings
+from ..kernels.cpu.wide import wide_products
 from ..layers.default_dense import default_dense
 from ..layers.experts import unfused_experts
 from ..layers.head import speed_up_head
@@ -40,7 +41,7 @@ def prune_in_place(
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
         HfSparseError: see `core.errors`.
     """
-    with own_settings(input_device(model)):
+    with own_settings(input_device(model)), wide_products(model):
         make_ordinary(model)
         with _marked_quantized(model), unfused_experts(model):
             report = run(

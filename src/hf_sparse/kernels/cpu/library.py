@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 MAX_DIM = 1 << 27
 LAST_PATH = "HF_SPARSE_PATH"  # names the path behind which none is used
 
@@ -54,6 +54,18 @@ class Weight(ctypes.Structure):
     ]
 
 
+class Row(ctypes.Structure):
+    """`tiles::Row`."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("pool", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("bias_dtype", ctypes.c_int32),
+    ]
+
+
 _I32, _I64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tile_abi_version": (_I32, []),
@@ -79,6 +91,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         _I32,
         [_PTR, _I32, _PTR, _I32, _I64, _I64, _PTR, _I32, _PTR, _I32, _I64, _PTR],
     ),
+    # row, x, y
+    "tile_row": (_I32, [_PTR, _PTR, _PTR]),
     # n, k, w, dtype, stride, path, x, dtype, y, dtype, pool
     "tile_dense_row": (
         _I32,

@@ -79,9 +79,8 @@ class Kind:
 
 
 def machine() -> str:
-    """The processor with its threads and native path."""
-    path = f"{list(library.paths())[-1]} {library.ABI_VERSION}"
-    return f"{processor()}, {torch.get_num_threads()} threads, {path}"
+    """The processor with its native path."""
+    return f"{processor()}, {list(library.paths())[-1]} {library.ABI_VERSION}"
 
 
 def estimate(weight: TileWeight, dtype: torch.dtype) -> dict[str, Measured]:
