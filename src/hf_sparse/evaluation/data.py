@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..calibration.batches import Batch, CalibrationData, make_batches
 from ..calibration.load import LONGEST_SEQUENCE, limits
 from ..core.errors import EvaluationError
-from ..kernels.cpu.wide import wide_products
 
 
 def load_data(
@@ -104,7 +103,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     for model in models:
         model.eval()
     try:
-        with torch.no_grad(), wide_products(*models):
+        with torch.no_grad():
             yield
     finally:
         for model, mode in zip(models, modes, strict=True):
