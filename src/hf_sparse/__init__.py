@@ -4,11 +4,13 @@ Importing the package registers the quantisation method `hf_sparse` with transfo
 """
 
 from importlib.metadata import version as _version
+from typing import Any as _Any
 
-from .checkpoint.compressed_tensors import Conversion, convert_checkpoint
+from .checkpoint.compressed_tensors import Conversion, convert
 from .checkpoint.dense_export import export_dense
 from .config.recipes import register_solver
 from .config.sparse_config import SparseConfig
+from .core import renamed as _renamed
 from .core.data_record import DataRecord
 from .core.errors import (
     AdapterError,
@@ -53,6 +55,17 @@ from .training.merging import LayerMerge, MergeReport, merge_adapter
 
 __version__ = _version("hf_sparse")
 
+_RENAMED = {"convert_checkpoint": "convert"}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    _renamed.warn_renamed(f"hf_sparse.{name}", f"hf_sparse.{new}", stacklevel=3)
+    return globals()[new]
+
+
 __all__ = [
     "AdapterError",
     "Agreement",
@@ -90,7 +103,7 @@ __all__ = [
     "TrainingError",
     "agreement",
     "compare",
-    "convert_checkpoint",
+    "convert",
     "evaluate",
     "evaluate_tasks",
     "explain",

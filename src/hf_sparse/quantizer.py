@@ -21,9 +21,11 @@ from transformers.quantizers import (
 from .checkpoint.commit import PAGE_FILE
 from .checkpoint.headers import PackedLayer, read_layers
 from .checkpoint.load import build_layers, finish_layers
+from .checkpoint.save_id import check_single
 from .checkpoint.state_dict import ValuesRenaming, sparse_state_dict
 from .config.checks import choice
-from .config.sparse_config import QUANT_METHOD, SparseConfig
+from .config.keys import QUANT_METHOD
+from .config.sparse_config import SparseConfig
 from .core.errors import CheckpointError, ConfigError
 from .core.logging import get_logger
 from .core.preferences import PREFERENCES
@@ -125,6 +127,7 @@ class SparseQuantizer(HfQuantizer):
         self.report: PruningReport | None = None
         self.evaluation: Evaluation | None = None
         self.trains_values = False
+        self._files: Sequence[str] = ()
         self._layers: dict[str, PackedLayer] = {}
         self._renamed: frozenset[str] = frozenset()
 
@@ -147,6 +150,7 @@ class SparseQuantizer(HfQuantizer):
                 "a sparse model is loaded from its files; a state_dict alone doesn't tell the "
                 "formats of its layers"
             )
+        self._files = checkpoint_files
         described = read_layers(checkpoint_files)
         self.report = saved_report(Path(checkpoint_files[0]).parent)
         self._renamed = frozenset(described)
@@ -165,6 +169,7 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
             finish_layers(model, self._layers)
+            check_single(self._files)
             prefer_form(model, self.quantization_config.prefer)
             speed_up_head(model)
             _install(model)

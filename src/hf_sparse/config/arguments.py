@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 from ..core.errors import ConfigError
 from ..core.preferences import PREFERENCES
 from ..core.registry import did_you_mean
+from ..core.renamed import current_names
 from ..core.untrusted_text import brief
 from .argument import Argument
 from .checks import choice, group_width, integer, optional, positive, regexes
@@ -25,11 +26,14 @@ Pairs = Mapping[str, float] | Sequence[Any]  # {regex: fraction}, in JSON a list
 Names = Argument[Sequence[str] | None, list[str] | None]
 
 WHAT = "what to prune"
-HOW = "how to prune it"
-DATA = "calibration"
+HOW = "method"
+DATA = "data"
 EXPERTS = "mixtures of experts"
-STORAGE = "rounding and storage"
+STORAGE = "storage"
 THE_METHOD = "what the method says"
+
+# What is called otherwise now.
+RENAMED = {"damp_percent": "damping"}
 
 
 @dataclass(eq=False, repr=False)
@@ -43,9 +47,15 @@ class Arguments:
         "matches stays dense (in JSON a list of pairs, to keep their order).",
         WHAT,
         otherwise="0.5, or what an n:m pattern implies",
+        shell_help="Fraction of zeros in each pruned weight, from 0 to below 1. Or JSON, "
+        '\'{"mlp": 0.6, "q_proj": 0.5}\': the first regex that matches a layer\'s name decides, a '
+        "layer that none matches stays dense.",
     )
     pattern: Argument[str, str] = Argument(
-        "unstructured", '"unstructured", or "n:m" for n kept of m consecutive inputs.', WHAT
+        "unstructured",
+        '"unstructured", or "n:m" for n kept of m consecutive inputs.',
+        WHAT,
+        shell_help="unstructured, or n:m for n kept of m consecutive inputs, e.g. 2:4.",
     )
     method: Argument[str, str] = Argument(
         "sparsegpt",
@@ -54,6 +64,9 @@ class Arguments:
         'settings of the arguments below. "keep" prunes nothing and packs the zeros that the '
         "checkpoint already has.",
         HOW,
+        shell_help="A plain method (sparsegpt, wanda, magnitude, admm, alps, obc or adaprune), a "
+        "recipe (fast, balanced or best), or keep, which packs the zeros that the checkpoint "
+        "already has. `hf-sparse methods` says what each is.",
     )
     dataset: Argument[Any, Any] = Argument(
         None,
@@ -62,12 +75,15 @@ class Arguments:
         "inputs or of rows with images, sound or conversations. Needed but for methods "
         "that use no data.",
         DATA,
+        shell_help="Calibration data: a text, JSON, csv or parquet file, or a data set's id on the "
+        "Hub, e.g. wikitext2. Needed but for methods that use no data.",
     )
     tokenizer: Argument[Any, Any] = Argument(
         None,
         "Id, path or object of a tokenizer, or for rows of a processor. For text and rows only.",
         DATA,
         otherwise="the model's own",
+        shell_help="Folder or Hub id of a tokenizer, or for images and sound of a processor.",
     )
     num_samples: Argument[int, int] = Argument(
         128, "Number of calibration samples.", DATA, partial(integer, least=1)
@@ -87,6 +103,7 @@ class Arguments:
         "Decides which samples are drawn when there are more than num_samples.",
         DATA,
         partial(integer, least=0),
+        shell_help="Decides which samples are drawn when there are more than --num-samples.",
     )
     join_documents: Argument[bool, bool] = Argument(
         False,
@@ -114,8 +131,11 @@ class Arguments:
         optional(regexes),
         "found: the elements of the model's layer lists",
     )
-    damp_percent: Argument[float, float] = Argument(
-        0.01, "SparseGPT's damping, as a fraction of mean(diag H).", HOW, positive
+    damping: Argument[float, float] = Argument(
+        0.01,
+        "Damping of the Hessian H, as a fraction of mean(diag H), of methods that invert it.",
+        HOW,
+        positive,
     )
     block_size: Argument[int, int] = Argument(
         128, "SparseGPT's columns per mask decision.", HOW, partial(integer, least=1)
@@ -143,6 +163,8 @@ class Arguments:
         HOW,
         optional(partial(choice, allowed=("layer", "dense"))),
         THE_METHOD,
+        "What each layer is to reproduce on the inputs it gets in the pruned model: layer, its own "
+        "outputs on them, or dense, the dense model's.",
     )
     metric: Argument[str | None, str] = Argument(
         None,
@@ -151,6 +173,8 @@ class Arguments:
         HOW,
         optional(partial(choice, allowed=("inputs", "fisher"))),
         THE_METHOD,
+        "What the refit minimises: inputs, the error of the layer's outputs, or fisher, that error "
+        "weighted by how much the model's loss feels it.",
     )
     allocation: Argument[str | Pairs | None, str | dict[str, float]] = Argument(
         None,
@@ -159,6 +183,9 @@ class Arguments:
         '"wanda" but for what rounding leaves in each row). Unstructured patterns only.',
         HOW,
         otherwise=THE_METHOD,
+        shell_help="How the sparsity is spread over the layers: uniform, owl, fisher, or JSON, "
+        "'{\"q_proj\": 0.3}', for some layers while the others take what is left of the budget. "
+        "Unstructured patterns only.",
     )
     low_rank: Argument[int, int] = Argument(
         0,
@@ -183,6 +210,7 @@ class Arguments:
         "Integers symmetric about zero; False gives each group a zero point.",
         STORAGE,
         partial(choice, allowed=(True, False)),
+        shell_help="Integers symmetric about zero; --no-sym gives each group a zero point.",
     )
     moe_min_tokens: Argument[int | None, int | None] = Argument(
         None,
@@ -203,6 +231,7 @@ class Arguments:
         "auto",
         'Storage: "auto" (the smallest that fits, layer by layer), "bitmask", "n:m" or "dense".',
         STORAGE,
+        shell_help="auto (the smallest that fits, layer by layer), bitmask, n:m or dense.",
     )
     prefer: Argument[str, str] = Argument(
         "auto",
@@ -246,6 +275,7 @@ def _with_near_names(init: Any) -> Any:
 
     @functools.wraps(init)
     def __init__(self: Arguments, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        kwargs = current_names(kwargs, RENAMED)
         if unknown := [name for name in kwargs if name not in ARGUMENTS]:
             raise unknown_arguments(unknown)
         init(self, *args, **kwargs)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.commit import REPORT_FILE
+from ..checkpoint.weight_files import saved_in
 from ..core.data_record import DataRecord
 from ..core.errors import CheckpointError, PackageError
 from ..core.json_records import parse_json, read_json, read_record
 from ..kernels.machine import Environment
-
-# Beside the weights of a checkpoint.
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ class PruningReport:
         Raises:
             CheckpointError: it is damaged; names the file.
         """
-        path = Path(folder) / REPORT_FILE
+        path = saved_in(Path(folder)) / REPORT_FILE
         try:
             content = read_json(path)
         except FileNotFoundError:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.commit import EVALUATION_FILE, REPORT_FILE
 from ..checkpoint.folder import write_folder
-from ..checkpoint.staging import CONFIG_FILE
+from ..checkpoint.weight_files import CONFIG_FILE
 from ..core.logging import get_logger
 from .card import is_own_card, model_card
 from .hub_files import CARD

@@ -44,7 +44,10 @@ class Cache:
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Forget all of it.")] = False,
 ) -> Cache:
-    """Show what was measured on this machine to choose between kernels, or forget it."""
+    """Show or forget what was measured here.
+
+    It is what the choice between kernels goes by.
+    """
     from hf_sparse.kernels import timing
 
     file, measured = timing.cache_file(), timing.read_cache()

@@ -37,7 +37,7 @@ def explain(
     device_map: DeviceMap = None,
     prefer: Prefer = None,
 ) -> Explained:
-    """Say which kernel each layer of a sparse checkpoint uses on this machine, and why.
+    """Which kernel each layer uses here, and why.
 
     Bytes are shares of the dense weight's, speed is over the dense product, by number of tokens.
     """
