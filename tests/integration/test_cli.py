@@ -280,7 +280,12 @@ finally:
 def test_explain_names_a_kernel_for_each_layer(cli, sparse):
     code, out, _ = cli("explain", sparse)
     assert code == 0
+    assert "2 x model.layers.*.self_attn.k_proj" in out
+    assert "over dense float32: " in out
+    assert "model.layers.1.self_attn.k_proj" not in out
+    code, out, _ = cli("explain", sparse, "--verbose", "--prefer", "memory")
     assert "model.layers.1.self_attn.k_proj" in out
+    assert "not measured" in out
     code, out, _ = cli("explain", sparse, "--json", "--dtype", "float32")
     values = json.loads(out)
     assert len(values["layers"]) == 14

@@ -1,5 +1,7 @@
 """Packed or dense, as the user prefers, with the times made up."""
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -48,7 +50,9 @@ def test_auto_decides_for_the_whole_model(tiny, times):
     report = pruned(pruned_anew)
     assert kernels(pruned_anew) == {24: "dense", 12: "dense", 40: "dense"}
     assert 'on disk only; prefer="memory" packs' in report.summary()
-    assert "prefer='auto': 0." in str(hf_sparse.explain(pruned_anew))
+    explanation = hf_sparse.explain(pruned_anew)
+    assert "14 are dense in memory (the saving is on disk only)" in str(explanation)
+    assert "prefer='auto': 0." in explanation.verbose()
 
 
 def test_memory_is_always_packed_and_speed_takes_what_is_faster_layer_by_layer(tiny, times):
@@ -123,3 +127,22 @@ def test_what_is_no_preference_is_named(tiny):
         SparseConfig(prefer="fast")
     with pytest.raises(hf_sparse.ConfigError, match="prefer='fast' does not exist: pass 'auto'"):
         hf_sparse.prefer(tiny, "fast")
+
+
+def test_explain_leads_with_what_the_sparse_layers_cost_and_gain(monkeypatch, tiny, times):
+    times["other"] = 2.0
+    pruned(tiny)
+    dense = {torch.float32: 4.0, torch.bfloat16: 3.0}  # seconds a weight, packed ones take 1
+    monkeypatch.setattr(speed, "dense_token", lambda shape, dtype: dense[dtype] * math.prod(shape))
+    explanation = hf_sparse.explain(tiny)
+    assert explanation.speedup == pytest.approx({"float32": 4.0, "bfloat16": 3.0})
+    weights = sum(math.prod(layer.shape) for layer in explanation.layers)
+    text = str(explanation).splitlines()
+    assert text[1].startswith("14 sparse layers (14 tile), ")
+    share = explanation.bytes_resident / weights
+    assert text[2].startswith(f"over dense float32: {share / 4:.3f} of the bytes; a token's")
+    assert text[3].endswith(f"{share / 2:.3f} of the bytes; a token's products 3.00 times as fast")
+    assert len(text) == 5 + 7  # and a line for each of a block's layers
+    monkeypatch.setattr(speed, "dense_token", lambda shape, dtype: None)
+    assert hf_sparse.explain(tiny).speedup == {}
+    assert hf_sparse.explain(tiny.lm_head).verdict == "no sparse layers"

@@ -139,6 +139,7 @@ def test_symbolic_tracing_gives_the_values_of_a_fixed_weight_and_refuses_one_in_
 
 def test_export_to_onnx_says_what_to_export_instead(monkeypatch):
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(ConfigError, match=r"hf_sparse\.export_dense\(model, folder\)"):
         resolved()(X)
 

@@ -14,6 +14,7 @@ from ..core.data_record import DataRecord
 from ..core.errors import EvaluationError
 from ..core.logging import progress_bar
 from ..core.renamed import renamed_arguments
+from ..kernels.cpu.wide import wide_products
 from .data import evaluating, load_data, to_device, token_mask
 
 
@@ -88,7 +89,8 @@ def agreement(
     divergence, same, tokens = 0.0, 0, 0
     states: dict[str, Any] = {"output_hidden_states": True} if depth else {}
     deviation = _Deviation()
-    with evaluating(model, dense), progress_bar(len(loaded.batches), "Agreement") as bar:
+    bar = progress_bar(len(loaded.batches), "Agreement")
+    with evaluating(model, dense), wide_products(model, dense), bar:
         for batch in loaded.batches:
             of_dense = dense(**to_device(batch, dense), use_cache=False, **states)
             of_model = model(**to_device(batch, model), use_cache=False, **states)

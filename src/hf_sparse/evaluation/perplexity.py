@@ -27,6 +27,7 @@ from ..core.data_record import DataRecord
 from ..core.errors import EvaluationError
 from ..core.logging import progress_bar
 from ..core.renamed import renamed_arguments
+from ..kernels.cpu.wide import wide_products
 from .data import evaluating, load_data, to_device, token_mask
 
 
@@ -114,7 +115,8 @@ def perplexity(
         else list(_sliding(loaded.batches, seq_len, stride))
     )
     total, tokens = 0.0, 0
-    with evaluating(model), progress_bar(len(windows), "Perplexity") as bar:
+    bar = progress_bar(len(windows), "Perplexity")
+    with evaluating(model), wide_products(model), bar:
         for batch, first in windows:
             losses = _losses(model, to_device(batch, model), first)
             total += losses.sum(dtype=torch.float64).item()

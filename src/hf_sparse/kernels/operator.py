@@ -22,9 +22,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ..core.recording import recording, transformed
+from ..core.recording import transformed
 from .base import Kernel
 
 INPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -192,11 +193,24 @@ def recorded(x: Tensor) -> bool:
     )
 
 
-def unwatched(*tensors: Tensor | None) -> bool:
-    """Does nothing record or change what is computed with these tensors, autograd included?"""
-    if recording(*tensors):
-        return False
-    return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
+def unwatched(x: Tensor, bias: Tensor | None) -> bool:
+    """Does nothing record or change what is computed with these tensors: no autograd, compiler,
+    tracer, transform, mode or subclass? Asked at every product: as short as it can be."""
+    return (
+        not torch.compiler.is_compiling()
+        and not _tracing()
+        and not _dispatch_modes()
+        and _transforms() is None
+        and forward_ad._current_level < 0
+        and type(x) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and not (_records() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+    )
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_tracing, _dispatch_modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
+_transforms, _records = torch._C._functorch.peek_interpreter_stack, torch.is_grad_enabled
 
 
 class _LinearMap(torch.autograd.Function):
@@ -259,8 +273,8 @@ class PackedKernel(Kernel):
         self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "*batch out"]:
         if unwatched(x, bias):
-            return self._straight(x, bias)
-        y: Tensor
+            y: Tensor = self._straight(x, bias)
+            return y
         if transformed():
             y = _apply(x, self.operators, *self.operands())
         else:

@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,14 @@ LARGEST = 1e6  # seconds, or times the dense product: more is no measurement
 
 # Rounds go on until both halves of them say the same, but no longer than that; a busy machine gets
 # more time until they are near each other, or there is no telling.
-SPREAD, SECONDS = 1.05, 0.25
-WIDE_SPREAD, MOST_SECONDS = 1.5, 1.0
+SPREAD, SECONDS = 1.05, 0.15
+WIDE_SPREAD, MOST_SECONDS = 1.5, 0.5
 ROUNDS = 6
 LEAST_ROUNDS = 3  # of what takes long
+
+# The thread's own time, where the system counts it finely enough.
+_FINE = time.get_clock_info("thread_time").resolution < 1e-6
+CLOCK = time.thread_time if _FINE else time.perf_counter
 
 Measured = dict[str, float]
 
@@ -97,12 +101,14 @@ def compare(
 ) -> Measured | None:
     """Seconds of a call by candidate, over its operands; None on a machine too busy to tell.
 
-    The candidates take turns. What else runs on a machine only ever adds to a time, so each
-    operand's least time counts. Rounds are repeated until the even and the odd ones agree.
+    Each is timed with one thread, by what that thread itself takes: with several, what else runs on
+    the machine decides how long they wait for each other. It can still only add to a time, so each
+    operand's least time counts. The candidates take turns, in rounds that are repeated until the
+    even and the odd ones agree.
     """
     seconds: dict[str, list[list[float]]] = {name: [] for name in candidates}
-    started = time.perf_counter()
-    with torch.no_grad():
+    started = CLOCK()
+    with torch.no_grad(), _one_thread():
         for rounds in itertools.count():
             for name, (call, operands) in candidates.items():
                 seconds[name].append([_seconds(call, operand) for operand in operands])
@@ -110,7 +116,7 @@ def compare(
                 for times in seconds.values():
                     times.clear()
                 continue
-            taken = time.perf_counter() - started
+            taken = CLOCK() - started
             if rounds < (ROUNDS if taken < SECONDS else LEAST_ROUNDS):
                 continue
             spread = max(map(_spread, seconds.values()))
@@ -122,9 +128,19 @@ def compare(
 
 
 def _seconds(call: Callable[[Any], Tensor], operand: Any) -> float:
-    started = time.perf_counter()
+    started = CLOCK()
     call(operand)
-    return time.perf_counter() - started
+    return CLOCK() - started
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _spread(rounds: Sequence[Sequence[float]]) -> float:

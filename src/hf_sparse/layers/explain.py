@@ -1,21 +1,26 @@
-"""`explain`: which kernel each sparse layer uses on this machine, why, and what it costs."""
+"""`explain`: what a model's sparse layers cost and gain on this machine, and why."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..kernels import Verdict
-from ..kernels.cpu import library
+from ..kernels.cpu import library, speed
+from ..kernels.dense import DenseKernel
 from ..kernels.gpu import timing
 from ..kernels.machine import processor
 from ..kernels.token_classes import Way
-from . import SparseLinear
 from .head import HeadLinear
+from .linear import SparseLinear, sparse_layers
+from .prefer import dense_bytes
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ class LayerExplanation:
     ways: tuple[Way, ...]
     trace: tuple[Verdict, ...]
 
+    @property
+    def why(self) -> str:
+        """The reasons, in a line."""
+        return "; ".join(f"{verdict.kernel}: {verdict.reason}" for verdict in self.trace)
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -56,11 +66,14 @@ class Explanation:
         layers: one each.
         head: what the dense output head gains from the native product of one token; None if it
             doesn't use it.
+        speedup: of all sparse layers' products of one token together, as they are held; over dense
+            ones of each dtype, by its name; without those that were not measured.
     """
 
     machine: str
     layers: tuple[LayerExplanation, ...]
     head: str | None = None
+    speedup: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bytes_dense(self) -> int:
@@ -72,40 +85,70 @@ class Explanation:
         """Bytes of all sparse layers' weights in memory."""
         return sum(layer.bytes_resident for layer in self.layers)
 
-    def __str__(self) -> str:
-        width = max([len(layer.name) for layer in self.layers], default=5)
-        lines = [
-            self.machine,
-            f"{'layer':<{width}}  {'shape':<13} {'format':<14} kernel     bytes  {'speed':<21} why",
-        ]
-        for layer in self.layers:
-            shape = f"{layer.shape[0]}x{layer.shape[1]}"
-            share = layer.bytes_resident / layer.bytes_dense
-            why = "; ".join(f"{v.kernel}: {v.reason}" for v in layer.trace)
-            lines.append(
-                f"{layer.name:<{width}}  {shape:<13} {layer.format:<14} {layer.kernel:<9} "
-                f"{share:6.3f}  {_speed(layer):<21} {why}"
-            )
+    @property
+    def verdict(self) -> str:
+        """What the sparse layers cost and gain here, in a few lines."""
+        if not self.layers:
+            return "no sparse layers"
+        weights = sum(math.prod(layer.shape) for layer in self.layers)
         used = Counter(layer.kernel for layer in self.layers)
-        counts = ", ".join(f"{count} {kernel}" for kernel, count in used.items()) or "none"
-        total = self.bytes_resident / self.bytes_dense if self.layers else 1.0
-        lines.append(f"sparse layers: {counts}; {total:.3f} of the dense bytes in memory")
-        if self.head is not None:
-            lines.append(self.head)
-        ways = ((x.kernel, ", ".join(way.tokens for way in x.ways)) for x in self.layers if x.ways)
-        for kernel, tokens in dict.fromkeys(ways):
-            lines.append(f"speed of {kernel}: times that of the dense product, for {tokens} tokens")
-        return "\n".join(lines)
+        counts = ", ".join(f"{count} {kernel}" for kernel, count in used.items())
+        lines = [f"{len(self.layers)} sparse layers ({counts}), {self.bytes_resident / 1e6:.1f} MB"]
+        for dtype in COMPARED:
+            name = str(dtype).removeprefix("torch.")
+            share = self.bytes_resident / (weights * dtype.itemsize)
+            speed = self.speedup.get(name)
+            gain = "not measured" if speed is None else f"{speed:.2f} times as fast"
+            lines.append(f"over dense {name}: {share:.3f} of the bytes; a token's products {gain}")
+        if used["dense"]:
+            lines.append(
+                f"{used['dense']} are dense in memory (the saving is on disk only): "
+                'hf_sparse.prefer(model, "memory") packs those that a kernel can multiply'
+            )
+        return "\n".join(lines if self.head is None else [*lines, self.head])
+
+    def __str__(self) -> str:
+        """The verdict, and a line for each group of layers that are alike."""
+        groups: dict[tuple[Any, ...], list[LayerExplanation]] = {}
+        for layer in self.layers:
+            name = re.sub(r"\d+", "*", layer.name)
+            groups.setdefault((name, layer.shape, layer.format, layer.kernel), []).append(layer)
+        rows = [(f"{len(alike)} x {name}", alike[0]) for (name, *_), alike in groups.items()]
+        return "\n".join([self.machine, self.verdict, *_table(rows)])
+
+    def verbose(self) -> str:
+        """The verdict, and each layer with the reason for its kernel."""
+        lines = _table([(layer.name, layer) for layer in self.layers])
+        whys = ["", *(layer.why for layer in self.layers)]
+        table = [f"{line}  {why}".rstrip() for line, why in zip(lines, whys, strict=False)]
+        return "\n".join([self.machine, self.verdict, *table])
 
 
-def _speed(layer: LayerExplanation) -> str:
-    """Speed-ups by class of tokens, or the one there is."""
-    found = [way.speedup for way in layer.ways] or [layer.speedup]
-    return " ".join("-" if speedup is None else f"{speedup:.2f}" for speedup in found)
+COMPARED = (torch.float32, torch.bfloat16)
+
+
+def _table(rows: Sequence[tuple[str, LayerExplanation]]) -> list[str]:
+    """A heading and a line each; speed is over the dense product, by number of tokens."""
+    if not rows:
+        return []
+    width = max(len(name) for name, _ in rows)
+    tokens = next((layer.ways for _, layer in rows if layer.ways), ())
+    heading = "speed over dense"
+    if tokens:
+        heading += f", tokens {' / '.join(way.tokens for way in tokens)}"
+    lines = [f"{'layers':<{width}}  {'shape':<13} {'format':<14} kernel     bytes  {heading}"]
+    for name, layer in rows:
+        shape = f"{layer.shape[0]}x{layer.shape[1]}"
+        share = layer.bytes_resident / layer.bytes_dense
+        found = [way.speedup for way in layer.ways] or [layer.speedup]
+        speeds = " / ".join("-" if speedup is None else f"{speedup:.2f}" for speedup in found)
+        held = f"{layer.format:<14} {layer.kernel:<9} {share:6.3f}"
+        lines.append(f"{name:<{width}}  {shape:<13} {held}  {speeds}")
+    return lines
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Say, for every sparse layer of a model, which kernel it uses here and why.
+    """Say what a model's sparse layers cost and gain on this machine, and which kernels they use.
 
     Bytes are shares of the dense weight's, speed is over the dense product, for each class of
     numbers of tokens.
@@ -116,24 +159,57 @@ def explain(model: nn.Module) -> Explanation:
     machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     if torch.cuda.is_available():
         machine = f"{timing.gpu()}; {machine}"
+    modules = sparse_layers(model)
     layers = [
         LayerExplanation(
             name=name,
             shape=layer.shape,
             format=layer.format.label,
             kernel=layer.trace[-1].kernel,
-            bytes_dense=math.prod(layer.shape) * layer.weight_dtype.itemsize,
+            bytes_dense=dense_bytes(layer),
             bytes_resident=layer.resident_bytes(),
             speedup=layer.trace[-1].speedup,
             ways=layer.trace[-1].ways,
             trace=layer.trace,
         )
-        for name, layer in model.named_modules()
-        if isinstance(layer, SparseLinear)
+        for name, layer in modules.items()
     ]
     heads = (
         f"dense head {name}: native at one token, {module.speedup:.2f}"
         for name, module in model.named_modules()
         if isinstance(module, HeadLinear)
     )
-    return Explanation(f"{machine}; {library.describe()}", tuple(layers), next(heads, None))
+    return Explanation(
+        f"{machine}; {library.describe()}",
+        tuple(layers),
+        next(heads, None),
+        {
+            str(dtype).removeprefix("torch."): speedup
+            for dtype in COMPARED
+            if (speedup := _over_dense(modules.values(), dtype)) is not None
+        },
+    )
+
+
+def _over_dense(layers: Collection[SparseLinear], dtype: torch.dtype) -> float | None:
+    """Speed of one token's products over dense ones in a dtype; None if one was not measured."""
+    taken = dense = 0.0
+    for layer in layers:
+        own, other = _seconds(layer), _dense_seconds(layer, dtype)
+        if own is None or other is None:
+            return None
+        taken, dense = taken + own, dense + other
+    return dense / taken if layers else None
+
+
+def _seconds(layer: SparseLinear) -> float | None:
+    """Of a layer's product of one token, as it is held."""
+    if isinstance(layer.kernel, DenseKernel):
+        return _dense_seconds(layer, layer.weight_dtype)
+    return layer.trace[-1].seconds
+
+
+def _dense_seconds(layer: SparseLinear, dtype: torch.dtype) -> float | None:
+    if layer.kernel is None or any(t.device.type != "cpu" for t in layer.kernel.tensors().values()):
+        return None
+    return speed.dense_token(layer.shape, dtype)

@@ -94,7 +94,9 @@ class SparseLinear(PackedModule, nn.Linear):
         return self.sparse_weight if low_rank is None else low_rank.added_to(self.sparse_weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.onnx.is_in_onnx_export():
+        # Exporting traces or compiles, and asking for it alone takes as long as a small product.
+        exports = torch.compiler.is_compiling() or torch._C._is_tracing()
+        if exports and torch.onnx.is_in_onnx_export():
             raise ConfigError(
                 "ONNX has no operator for a sparse layer: write the model with "
                 "hf_sparse.export_dense(model, folder) and export that, or model.dequantize()"

@@ -16,6 +16,7 @@ from ..calibration.tokenizers import load_tokenizer
 from ..config.sparse_config import SparseConfig
 from ..core.errors import ConfigError
 from ..core.torch_settings import own_settings
+from ..kernels.cpu.wide import wide_products
 from ..layers.default_dense import default_dense
 from ..layers.experts import unfused_experts
 from ..layers.head import speed_up_head
@@ -49,7 +50,7 @@ def prune_in_place(
     """
     # Of a model in files nothing is changed, and a run over it can go on.
     marked = marked_if_broken_off(model) if residence is None else nullcontext(Progress())
-    with own_settings(input_device(model)), marked as progress:
+    with own_settings(input_device(model)), wide_products(model), marked as progress:
         make_ordinary(model)
         with _marked_quantized(model), unfused_experts(model):
             report = run(

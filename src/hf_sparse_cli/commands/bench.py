@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from ..command import Command
+from ..models import quantisation, read_config, require_sparse
 from ..output import Overwrite, check_output
 from ..sections import OUTPUT
 
@@ -169,11 +170,42 @@ def bench_model(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each model does so.")] = 5,
     threads: Threads = None,
+    sparse: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A sparse checkpoint of your own, beside --dense."),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="What it was made of: as it is, and as torchao and bitsandbytes have it.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text to measure the perplexity of each on.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a window of it.")] = 256,
+    num_samples: Annotated[int, typer.Option(min=1, help="Windows of it.")] = 32,
+    llama_bench: Annotated[
+        Path | None,
+        typer.Option(help="llama.cpp's program: times its file types on a Llama, too."),
+    ] = None,
     output: Folder = None,
     overwrite: Overwrite = False,
 ) -> Measured:
-    """Time a Llama with random weights end to end, sparse against dense."""
+    """Time a whole model, sparse against dense: a Llama with random weights, or one of yours.
+
+    With --sparse and --dense yours is compared with what else there is to run it in.
+    """
     _check(output, overwrite)
+    if sparse is not None and dense is not None:
+        return _against_others(
+            output, sparse, dense, data, seq_len, num_samples, prompt, tokens, rounds, llama_bench
+        )
+    for option, given in (("--sparse", sparse), ("--dense", dense), ("--data", data),
+                          ("--llama-bench", llama_bench)):  # fmt: skip
+        if given is not None:
+            raise typer.BadParameter("needs --sparse and --dense, both", param_hint=option)
     from ..bench import endtoend
     from ..bench.tables import write
 
@@ -187,6 +219,19 @@ def bench_model(
         rounds,
     )
     return Measured(*write(output, (), *endtoend.measure(settings)))
+
+
+def _against_others(output: Path | None, sparse: str, dense: str, *more: Any) -> Measured:
+    require_sparse(sparse, read_config(sparse, None))
+    if quantisation(read_config(dense, None)) is not None:
+        raise typer.BadParameter(f"{dense} is not dense", param_hint="--dense")
+    if (program := more[-1]) is not None and not program.is_file():
+        raise typer.BadParameter(f"there is no file {program}", param_hint="--llama-bench")
+    from ..bench import alternatives
+    from ..bench.alternatives_table import write
+
+    rows = alternatives.measure(alternatives.Settings(sparse, dense, *more))
+    return Measured(*write(output, rows))
 
 
 def bench_gpu(
@@ -232,6 +277,13 @@ COMMANDS = (
             "hf-sparse bench layers --values int8,int4 --group-size 128 --rows 1",
         ),
     ),
-    Command("model", bench_model, ("hf-sparse bench model --presets 135m,1b --sparsity 0.5",)),
+    Command(
+        "model",
+        bench_model,
+        (
+            "hf-sparse bench model --presets 135m,1b --sparsity 0.5",
+            "hf-sparse bench model --sparse opt-sparse --dense opt --data held-out.txt",
+        ),
+    ),
     Command("gpu", bench_gpu, ("hf-sparse bench gpu --parts decode,prefill",)),
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from ..command import Command
 from ..models import DeviceMap, Dtype, Model, Prefer, Revision, load, read_config, require_sparse
@@ -17,6 +19,7 @@ class Explained:
     """An explanation that can be printed as JSON."""
 
     explanation: Explanation
+    verbose: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Its values, totals included."""
@@ -27,7 +30,7 @@ class Explained:
         }
 
     def __str__(self) -> str:
-        return str(self.explanation)
+        return self.explanation.verbose() if self.verbose else str(self.explanation)
 
 
 def explain(
@@ -36,19 +39,27 @@ def explain(
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     prefer: Prefer = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Each layer, with the reasons for its kernel.")
+    ] = False,
 ) -> Explained:
-    """Which kernel each layer uses here, and why.
+    """What a model costs and gains here, and which kernels it uses.
 
     Bytes are shares of the dense weight's, speed is over the dense product, by number of tokens.
     """
     require_sparse(model, read_config(model, revision))
     import hf_sparse
 
-    return Explained(hf_sparse.explain(load(model, revision, dtype, device_map, prefer=prefer)[0]))
+    loaded = load(model, revision, dtype, device_map, prefer=prefer)[0]
+    return Explained(hf_sparse.explain(loaded), verbose)
 
 
 COMMAND = Command(
     "explain",
     explain,
-    ("hf-sparse explain opt-sparse", "hf-sparse explain me/opt-sparse --dtype bfloat16 --json"),
+    (
+        "hf-sparse explain opt-sparse",
+        "hf-sparse explain opt-sparse --prefer memory --verbose",
+        "hf-sparse explain me/opt-sparse --dtype bfloat16 --json",
+    ),
 )

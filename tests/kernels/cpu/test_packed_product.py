@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from tile_weights import FLOATS, PATHS, assert_close, many, quantised, sparse
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hf_sparse.kernels.cpu import library
 from hf_sparse.kernels.cpu.pack import pack_dense
-from hf_sparse.kernels.cpu.product import packed_linear
+from hf_sparse.kernels.cpu.product import Product, packed_linear
 
 
 def fits(path: str, m: int, dtype: torch.dtype, group: int | None = None) -> bool:
@@ -257,3 +258,50 @@ def test_wrong_arguments_are_named() -> None:
         packed_linear(torch.ones(2, 6, device="meta"), weight)
     with pytest.raises(ValueError, match="no path 'sse'"):
         packed_linear(torch.ones(2, 6), weight, path="sse")
+
+
+def test_a_prepared_product_of_one_token_is_that_of_what_it_is_given():
+    torch.manual_seed(0)
+    dense = torch.randn(40, 36) * (torch.rand(40, 36) < 0.5)
+    product, bias = Product(pack_dense(dense)), torch.randn(40)
+    wide = torch.randn(2, 36, 2)
+    inputs = [
+        (torch.randn(1, 36), None),
+        (torch.randn(1, 1, 36), None),
+        (torch.randn(36), None),
+        (torch.randn(1, 36).bfloat16(), None),
+        (wide[:1, :, 1], None),
+        (torch.randn(1, 36, dtype=torch.complex64).conj().imag, None),  # negated when it is read
+        (torch.randn(1, 36), bias),
+        (torch.randn(1, 36), bias.bfloat16()),
+        (torch.randn(1, 36), torch.randn(40, dtype=torch.complex64).conj().imag.contiguous()),
+        (torch.randn(3, 36), bias),
+    ]
+    for x, own in inputs * 2:  # what is prepared for one is not taken for another
+        for _ in range(3):
+            expected = F.linear(x.float(), dense, None if own is None else own.float())
+            found = product(x, own)
+            assert found.dtype == x.dtype
+            torch.testing.assert_close(found.float(), expected, rtol=0.01, atol=0.02)
+    bias += 1
+    x = torch.randn(1, 36)
+    torch.testing.assert_close(product(x, bias), F.linear(x, dense, bias))
+    with pytest.raises(ValueError, match="expected"):
+        product(x, bias[:20])
+    with pytest.raises(ValueError, match="expected"):
+        product(torch.randn(36, 1))
+    with torch.inference_mode():
+        product(x)
+        assert product(x).is_inference()
+    assert not product(x).is_inference()
+    torch.testing.assert_close(copy.deepcopy(product)(x), F.linear(x, dense))
+
+
+def test_prepared_products_do_not_share_their_results():
+    dense = torch.randn(40, 36)
+    product, x = Product(pack_dense(dense)), torch.randn(1, 36)
+    first, second = product(x), product(x)
+    third = product(-x)
+    assert torch.equal(first, second)
+    assert torch.equal(third, -first)
+    assert len({first.data_ptr(), second.data_ptr(), third.data_ptr()}) == 3

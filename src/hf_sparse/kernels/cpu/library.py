@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 MAX_DIM = 1 << 27
 LAST_PATH = "HF_SPARSE_PATH"  # names the path behind which none is used
 
@@ -52,6 +52,18 @@ class Weight(ctypes.Structure):
         ("group_size", ctypes.c_int64),
         ("value_dtype", ctypes.c_int32),
         ("normal", ctypes.c_int32),
+    ]
+
+
+class Row(ctypes.Structure):
+    """`tiles::Row`."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("pool", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("bias_dtype", ctypes.c_int32),
     ]
 
 
@@ -98,6 +110,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         _I32,
         [_PTR, _I32, _PTR, _I32, _I64, _I64, _PTR, _I32, _PTR, _I32, _I64, _PTR],
     ),
+    # row, x, y
+    "tile_row": (_I32, [_PTR, _PTR, _PTR]),
     # n, k, codes, bits, kept, tile_base, pool
     "integer_measure": (_I32, [_I64, _I64, _PTR, _I32, _I32, _PTR, _PTR]),
     # n, k, codes, bits, kept, tile_base, masks, values, bytes, pool

@@ -11,9 +11,11 @@ than it gains.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from . import library
 from .decode import decode, dense
 from .rows import as_rows
 from .weight import ROWS, TileWeight
+from .wide import pays
 
 BLOCK_BYTES = 4 << 20  # of a decoded block
 
@@ -64,7 +67,11 @@ def packed_linear(
 
 
 def decoded_linear(x: Tensor, weight: TileWeight, bias: Tensor | None = None) -> Tensor:
-    """The same by way of decoded blocks; codes times scales are rounded to x's dtype first."""
+    """The same by way of decoded blocks; codes times scales are rounded to x's dtype first, unless
+    fp32 is the faster one here."""
+    if x.dtype in library.HALVES and pays(x.dtype):  # blocks are decoded to fp32, which is exact
+        wide = decoded_linear(x.float(), weight, None if bias is None else bias.float())
+        return wide.to(x.dtype)
     n, k = weight.shape
     rows = x.reshape(-1, k)
     y = x.new_empty(rows.shape[0], n)
@@ -101,15 +108,54 @@ class Product:
 
     weight: TileWeight
     ways: tuple[Way, ...] = fastest({}, CLASSES)
+    _prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear(x, W, bias)` for x [..., in] in a floating-point dtype, which is the result's.
 
         fp64 is multiplied with the decoded weight, for gradcheck.
         """
+        where = None if bias is None else _place(bias)
+        prepared = self._prepared.get((x.dtype, x.shape, where))
+        if prepared is not None and x.layout is _STRIDED and x.is_cpu and x.is_contiguous():
+            # A token, as a model decodes, with as few steps as there can be: of a small layer they
+            # take longer than its arithmetic.
+            tile_row, address, template, _ = prepared
+            if not x.is_neg():
+                y: Tensor = _empty_like(template)
+                if tile_row(address, x.data_ptr(), y.data_ptr()) == 0:
+                    return y
         check_input(x, self.weight.shape[1])
         if x.dtype not in library.FLOATS:
             own_bias = None if bias is None else bias.to(x.dtype)
             return F.linear(x, dense(self.weight, x.dtype), own_bias)
         tokens = x.numel() // self.weight.shape[1]
-        return WAYS[self.ways[class_of(tokens, CLASSES)].name](x, self.weight, bias)
+        y = WAYS[self.ways[class_of(tokens, CLASSES)].name](x, self.weight, bias)
+        if tokens == 1 and self.ways[0].name == "packed" and (bias is None or not bias.is_neg()):
+            self._prepared.clear()  # of a bias that may be gone
+            self._prepared[x.dtype, x.shape, where] = self._prepare(y, bias)
+        return y
+
+    def _prepare(self, y: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        """What stays the same in products of one token whose result is like y: the library's
+        function, its argument, something to make the result like, and what these are views of."""
+        row = library.Row(
+            self.weight.address,
+            None if bias is None else bias.data_ptr(),
+            library.thread_pool(),
+            library.NUMBERS[y.dtype],
+            0 if bias is None else library.NUMBERS[bias.dtype],
+        )
+        template = y.new_empty(1).expand(y.shape)
+        return library.library().tile_row, ctypes.addressof(row), template, row
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Product, (self.weight, self.ways)  # what is prepared holds addresses
+
+
+def _place(bias: Tensor) -> tuple[Any, ...]:
+    """Where a bias lies, and how it is to be read."""
+    return bias.data_ptr(), bias.dtype, bias.shape, bias.stride(), bias.is_neg()
+
+
+_STRIDED, _empty_like = torch.strided, torch.empty_like

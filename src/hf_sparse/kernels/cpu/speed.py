@@ -79,9 +79,8 @@ class Kind:
 
 
 def machine() -> str:
-    """The processor with its threads and native path."""
-    path = f"{list(library.paths())[-1]} {library.ABI_VERSION}"
-    return f"{processor()}, {torch.get_num_threads()} threads, {path}"
+    """The processor with its native path."""
+    return f"{processor()}, {list(library.paths())[-1]} {library.ABI_VERSION}"
 
 
 def estimate(weight: TileWeight, dtype: torch.dtype) -> dict[str, Measured]:
@@ -94,14 +93,27 @@ def estimate(weight: TileWeight, dtype: torch.dtype) -> dict[str, Measured]:
     kind, weights = Kind.of(weight, dtype), weight.shape[0] * weight.shape[1]
     found: dict[str, Measured] = {}
     for tokens in CLASSES:
-        shapes = SMALL, LARGE if tokens.measured == 1 else LARGE_MANY
-        small, large = (_times(kind, tokens, shape) for shape in shapes)
-        if small is not None and large is not None:
-            sizes = [rows * columns for rows, columns in shapes]
-            found[tokens.name] = {
-                way: _line(sizes, (small[way], large[way]), weights) for way in large
-            }
+        times = _estimate(kind, tokens, weights)
+        if times is not None:
+            found[tokens.name] = times
     return found
+
+
+def dense_token(shape: tuple[int, int], dtype: torch.dtype) -> float | None:
+    """Seconds of `F.linear` of one token and a dense weight, both of `dtype`; None as above."""
+    if not timing.enabled() or not library.available() or dtype not in library.FLOATS:
+        return None
+    times = _estimate(Kind(dtype, 0, 0.5, dtype), CLASSES[0], shape[0] * shape[1])
+    return None if times is None else times[DENSE]
+
+
+def _estimate(kind: Kind, tokens: TokenClass, weights: int) -> Measured | None:
+    shapes = SMALL, LARGE if tokens.measured == 1 else LARGE_MANY
+    small, large = (_times(kind, tokens, shape) for shape in shapes)
+    if small is None or large is None:
+        return None
+    sizes = [rows * columns for rows, columns in shapes]
+    return {way: _line(sizes, (small[way], large[way]), weights) for way in large}
 
 
 def _line(sizes: list[int], seconds: tuple[float, float], at: int) -> float:

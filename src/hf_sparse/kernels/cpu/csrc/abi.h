@@ -33,6 +33,15 @@ using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body,
                                 void* context);
 
+// What stays the same in all products of one token with a weight; library.py mirrors the fields.
+struct Row {
+  const Weight* weight;  // has passed tile_check
+  const void* bias;      // null if there is none
+  ParallelFor pool;
+  int32_t dtype;  // of x and y
+  int32_t bias_dtype;
+};
+
 template <class F>
 int32_t run(ParallelFor pool, int64_t count, int64_t grain, F& body) {
   if (count <= 0) return kOk;

@@ -65,8 +65,8 @@ struct Buffer {
 // another's failure away.
 std::atomic<uint64_t> memory_failures{0};
 
-// Below this many multiplications waking the pool costs more than it saves.
-constexpr int64_t kSerialWork = 1 << 16;
+// Below this many multiplications, some 25 us of one thread, waking the pool costs more than it saves.
+constexpr int64_t kSerialWork = 1 << 18;
 // And below this many items of x, packing it on one thread costs less than a second barrier, which on
 // a busy machine waits for whole time slices.
 constexpr int64_t kSerialPacking = 1 << 20;
@@ -107,7 +107,7 @@ const Path* integer_path(int32_t path) {
 
 using namespace tiles;
 
-TILE_EXPORT int32_t tile_abi_version() { return 5; }
+TILE_EXPORT int32_t tile_abi_version() { return 6; }
 
 TILE_EXPORT int32_t tile_path_count() { return kPathCount; }
 
@@ -181,6 +181,14 @@ TILE_EXPORT int32_t tile_linear(const Weight* weight, int32_t path, const void* 
   const int32_t multiplied = run(pool, w.tiles(), way.grain(p), multiply);
   if (multiplied != kOk) return multiplied;
   return count_memory_failures() == failures ? kOk : kNoMemory;
+}
+
+// The same for one token and all that stays the same from call to call in one place: reading twelve
+// arguments from Python takes as long as a small product.
+TILE_EXPORT int32_t tile_row(const Row* row, const void* x, void* y) {
+  const Weight& w = *row->weight;
+  return tile_linear(&w, kAnyPath, x, row->dtype, 1, w.k, row->bias, row->bias_dtype, y, row->dtype,
+                     w.n, row->pool);
 }
 
 // Dense rows of the tiles [begin, end) to out[rows][stride], or transposed to out[K][stride]. The
