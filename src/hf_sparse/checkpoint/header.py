@@ -63,7 +63,7 @@ class Header:
         if version != VERSION:
             raise CheckpointError(
                 f"{self.path}: format version {version!r} is not known, this hf_sparse reads "
-                f"version {VERSION}; pip install -U hf-sparse may help"
+                f"version {VERSION}; a newer one may help"
             )
         layers = content.get("layers")
         if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
