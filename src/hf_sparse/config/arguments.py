@@ -1,7 +1,7 @@
 """The arguments of `SparseConfig`, each declared once.
 
 The signature, the checks of single values, the docstring, the command line's options and the
-README's table are made from these lines. Nothing here needs torch: the command line reads it for a
+docs' table are made from these lines. Nothing here needs torch: the command line reads it for a
 mere `--help`.
 """
 
@@ -114,7 +114,8 @@ class Arguments:
     )
     modules_to_not_convert: Names = Argument(
         None,
-        "Names or regexes of layers left dense.",
+        "Names or regexes of layers left dense, in place of the default; routers and gates of "
+        "mixtures stay dense whatever it says, unless targets names them.",
         WHAT,
         optional(regexes),
         "the output head, embeddings, and what the model ties or keeps in fp32",
