@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from .failures import sentence
-from .plain import printable
+from .plain import json_text, printable
 from .quiet import be_quiet, is_quiet
 from .sections import ARGUMENTS, OPTIONS, OTHER, SECTIONS
 
@@ -139,7 +138,7 @@ def register(app: typer.Typer, command: Command) -> None:
             result = command.function(**options)
             # Names and texts come from files: none of them is to move the terminal's cursor.
             plain = printable(str(result), keep="\n")
-            text = json.dumps(result.to_dict(), indent=2) if as_json else plain
+            text = json_text(result.to_dict()) if as_json else plain
         sys.stdout.write(text + "\n")
 
     parameters = [*(p for p in own.values() if p.name != "settings"), *command.generated, *shared]

@@ -16,6 +16,7 @@ from argument_table import argument_table
 from conftest import ROOT
 from hf_sparse import ConfigError, DataRecord, SparseConfig, TargetError
 from hf_sparse.config.arguments import ARGUMENTS
+from hf_sparse.core import module_names
 from hf_sparse.core.module_names import matches
 from hf_sparse.core.patterns import NM, Unstructured
 from hf_sparse.core.statistics import Needs
@@ -604,6 +605,15 @@ def test_a_regex_that_would_take_for_ever_is_stopped(regex):
 def test_such_a_regex_is_an_error_that_shows_it():
     with pytest.raises(TargetError, match=r"'\(a\|aa\)\+\$' takes more than 1 s"):
         matches("(a|aa)+$", "a" * 60 + "!")
+
+
+def test_a_regex_that_takes_long_for_each_of_many_names_is_stopped_too(monkeypatch):
+    monkeypatch.setattr(module_names, "SECONDS_IN_ALL", 0.1)
+    regex = "(a|aa)+$"
+    names = [f"{'a' * 26}{number}!" for number in range(1000)]
+    with pytest.raises(TargetError, match=r"or 0\.1 s for all names"):
+        any(matches(regex, name) for name in names)
+    assert matches(regex, "aaa")  # one that is quick is still told
 
 
 # --- names, and what tools see --------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from hf_sparse import CalibrationError, CheckpointError
-from hf_sparse.core.json_records import parse_json, read_json, read_record
+from hf_sparse.core.json_records import json_text, parse_json, read_json, read_record
 
 UNUSABLE = {
     "arrays, far too deep": "[" * 100_000,
@@ -133,3 +133,8 @@ def test_a_record_is_made_of_json_and_newer_fields_are_left_out():
 def test_a_record_s_wrong_field_is_named(change, words):
     with pytest.raises(CheckpointError, match=words):
         read_record(Point, {"x": 1.0, "count": 2} | change, "it")
+
+
+def test_what_is_written_is_json_for_every_reader():
+    written = json_text({"a": (1.5, float("inf"), {"b": [float("nan"), "é", None, True]})})
+    assert parse_json(written, "it") == {"a": [1.5, None, {"b": [None, "é", None, True]}]}

@@ -1,8 +1,5 @@
 """Full fine-tuning through Trainer: values train, the pattern stays, checkpoints are sparse."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -334,61 +331,3 @@ def test_an_adapter_s_run_is_watched_too(tiny, token_ids, tmp_path, bits):
 def test_a_dense_model_without_a_schedule_has_nothing_to_watch(tiny, token_ids, tmp_path):
     with pytest.raises(TrainingError, match="LlamaForCausalLM has no sparse layer to watch"):
         train(tiny, token_ids, tmp_path, callbacks=[SparsityCallback()])
-
-
-# --- two processes --------------------------------------------------------------------------
-
-SCRIPT = """
-import sys
-import torch
-from transformers import AutoModelForCausalLM, TrainingArguments
-from transformers.utils import logging
-from hf_sparse.training import SparseTrainer, SparsityCallback
-import hf_sparse
-
-logging.disable_progress_bar()
-base, folder, batch = sys.argv[1:4]
-model = AutoModelForCausalLM.from_pretrained(base)
-arguments = TrainingArguments(
-    output_dir=folder, max_steps=3, per_device_train_batch_size=int(batch), optim="sgd",
-    learning_rate=0.5, report_to=[], save_strategy="steps", save_steps=3, use_cpu=True,
-    disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
-)
-token_ids = torch.randint(3, 61, (12, 16), generator=torch.Generator().manual_seed(1))
-rows = rows_of(token_ids)
-teacher = AutoModelForCausalLM.from_pretrained(base).dequantize()
-trainer = SparseTrainer(
-    model, arguments, train_dataset=rows, callbacks=[SparsityCallback()], teacher=teacher,
-    hidden_weight=0.0,
-)
-trainer.train()
-print("processes", trainer.accelerator.num_processes)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(sparse, tmp_path):
-    sparse.save_pretrained(tmp_path / "base")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]
-    launcher += ["--dynamo_backend", "no", "--num_machines", "1", "--main_process_port", "0"]
-    # With --cpu, two processes would want MPI; --multi_gpu has torch start them.
-    runs = {
-        "one": ["--cpu", "--num_processes", "1"],
-        "two": ["--multi_gpu", "--num_processes", "2"],
-    }
-    for (name, processes), batch in zip(runs.items(), ("12", "6"), strict=True):
-        command = [*launcher, *processes, str(script), str(tmp_path / "base")]
-        command += [str(tmp_path / name), batch]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert f"processes {len(runs) if name == 'two' else 1}" in done.stdout
-    masks = masks_of(sparse)
-    one, two = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / name / "checkpoint-3") for name in runs
-    )
-    assert same_masks(two, masks)
-    for (name, first), (_, second) in zip(one.named_modules(), two.named_modules(), strict=True):
-        if isinstance(first, SparseLinear):
-            torch.testing.assert_close(second.weight, first.weight, rtol=1e-4, atol=1e-6, msg=name)

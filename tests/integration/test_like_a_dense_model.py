@@ -1,8 +1,10 @@
 """What users do with a dense model works on a sparse one, or says what to do instead."""
 
 import copy
+import os
 import threading
 
+import fresh
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -128,8 +130,10 @@ def test_a_model_on_meta_has_the_shapes_of_the_sparse_one(sparse, tmp_path):
     assert found == {name: tensor.shape for name, tensor in sparse.state_dict().items()}
 
 
-def test_gradient_checkpointing_changes_no_gradient(sparse, token_ids):
-    model = get_peft_model(sparse, lora()).train()
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("prepare", [prepare_for_training, lambda m: get_peft_model(m, lora())])
+def test_gradient_checkpointing_changes_no_gradient(sparse, token_ids, prepare, reentrant):
+    model = (prepare(sparse) or sparse).train()
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def gradients():
@@ -139,7 +143,7 @@ def test_gradient_checkpointing_changes_no_gradient(sparse, token_ids):
         return found
 
     expected = gradients()
-    sparse.gradient_checkpointing_enable()
+    sparse.gradient_checkpointing_enable({"use_reentrant": reentrant})
     sparse.enable_input_require_grads()
     for found, wanted in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(found, wanted)
@@ -169,6 +173,57 @@ def test_threads_share_a_model(sparse, token_ids):
         thread.join()
     assert len(found) == 4
     assert all(torch.equal(y, expected) for outputs in found.values() for y in outputs)
+
+
+FORKED = """
+import os, sys, torch, hf_sparse
+from hf_sparse import SparseConfig
+
+torch.set_num_threads(1)
+model = torch.nn.Sequential(torch.nn.Linear(512, 512))
+hf_sparse.prune(model, SparseConfig(method="magnitude"))
+x = torch.randn(64, 512)
+for threads, in_child in ((1, 2), (2, 2), (2, 1)):
+    torch.set_num_threads(threads)
+    expected = model(x)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(in_child)
+        try:
+            print("equal" if torch.allclose(model(x), expected, atol=1e-5) else "wrong")
+        except hf_sparse.HfSparseError as error:
+            print(error)
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_process_computes_or_says_why_it_would_wait_forever():
+    env = os.environ | {"HF_SPARSE_MEASURE": "0", "TQDM_DISABLE": "1"}
+    first, threads_lost, last = fresh.run(FORKED, env=env).stdout.splitlines()
+    assert (first, last) == ("equal", "equal")
+    assert "call torch.set_num_threads(1) in it first" in threads_lost
+
+
+class Rows(torch.utils.data.Dataset):
+    """Computes with a model in whatever process asks for a row."""
+
+    def __init__(self, model, token_ids):
+        self.model, self.token_ids = model, token_ids
+
+    def __len__(self):
+        return len(self.token_ids)
+
+    def __getitem__(self, index):
+        return logits(self.model, self.token_ids[index : index + 1])[0]
+
+
+def test_the_workers_of_a_data_loader_compute_with_a_model(sparse, token_ids):
+    loader = torch.utils.data.DataLoader(
+        Rows(sparse, token_ids), batch_size=4, num_workers=2, multiprocessing_context="fork"
+    )
+    torch.testing.assert_close(torch.cat(list(loader)), logits(sparse, token_ids))
 
 
 @pytest.fixture

@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
+from tiny_models import DECODER, build
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MixtralConfig, MixtralForCausalLM
 
+import hf_sparse
 from hf_sparse import ConfigError, SparseLinear
 from hf_sparse.core.low_rank import LowRank
 from hf_sparse.formats import Bitmask
@@ -100,12 +103,12 @@ TRANSFORMS = {
     "a subclass": subclassed,
 }
 TRACERS = {
-    "jit.trace": lambda f: torch.jit.trace(f, torch.ones(1, 16), check_trace=False),
-    "jit.trace without gradients": lambda f: torch.no_grad()(torch.jit.trace)(
-        f, torch.ones(1, 16), check_trace=False
+    "jit.trace": lambda f, x: torch.jit.trace(f, x[:1], check_trace=False),
+    "jit.trace without gradients": lambda f, x: torch.no_grad()(torch.jit.trace)(
+        f, x[:1], check_trace=False
     ),
-    "make_fx": lambda f: make_fx(f)(torch.ones(3, 16)),
-    "torch.export": lambda f: torch.export.export(f, (torch.ones(3, 16),)).module(),
+    "make_fx": lambda f, x: make_fx(f)(x),
+    "torch.export": lambda f, x: torch.export.export(f, (x,)).module(),
 }
 every_way = pytest.mark.parametrize("make", [stored, resolved, trained])
 
@@ -122,7 +125,7 @@ def test_a_transform_gives_the_dense_layer_s_values(make, transform):
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_what_was_traced_computes_with_the_weight(make, tracer):
     layer = make()
-    traced = TRACERS[tracer](layer)
+    traced = TRACERS[tracer](layer, torch.ones(3, 16))
     torch.testing.assert_close(traced(X), dense(layer)(X), rtol=1e-4, atol=1e-4)
 
 
@@ -147,3 +150,53 @@ def test_a_layer_in_float64_is_measured_by_no_kernel_for_narrower_inputs(monkeyp
     layer.resolve()
     x = X.double()
     torch.testing.assert_close(layer(x), x @ single.sparse_weight.double().T)
+
+
+class Routed(nn.Module):
+    """Sparse experts, and a router that sends each token to two of them."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts, self.router = experts, nn.Linear(16, experts.num_experts, bias=False)
+
+    def forward(self, x):
+        weights, chosen = torch.topk(self.router(x).softmax(-1), 2)
+        return self.experts(x, chosen, weights)
+
+
+@pytest.fixture
+def routed():
+    model = build(
+        MixtralForCausalLM, MixtralConfig(**DECODER | {"hidden_size": 16, "num_local_experts": 4})
+    )
+    hf_sparse.prune(model, hf_sparse.SparseConfig(method="magnitude"))
+    return Routed(model.model.layers[0].mlp.experts).eval()
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_a_trace_of_experts_does_not_keep_the_choice_of_its_sample(routed, tracer):
+    sample = torch.randn(3, 16, generator=torch.Generator().manual_seed(3))
+    chosen = [torch.topk(routed.router(x), 2).indices.sort().values for x in (sample, X)]
+    assert not torch.equal(*chosen)
+    traced = TRACERS[tracer](routed, sample)
+    torch.testing.assert_close(traced(X), routed(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vmap", "grad", "gradients of samples", "jvp", "jacrev"])
+def test_a_transform_of_experts_gives_what_autograd_gives(routed, name):
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
+
+    def loss(x):
+        return routed(x[None] if x.dim() == 1 else x).pow(2).sum()
+
+    found = {
+        "vmap": lambda: torch.vmap(routed)(x[:, None])[:, 0],
+        "grad": lambda: torch.func.grad(loss)(x),
+        "gradients of samples": lambda: torch.vmap(torch.func.grad(loss))(x),
+        "jvp": lambda: torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1],
+        "jacrev": lambda: torch.func.jacrev(loss)(x),
+    }[name]()
+    wanted = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(wanted), wanted)
+    expected = {"vmap": routed(x), "jvp": gradient.sum()}.get(name, gradient)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

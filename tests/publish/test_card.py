@@ -3,10 +3,12 @@
 import ast
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
@@ -18,6 +20,7 @@ from hf_sparse.kernels.machine import Environment
 from hf_sparse.publish.card import MARK, fill_template, is_own_card
 from hf_sparse.publish.card_results import eval_results
 from hf_sparse.publish.card_values import Subject
+from hf_sparse.publish.counted import counted
 from hf_sparse.publish.hub_files import hub_id
 
 MADE_UP = ModelCard.from_template(
@@ -140,6 +143,20 @@ def test_zeros_are_those_of_the_files_whatever_the_report_says(sparse, tmp_path)
     text = saved_card(loaded, tmp_path / "b").text
     assert f"75.0% of the weights of {len(report['layers'])} layers" in text
     assert "| sparsity reached | 0.7500 |" in text
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_bytes_and_zeros_are_counted_in_the_files(tiny, token_ids, tmp_path, bits):
+    settings = {"method": "sparsegpt", "dataset": list(token_ids), "bits": bits, "low_rank": 2}
+    made = hf_sparse.prune(tiny, SparseConfig(**settings if bits else {"method": "magnitude"}))
+    tiny.save_pretrained(tmp_path)
+    wrong = [replace(layer, bytes_after=7, zeros=1, sparsity=0.0) for layer in made.layers]
+    found = counted(replace(made, layers=tuple(wrong)), tmp_path)
+    for before, after in zip(made.layers, found.layers, strict=True):
+        assert after == before
+    tensors = load_file(tmp_path / "model.safetensors")
+    names = tuple(f"{layer.name}.weight" for layer in made.layers)
+    assert found.bytes_after == sum(t.nbytes for k, t in tensors.items() if k.startswith(names))
 
 
 def test_a_base_model_that_is_no_repository_is_no_link(sparse, tmp_path):

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
+from .recording import recording
 from .shapes import BLOCK_WEIGHTS, Mask
 
 # Of each element size the integers that numpy can move whatever the torch dtype.
@@ -17,9 +18,8 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    """Can numpy read the tensor's memory? While torch traces or fakes, there is none."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-    return plain and tensor.device.type == "cpu"
+    """May numpy read the tensor's memory? Not where torch's operations are recorded."""
+    return tensor.device.type == "cpu" and not recording(tensor)
 
 
 def count_true(mask: Bool[Tensor, "..."]) -> int:

@@ -8,6 +8,7 @@ here raises the error that the caller names, and holds finite numbers and Unicod
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -107,6 +108,19 @@ def _fault(value: Any, any_number: bool) -> str | None:
                 return f"a number is beyond 2^63 or not finite: {_brief(item)}"
         level = below
     return None
+
+
+def json_text(content: Any) -> str:
+    """Values as JSON that every reader takes: a number that isn't finite is null there."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_measure(value: float) -> bool:

@@ -1,9 +1,9 @@
 """Regexes that select modules by whole components of their dotted names.
 
 They may come with a stranger's config, so neither compiling nor matching one may take for ever:
-they are bounded in length and in repetitions, and one that needs more than a second for a name is
-an error. They are what Python's `re` reads. `re` itself can't be stopped, so the package `regex`,
-which transformers needs too, does the matching.
+they are bounded in length and in repetitions, and one that needs more than a second for a name, or
+ten for all of a model's, is an error. They are what Python's `re` reads. `re` itself can't be
+stopped, so the package `regex`, which transformers needs too, does the matching.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import time
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -22,7 +23,12 @@ from .untrusted_text import brief
 
 LONGEST_REGEX = 1000
 MOST_REPETITIONS = 10_000  # of those inside each other, {n} times {m}
-SECONDS = 1.0  # of processor time
+SECONDS = 1.0  # of processor time, for one name
+SECONDS_IN_ALL = 10.0  # for all names that it takes notably long for
+NOTABLE = 0.01
+
+# What each regex has taken.
+_taken: dict[str, float] = {}
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -44,15 +50,21 @@ def ends_with(pattern: str, name: str) -> bool:
 
 
 def _search(whole: str, pattern: str, name: str) -> bool:
+    taken = _taken.get(pattern, 0.0)
+    started = time.process_time()
+    limit = min(SECONDS, SECONDS_IN_ALL - taken)
     try:
-        return _compiled(whole).search(name, timeout=SECONDS) is not None
+        return _compiled(whole).search(name, timeout=limit) is not None
     except TimeoutError:
         raise TargetError(
-            f"the regex {brief(pattern)} takes more than {SECONDS:g} s to match {brief(name)}: "
-            "write it without repetitions inside each other"
+            f"the regex {brief(pattern)} takes more than {SECONDS:g} s to match {brief(name)}, or "
+            f"{SECONDS_IN_ALL:g} s for all names: write it without repetitions inside each other"
         ) from None
     except (regex.error, RecursionError, MemoryError) as error:
         raise TargetError(f"the regex {brief(pattern)} can't be used: {error}") from None
+    finally:
+        if (seconds := time.process_time() - started) > NOTABLE:
+            _taken[pattern] = min(taken + seconds, SECONDS_IN_ALL - NOTABLE)
 
 
 @lru_cache(maxsize=1024)

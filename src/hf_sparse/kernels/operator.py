@@ -21,7 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from ..core.recording import recording, transformed
 from .base import Kernel
 
 INPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -175,32 +178,25 @@ def check_input(x: Tensor, columns: int, weight: Iterable[Any] = ()) -> None:
             )
 
 
-def transformed() -> bool:
-    """Is a transform of torch.func, or forward-mode differentiation, at work, and no compiler?"""
-    return not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+def recorded(x: Tensor) -> bool:
+    """Does a tracer, an export or a transform go by what is computed, whatever x holds? A compiler
+    that may break its graph where it depends on x does not."""
+    return (
+        torch.compiler.is_exporting()
+        or torch._C._is_tracing()
+        or transformed()
+        or (
+            not torch.compiler.is_compiling()
+            and (isinstance(x, FakeTensor) or get_proxy_mode() is not None)
+        )
     )
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
-    """Does nothing record or change what is computed with these tensors: no autograd, compiler,
-    tracer, transform, mode or subclass?"""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or transformed()
-    ):
+    """Does nothing record or change what is computed with these tensors, autograd included?"""
+    if recording(*tensors):
         return False
-    grad = torch.is_grad_enabled()
-    return all(
-        each is None or (type(each) in _PLAIN and not (grad and each.requires_grad))
-        for each in tensors
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
 
 
 class _LinearMap(torch.autograd.Function):

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.recording import transformed
 from ..formats import Format, Layout
-from .operator import transformed
 
 # Entries of dW that are made at once: 16 MB in fp32.
 LARGEST_BLOCK = 1 << 22

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from ..kernels.operator import recorded
 from .linear import SparseLinear
 from .replace import replace_module
 from .tied import tied_parameters
@@ -91,6 +92,8 @@ class SparseExperts(nn.Module):
                 `num_experts` on stand for none.
             top_k_weights: (tokens, k).
         """
+        if recorded(hidden_states):
+            return self._of_all(hidden_states, top_k_index, top_k_weights)
         tokens, k = top_k_index.shape
         outputs = hidden_states.new_zeros(tokens * k, hidden_states.shape[-1])
         for expert in torch.unique(top_k_index).tolist():
@@ -100,6 +103,19 @@ class SparseExperts(nn.Module):
                 outputs[slots] = found.to(outputs.dtype)
         weighted = outputs * top_k_weights.reshape(-1, 1)
         return weighted.view(tokens, k, outputs.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+
+    def _of_all(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`forward` where something records what is computed: all experts compute for all tokens.
+
+        Which of them are chosen depends on the data, and a trace would keep the choice.
+        """
+        y = torch.zeros_like(x)
+        for expert in range(self.num_experts):
+            chosen = top_k_index == expert
+            found = self.compute(expert, x).to(x.dtype)
+            weight = (top_k_weights * chosen).sum(-1, keepdim=True)
+            y = y + torch.where(chosen.any(-1, keepdim=True), found * weight, 0).to(x.dtype)
+        return y
 
     def compute(self, expert: int, x: Tensor) -> Tensor:
         """One expert's outputs for all rows of x, (rows, hidden)."""

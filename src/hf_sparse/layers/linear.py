@@ -12,6 +12,7 @@ from ..core.errors import ConfigError
 from ..core.low_rank import LowRank
 from ..formats import Format
 from ..formats.base import Packed
+from ..kernels.forked import check_threads
 from .axes import Axes
 from .held import PackedWeight
 from .packed_module import PackedModule
@@ -98,6 +99,7 @@ class SparseLinear(PackedModule, nn.Linear):
                 "ONNX has no operator for a sparse layer: write the model with "
                 "hf_sparse.export_dense(model, folder) and export that, or model.dequantize()"
             )
+        check_threads()
         output = self._held.linear(self, input)
         low_rank = self.low_rank
         if low_rank is None:

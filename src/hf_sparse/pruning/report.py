@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from ..checkpoint.commit import REPORT_FILE
 from ..checkpoint.weight_files import saved_in
 from ..core.data_record import DataRecord
 from ..core.errors import CheckpointError, PackageError
-from ..core.json_records import parse_json, read_json, read_record
+from ..core.json_records import json_text, parse_json, read_json, read_record
 from ..kernels.machine import Environment
 
 
@@ -138,7 +137,7 @@ class PruningReport:
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json_text(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str, where: str = "the report") -> PruningReport:

@@ -6,7 +6,6 @@ operations on dense weights (splitting, merging), which packed values would not 
 
 from __future__ import annotations
 
-import json
 import os
 from functools import partial
 from inspect import signature
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.commit import EVALUATION_FILE, REPORT_FILE
 from ..checkpoint.folder import write_folder
 from ..checkpoint.weight_files import CONFIG_FILE
+from ..core.json_records import json_text
 from ..core.logging import get_logger
 from .card import is_own_card, model_card
 from .hub_files import CARD
@@ -88,6 +88,6 @@ def _write_companions(model: PreTrainedModel, folder: Path) -> None:
     held = {REPORT_FILE: quantizer.report, EVALUATION_FILE: quantizer.evaluation}
     for name, value in held.items():
         if value is not None:
-            text = json.dumps(value.to_dict(), indent=2)
+            text = json_text(value.to_dict())
             (folder / name).write_text(text, encoding="utf-8")
     model_card(model, folder).save(folder / CARD)

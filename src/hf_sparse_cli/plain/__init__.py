@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_sparse.config.arguments import ARGUMENTS, RENAMED, unknown_arguments
     from hf_sparse.config.keys import SAVE_KEY
     from hf_sparse.core.errors import CheckpointError
-    from hf_sparse.core.json_records import parse_json, read_json
+    from hf_sparse.core.json_records import json_text, parse_json, read_json
     from hf_sparse.core.untrusted_text import printable
 else:
     __path__ = find_spec("hf_sparse").submodule_search_locations
@@ -26,7 +26,7 @@ else:
     from .config.arguments import ARGUMENTS, RENAMED, unknown_arguments
     from .config.keys import SAVE_KEY
     from .core.errors import CheckpointError
-    from .core.json_records import parse_json, read_json
+    from .core.json_records import json_text, parse_json, read_json
     from .core.untrusted_text import printable
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "check_ids",
     "check_one_save",
     "check_single",
+    "json_text",
     "parse_json",
     "printable",
     "read_header",

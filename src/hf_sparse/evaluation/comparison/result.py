@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from ...checkpoint.folder import write_folder
 from ...core.data_record import DataRecord
+from ...core.json_records import json_text
 from ...core.untrusted_text import markdown_text, printable
 from .plot import draw, require_matplotlib
 from .point import ComparisonPoint
@@ -54,7 +54,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json_text(self.to_dict())
 
     def markdown(self) -> str:
         """The table in Markdown, the errors, and what it was measured with."""

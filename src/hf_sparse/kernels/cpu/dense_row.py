@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ...core.recording import transformed
 from .. import timing
-from ..operator import define, transformed
+from ..operator import define
 from ..token_classes import DENSE, TokenClass, over
 from . import library
 from .speed import machine

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...core.data_record import DataRecord
+from ...core.json_records import json_text
 from ...pruning.report import layer_lines
 
 
@@ -77,7 +77,7 @@ class MergeReport:
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json_text(self.to_dict())
 
     def summary(self) -> str:
         """One line of totals."""
