@@ -80,3 +80,13 @@ def test_the_longest_sequence_is_what_the_position_embedding_has_rows_for(name, 
     assert batch["input_ids"].shape == (1, longest)
     with pytest.raises(ConfigError, match=f"seq_len={longest + 1} is longer than the {longest}"):
         load(model, [long], seq_len=longest + 1)
+
+
+def test_a_text_is_no_longer_than_the_decoder_s_positions_allow_either():
+    config = transformers.LEDConfig(
+        vocab_size=61, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, attention_window=4,
+        max_encoder_position_embeddings=64, max_decoder_position_embeddings=16,
+    )  # fmt: skip
+    (batch,) = load(transformers.LEDForConditionalGeneration(config), [torch.arange(2, 60)]).batches
+    assert batch["input_ids"].shape == (1, 16)

@@ -1,7 +1,8 @@
 """lm-eval on a sparse checkpoint, with a task of our own in a local folder."""
 
-import importlib
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -94,11 +95,26 @@ def test_eval_runs_a_task_on_a_sparse_checkpoint(sparse, task, capsys):
     assert found["versions"] == {"questions": 7}
 
 
-def test_the_stock_program_runs_it_once_hf_sparse_is_imported(sparse, task, tmp_path, monkeypatch):
-    arguments = ["run", "--model", "hf", "--model_args", f"pretrained={sparse}", "--device", "cpu"]
+def test_the_stock_program_runs_it_through_hf_sparse_run(sparse, task, tmp_path):
+    arguments = [
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={sparse}",
+        "--device",
+        "cpu",
+    ]
     where = ["--tasks", "questions", "--include_path", task, "--output_path", tmp_path / "results"]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *map(str, [*arguments, *where])])
-    importlib.import_module("lm_eval.__main__").cli_evaluate()
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_sparse_cli", "run", *map(str, [*arguments, *where])],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "results").rglob("results*.json")
     assert json.loads(file.read_text())["results"]["questions"]["acc,none"] == 0.6
 

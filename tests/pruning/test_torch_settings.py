@@ -32,6 +32,16 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextmanager
+def bf16_products() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 SETTINGS = {
     "bf16 by default": lambda: default_dtype(torch.bfloat16),
     "fp64 by default": lambda: default_dtype(torch.float64),
@@ -40,6 +50,7 @@ SETTINGS = {
     "another default device": lambda: torch.device("meta"),
     "no gradients": torch.no_grad,
     "deterministic": deterministic,
+    "products in bf16": bf16_products,
 }
 
 

@@ -19,6 +19,13 @@ logger = get_logger(__name__)
 # Of the default for seq_len; the papers calibrate with 2048 tokens.
 LONGEST_SEQUENCE = 2048
 
+# What a config calls the number of its positions. A text is the input of encoder and decoder both.
+POSITIONS = (
+    "max_position_embeddings",
+    "max_encoder_position_embeddings",
+    "max_decoder_position_embeddings",
+)
+
 
 def load_calibration(
     model: nn.Module, config: SparseConfig, load_tokenizer: Callable[[], Any]
@@ -80,7 +87,8 @@ def limits(model: nn.Module) -> tuple[int | None, int | None]:
     """Positions and vocabulary that the model's config and embeddings tell of."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
+    found = [getattr(text, name, None) for name in POSITIONS]
+    longest = min((n for n in found if isinstance(n, int) and n > 0), default=None)
     embedding = None
     if hasattr(model, "get_input_embeddings"):
         try:
@@ -88,7 +96,7 @@ def limits(model: nn.Module) -> tuple[int | None, int | None]:
         except NotImplementedError:
             embedding = None
     vocab = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
-    if not isinstance(longest, int) or longest <= 0:
+    if longest is None:
         return None, vocab
     return longest - _unused_positions(model, longest), vocab
 

@@ -7,13 +7,16 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from .precision import full_precision
+
 
 @contextmanager
 def own_settings(device: torch.device) -> Iterator[None]:
     """While this lasts, nothing that a user has set for the whole process changes a run.
 
     - Tensors are ordinary ones, without gradients, also within `torch.inference_mode`.
-    - Autocast is off: a model runs in its own dtype, and sums of statistics stay fp32.
+    - Autocast is off: a model runs in its own dtype, and sums of statistics stay fp32. Products of
+      fp32 matrices are fp32, whatever `torch.set_float32_matmul_precision` allows.
     - New tensors are fp32 and, if there is another default device, on that of the model.
     - Compiled models and functions run as they were written, since the run stops within them.
     - `nn.TransformerEncoder` calls its layers, instead of a fused kernel that reads their weights.
@@ -29,6 +32,7 @@ def own_settings(device: torch.device) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(full_precision())
         for kind in {"cpu", device.type}:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))

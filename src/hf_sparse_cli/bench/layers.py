@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hf_sparse.core.logging import get_logger, progress_bar
 from hf_sparse.core.patterns import parse_pattern
-from hf_sparse.formats import Bitmask
+from hf_sparse.formats.bitmask import Bitmask
 from hf_sparse.kernels.cpu import library
 from hf_sparse.kernels.cpu.decode import decode
 from hf_sparse.kernels.cpu.integer.product import integer_linear
