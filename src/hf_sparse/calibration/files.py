@@ -144,7 +144,7 @@ def _read_table(path: Path, kind: str) -> Sequence[Any]:
         import datasets
     except ImportError:
         raise CalibrationError(
-            f"reading {path.name} needs the package datasets: pip install 'hf_sparse[datasets]'"
+            f"reading {path.name} needs the package datasets: pip install datasets"
         ) from None
     settings: dict[str, Any] = {}
     if kind == "parquet":

@@ -61,6 +61,12 @@ def open_source(
     return _drawn(dataset, None if in_order else seed, None), source
 
 
+def check_source(dataset: Any) -> None:
+    """Raise a CalibrationError if data that are named can't be there, before anything is read."""
+    if isinstance(dataset, str | Path) and _existing_file(dataset) is None:
+        _require_datasets(str(dataset))
+
+
 def _has_places(dataset: Any) -> bool:
     """Can its items be drawn by number, as those of a list, or of one of torch's data sets?"""
     return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
@@ -85,7 +91,8 @@ def _existing_file(name: str | Path) -> Path | None:
         return path
     name = str(name)
     known_type = file_type(path) in FILE_TYPES
-    if HUB_ID.fullmatch(name) and not known_type:
+    in_folder = path.parent != Path() and path.parent.is_dir()
+    if HUB_ID.fullmatch(name) and not known_type and not in_folder:
         return None
     if known_type or not re.search(r"\s", name):
         raise CalibrationError(f"dataset {name!r}: there is no such file")
@@ -141,13 +148,7 @@ def _drawn(items: Any, seed: int | None, limit: int | None) -> Iterator[Item]:
 
 def _read_hub(name: str, split: str) -> Iterator[Any]:
     """A split of a Hub data set, streamed; "id:config" picks a configuration."""
-    try:
-        import datasets
-    except ImportError:
-        raise CalibrationError(
-            f"dataset={name!r} is no file, so it is looked up on the Hub, which needs the package "
-            "datasets: pip install 'hf_sparse[datasets]'"
-        ) from None
+    datasets = _require_datasets(name)
     repository, _, configuration = name.partition(":")
     repository, configuration = HUB_NAMES.get(name, (repository, configuration))
     try:
@@ -160,6 +161,17 @@ def _read_hub(name: str, split: str) -> Iterator[Any]:
             f"the Hub gave: {root_cause(error)}"
         ) from error
     return _rows(stream, name)
+
+
+def _require_datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise CalibrationError(
+            f"dataset={name!r} is no file, so it is looked up on the Hub, which needs the package "
+            "datasets: pip install datasets"
+        ) from None
+    return datasets
 
 
 def _rows(stream: Iterable[Any], name: str) -> Iterator[Any]:

@@ -142,7 +142,9 @@ def evaluate(
     if dense:
         read_dense_config(dense, None, dense_gguf_file)
     import hf_sparse
+    from hf_sparse.calibration.sources import check_source
 
+    check_source(dataset)
     loaded, tokenizer = load(model, revision, dtype, device_map, gguf_file, prefer)
     text: dict[str, Any] = {
         "dataset": dataset,

@@ -130,6 +130,9 @@ def prune(
     sparse_config = make_config(settings, config)
     sparse_config.check_data()
     check_dtype(dtype)
+    from hf_sparse.calibration.sources import check_source
+
+    check_source(sparse_config.dataset)
     if dry_run:
         from hf_sparse import estimate
 
