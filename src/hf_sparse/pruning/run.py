@@ -28,6 +28,7 @@ from ..layers.prefer import prefer
 from ..layers.select import select_targets
 from ..solvers import make_solver
 from .dense_measurements import DenseMeasurements
+from .half_pruned import Progress
 from .plan import check_plans, plan_layers
 from .report import LayerReport, PruningReport
 from .solve_blocks import BlockSolver
@@ -41,6 +42,7 @@ def run(
     config: SparseConfig,
     load_tokenizer: Callable[[], Any],
     default_dense: Mapping[str, str],
+    progress: Progress,
     measurements: DenseMeasurements | None = None,
 ) -> PruningReport:
     """Prune a model in place and replace its pruned layers by sparse ones.
@@ -50,6 +52,7 @@ def run(
         config: what to do.
         load_tokenizer: called if the dataset is text.
         default_dense: layers that stay dense unless the config asks for them, with the reason.
+        progress: is told what is done.
         measurements: the calibration data, and what other runs over copies of this model have
             measured on them; None to load the config's data.
 
@@ -69,7 +72,7 @@ def run(
     _tell_no_blocks(model, blocks, config)
     if measurements is None:
         measurements = DenseMeasurements(load_calibration(model, config, load_tokenizer))
-    solver_run = BlockSolver(model, config, solver, measurements)
+    solver_run = BlockSolver(model, config, solver, measurements, progress)
     with _evaluating(model):
         solver_run.prune(plans, blocks)
     _tell_unreached(solver_run.unreached, bool(solver_run.layers))
