@@ -50,9 +50,9 @@ def prune_in_place(
     """
     # Of a model in files nothing is changed, and a run over it can go on.
     marked = marked_if_broken_off(model) if residence is None else nullcontext(Progress())
-    with own_settings(input_device(model)), wide_products(model), marked as progress:
+    with own_settings(input_device(model)), marked as progress:
         make_ordinary(model)
-        with _marked_quantized(model), unfused_experts(model):
+        with _marked_quantized(model), unfused_experts(model), wide_products(model):
             report = run(
                 model,
                 config,
