@@ -33,7 +33,6 @@ FLOORS = [
     {"evaluation"},
     {"publish", "training"},
     {"quantizer"},
-    {"streaming"},
     {"__init__"},
 ]
 RANKS = {name: rank for rank, names in enumerate(FLOORS) for name in names}

@@ -49,11 +49,11 @@ from .layers import SparseExperts, SparseLinear
 from .layers.explain import Explanation, explain
 from .pruning.report import LayerReport, PruningReport
 from .publish.html import write_report
+from .publish.streaming.estimate import Estimate, estimate
+from .publish.streaming.ledger import clear_checkpoint
+from .publish.streaming.rates import Rates
+from .publish.streaming.run import prune_checkpoint
 from .quantizer import SparseQuantizer, prefer, prune, round_activations
-from .streaming.estimate import Estimate, estimate
-from .streaming.ledger import clear_checkpoint
-from .streaming.rates import Rates
-from .streaming.run import prune_checkpoint
 from .training.lora_export import export_low_rank, split_low_rank
 from .training.merging import LayerMerge, MergeReport, merge_adapter
 

@@ -24,12 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..calibration.activations import Activations
-from ..checkpoint.staging import lock, new_file, sync
-from ..core.errors import CheckpointError, ConfigError, SaveError
-from ..core.json_records import read_json, read_record
-from ..pruning.report import LayerReport
-from ..pruning.residence import FinishedBlock
+from ...calibration.activations import Activations
+from ...checkpoint.staging import lock, new_file, sync
+from ...core.errors import CheckpointError, ConfigError, SaveError
+from ...core.json_records import read_json, read_record
+from ...pruning.report import LayerReport
+from ...pruning.residence import FinishedBlock
 from .source import file_digest
 
 VERSION = 1

@@ -22,14 +22,14 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from transformers import PreTrainedModel
 
-from ..config.sparse_config import SparseConfig
-from ..core.patterns import NM, Unstructured
-from ..core.statistics import Needs
-from ..layers.blocks import Block, find_blocks
-from ..layers.default_dense import default_dense
-from ..layers.experts import unfused_experts
-from ..layers.select import Target, select_targets
-from ..pruning.plan import LayerPlan, plan_layers
+from ...config.sparse_config import SparseConfig
+from ...core.patterns import NM, Unstructured
+from ...core.statistics import Needs
+from ...layers.blocks import Block, find_blocks
+from ...layers.default_dense import default_dense
+from ...layers.experts import unfused_experts
+from ...layers.select import Target, select_targets
+from ...pruning.plan import LayerPlan, plan_layers
 from .rates import Rates, measure_rates
 from .residence import LARGE
 from .skeleton import open_checkpoint

@@ -17,21 +17,21 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from safetensors import safe_open
 from torch import Tensor
+from transformers.quantizers import AutoHfQuantizer
 
-from ..calibration.tokenizers import find_processor
-from ..checkpoint.folder import write_folder
-from ..checkpoint.headers import read_layers
-from ..checkpoint.load import build_layers
-from ..checkpoint.state_dict import sparse_state_dict
-from ..checkpoint.write_shards import write_shards
-from ..config.sparse_config import SparseConfig
-from ..core.errors import ConfigError, SaveError
-from ..core.logging import get_logger
-from ..layers.counts import num_parameters
-from ..pruning.report import PruningReport
-from ..publish.card import is_own_card
-from ..publish.save import write_companions
-from ..quantizer import SparseQuantizer
+from ...calibration.tokenizers import find_processor
+from ...checkpoint.folder import write_folder
+from ...checkpoint.headers import read_layers
+from ...checkpoint.load import build_layers
+from ...checkpoint.state_dict import sparse_state_dict
+from ...checkpoint.write_shards import write_shards
+from ...config.sparse_config import SparseConfig
+from ...core.errors import ConfigError, SaveError
+from ...core.logging import get_logger
+from ...layers.counts import num_parameters
+from ...pruning.report import PruningReport
+from ..card import is_own_card
+from ..save import write_companions
 from .estimate import estimate_model
 from .ledger import WAITING, Ledger
 from .residence import Streamed
@@ -102,7 +102,7 @@ def prune_checkpoint(
         _waiting(kept, spill) as waiting,
     ):
         residence = Streamed(source, ledger, waiting)
-        quantizer = SparseQuantizer(config, pre_quantized=False)
+        quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
         skeleton.model.hf_quantizer = quantizer
         report = quantizer.prune(skeleton.model, residence)
         processor = find_processor(str(model_id_or_path), revision)

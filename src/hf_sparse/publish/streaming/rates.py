@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from ..config.sparse_config import SparseConfig
-from ..core.inverse_factor import factorise
-from ..core.precision import full_precision
-from ..core.statistics import Needs
-from ..pruning.prune import prune_in_place
+from ...config.sparse_config import SparseConfig
+from ...core.inverse_factor import factorise
+from ...core.precision import full_precision
+from ...core.statistics import Needs
+from ...pruning.prune import prune_in_place
 from .source import no_bars
 
 if TYPE_CHECKING:

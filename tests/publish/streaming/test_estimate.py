@@ -7,7 +7,7 @@ from tiny_models import DECODER, build, tiny_llama
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_sparse import ConfigError, Rates, SparseConfig, estimate, prune_checkpoint
-from hf_sparse.streaming import residence
+from hf_sparse.publish.streaming import residence
 
 BLOCK = 24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40  # two heads of 6 for keys and values
 TOKENS = 6 * 24
@@ -83,7 +83,8 @@ def test_activations_wait_in_a_file_if_they_do_not_fit(tmp_path, monkeypatch):
     prune_checkpoint(tmp_path / "dense", settings, tmp_path / "whole")
     limit = needed.peak + 200_000_000
     monkeypatch.setattr(
-        "hf_sparse.streaming.estimate.Estimate.peak_without_activations", property(lambda x: 0)
+        "hf_sparse.publish.streaming.estimate.Estimate.peak_without_activations",
+        property(lambda x: 0),
     )
     prune_checkpoint(tmp_path / "dense", settings, tmp_path / "filed", max_memory=limit // 100)
     assert folders[0] is None

@@ -22,8 +22,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from ..checkpoint.weight_files import weight_files
-from ..core.errors import CheckpointError
+from ...checkpoint.weight_files import weight_files
+from ...core.errors import CheckpointError
 
 _PIECE = 1 << 23
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import DECODER, T5, build, tiny_llama
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
-import hf_sparse.streaming.ledger as ledger
+import hf_sparse.publish.streaming.ledger as ledger
 from conftest import ROOT
 from hf_sparse import CheckpointError, ConfigError, SaveError, clear_checkpoint, prune_checkpoint
 

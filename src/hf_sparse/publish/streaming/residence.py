@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.state_dict import sparse_state_dict
-from ..config.sparse_config import SparseConfig
-from ..core.data_record import DataRecord
-from ..core.errors import ConfigError
-from ..layers import SparseLinear, sparse_layers
-from ..layers.blocks import Block
-from ..layers.experts import SparseExperts, expert_tensors, fuse
-from ..pruning.residence import FinishedBlock, Residence
+from ...checkpoint.state_dict import sparse_state_dict
+from ...config.sparse_config import SparseConfig
+from ...core.data_record import DataRecord
+from ...core.errors import ConfigError
+from ...layers import SparseLinear, sparse_layers
+from ...layers.blocks import Block
+from ...layers.experts import SparseExperts, expert_tensors, fuse
+from ...pruning.residence import FinishedBlock, Residence
 from .ledger import Ledger
 from .source import SourceWeights
 

@@ -14,10 +14,10 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..checkpoint.compressed_tensors.source import read_config
-from ..checkpoint.skeleton import empty_model
-from ..checkpoint.weight_files import weight_files
-from ..core.errors import CheckpointError, ConfigError
+from ...checkpoint.compressed_tensors.source import read_config
+from ...checkpoint.skeleton import empty_model
+from ...checkpoint.weight_files import weight_files
+from ...core.errors import CheckpointError, ConfigError
 
 # What is fetched from the Hub: no weights in other forms, and nothing that is code.
 FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
