@@ -18,7 +18,7 @@ from ..core.errors import ConfigError
 from ..core.registry import did_you_mean
 from ..core.untrusted_text import brief
 from .argument import Argument
-from .checks import choice, group_width, integer, optional, positive, regexes
+from .checks import choice, group_width, integer, optional, positive, regexes, share
 
 Pairs = Mapping[str, float] | Sequence[Any]  # {regex: fraction}, in JSON a list of pairs
 Names = Argument[Sequence[str] | None, list[str] | None]
@@ -41,7 +41,7 @@ class Arguments:
         "Or {regex: s}: the first regex that matches a layer's name decides, a layer that none "
         "matches stays dense (in JSON a list of pairs, to keep their order).",
         WHAT,
-        otherwise="0.5, or what an n:m pattern implies",
+        otherwise="0.5, or what an n:m pattern implies, or 0 with experts",
     )
     pattern: Argument[str, str] = Argument(
         "unstructured", '"unstructured", or "n:m" for n kept of m consecutive inputs.', WHAT
@@ -182,6 +182,29 @@ class Arguments:
         "Integers symmetric about zero; False gives each group a zero point.",
         STORAGE,
         partial(choice, allowed=(True, False)),
+    )
+    experts: Argument[float | None, float | None] = Argument(
+        None,
+        "Share of the experts of each mixture that are removed, with their rows of the router, "
+        "0 < s < 1: exactly floor(s * n) of n, those with the lowest scores. What is left is a "
+        "smaller model of the same family, and sparsity and bits hold inside it. It needs "
+        "calibration data.",
+        EXPERTS,
+        optional(share),
+    )
+    expert_score: Argument[str, str] = Argument(
+        "reap",
+        'What an expert is worth: "reap", the mean over its tokens of gate times norm of its '
+        'output, "frequency", the number of its tokens, or "norm", the sum of its outputs\' norms.',
+        EXPERTS,
+        partial(choice, allowed=("reap", "frequency", "norm")),
+    )
+    expert_budget: Argument[str, str] = Argument(
+        "layer",
+        'Where the experts go: "layer", the same share of each, or "global", the lowest scores of '
+        "all layers. The latter is for models whose config can say that layers differ.",
+        EXPERTS,
+        partial(choice, allowed=("layer", "global")),
     )
     moe_min_tokens: Argument[int | None, int | None] = Argument(
         None,

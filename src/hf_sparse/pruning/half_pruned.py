@@ -6,7 +6,8 @@ every dense weight to go back to would take the memory of a second model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
@@ -44,6 +45,22 @@ def mark_half_pruned(
     for name, kind in _REFUSED.items():
         if hasattr(model, name):
             setattr(model, name, partial(_refuse, kind, text))
+
+
+@contextmanager
+def refused_if_broken(model: nn.Module, total: int) -> Iterator[None]:
+    """For a model that has been changed already: any exception leaves it half pruned.
+
+    Args:
+        model: the model.
+        total: how many blocks are to be pruned.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not hasattr(model, _MARK):
+            mark_half_pruned(model, error, (), total)
+        raise
 
 
 def check_not_half_pruned(model: nn.Module) -> None:

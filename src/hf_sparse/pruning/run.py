@@ -1,4 +1,5 @@
-"""prune: config -> calibration batches -> block by block: statistics, solve, pack -> report.
+"""prune: config -> calibration batches -> experts that go -> block by block: statistics, solve,
+pack -> report.
 
 Works on any module tree, in place; knows nothing of from_pretrained.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from ..layers.blocks import Block, find_blocks
 from ..layers.select import select_targets
 from ..solvers import make_solver
 from .dense_measurements import DenseMeasurements
-from .plan import check_plans, plan_layers
+from .half_pruned import refused_if_broken
+from .plan import check_plans, plan_layers, renamed
 from .report import PruningReport
 from .solve_blocks import BlockSolver
 from .tracking import log_to_current_run
+from .whole_experts.run import ExpertPlan
 
 logger = get_logger(__name__)
 
@@ -57,6 +60,7 @@ def run(
     """
     started = time.perf_counter()
     config.check_data()
+    experts = ExpertPlan.of(model, config)
     selection = select_targets(model, config.targets, config.modules_to_not_convert, default_dense)
     plans, left_dense = plan_layers(selection.targets, config, dict(selection.left_dense))
     solver = make_solver(config.solver, config)
@@ -65,14 +69,24 @@ def run(
     _tell_no_blocks(model, blocks, config)
     if measurements is None:
         measurements = DenseMeasurements(load_calibration(model, config, load_tokenizer))
-    solver_run = BlockSolver(model, config, solver, measurements)
-    with _evaluating(model):
-        solver_run.prune(plans, blocks)
-    _tell_unreached(solver_run.unreached, bool(solver_run.layers))
     record = measurements.data.record if measurements.data else None
+    with _evaluating(model):
+        choice = experts.choose(measurements) if experts else None
+        with refused_if_broken(model, len(blocks)) if choice else nullcontext():
+            if experts and choice:
+                before = dict(model.named_modules())
+                experts.carry_out(choice)
+                plans, left_dense = renamed(model, before, plans, left_dense)
+                blocks = find_blocks(model, [plan.target.name for plan in plans], config.blocks)
+                measurements = DenseMeasurements(measurements.data)  # it is another dense model
+            solver_run = BlockSolver(model, config, solver, measurements)
+            if plans:
+                solver_run.prune(plans, blocks)
+            _tell_unreached(solver_run.unreached, bool(solver_run.layers))
     report = PruningReport(
         layers=tuple(solver_run.layers),
         left_dense=left_dense | solver_run.unreached,
+        experts=choice.reports if choice else (),
         data=record,
         seconds=time.perf_counter() - started,
         block_seconds=solver_run.block_seconds,

@@ -36,6 +36,11 @@ def install_saving(model: PreTrainedModel) -> None:
     model.push_to_hub = partial(push_to_hub, model)  # type: ignore[method-assign]
 
 
+def is_plain(model: PreTrainedModel) -> bool:
+    """Is it saved as an ordinary checkpoint? Its config says nothing of this package then."""
+    return not hasattr(model.config, "quantization_config")
+
+
 def remove_saving(model: PreTrainedModel) -> None:
     """Undo `install_saving`."""
     for name in ("save_pretrained", "push_to_hub"):
@@ -68,7 +73,8 @@ def save_pretrained(
     hub = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
     if "max_shard_size" in hub:
         kwargs["max_shard_size"] = hub["max_shard_size"]
-    kwargs["save_original_format"] = False
+    if not is_plain(model):
+        kwargs["save_original_format"] = False
 
     def write(folder: str) -> None:
         type(model).save_pretrained(model, folder, *args, **kwargs)
