@@ -39,7 +39,7 @@ def main() -> None:
         given.methods,
         given.sparsities,
         given.evaluation,
-        evaluation_samples=given.evaluation_samples,
+        eval_samples=given.evaluation_samples,
         dataset=given.calibration,
         num_samples=given.num_samples,
         seq_len=given.seq_len,

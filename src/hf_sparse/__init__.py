@@ -4,11 +4,13 @@ Importing the package registers the quantisation method `hf_sparse` with transfo
 """
 
 from importlib.metadata import version as _version
+from typing import Any as _Any
 
-from .checkpoint.compressed_tensors import Conversion, convert_checkpoint
+from .checkpoint.compressed_tensors import Conversion, convert
 from .checkpoint.dense_export import export_dense
 from .config.recipes import register_solver
 from .config.sparse_config import SparseConfig
+from .core import renamed as _renamed
 from .core.data_record import DataRecord
 from .core.errors import (
     AdapterError,
@@ -47,11 +49,22 @@ from .layers import SparseExperts, SparseLinear
 from .layers.explain import Explanation, explain
 from .pruning.report import LayerReport, PruningReport
 from .publish.html import write_report
-from .quantizer import SparseQuantizer, prune
+from .quantizer import SparseQuantizer, prefer, prune
 from .training.lora_export import export_low_rank, split_low_rank
 from .training.merging import LayerMerge, MergeReport, merge_adapter
 
 __version__ = _version("hf_sparse")
+
+_RENAMED = {"convert_checkpoint": "convert"}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    _renamed.warn_renamed(f"hf_sparse.{name}", f"hf_sparse.{new}", stacklevel=3)
+    return globals()[new]
+
 
 __all__ = [
     "AdapterError",
@@ -90,7 +103,7 @@ __all__ = [
     "TrainingError",
     "agreement",
     "compare",
-    "convert_checkpoint",
+    "convert",
     "evaluate",
     "evaluate_tasks",
     "explain",
@@ -99,6 +112,7 @@ __all__ = [
     "generation_speed",
     "merge_adapter",
     "perplexity",
+    "prefer",
     "prune",
     "register_format",
     "register_kernel",

@@ -11,21 +11,31 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import (
+    HfQuantizer,
+    auto,
+    register_quantization_config,
+    register_quantizer,
+)
 
 from .checkpoint.commit import PAGE_FILE
 from .checkpoint.headers import PackedLayer, read_layers
 from .checkpoint.load import build_layers, finish_layers
+from .checkpoint.save_id import check_single
 from .checkpoint.state_dict import ValuesRenaming, sparse_state_dict
-from .config.sparse_config import QUANT_METHOD, SparseConfig
+from .config.checks import choice
+from .config.keys import QUANT_METHOD
+from .config.sparse_config import SparseConfig
 from .core.errors import CheckpointError, ConfigError
 from .core.logging import get_logger
+from .core.preferences import PREFERENCES
 from .evaluation import Evaluation
 from .layers import SparseLinear, sparse_layers
 from .layers.conv import empty_dense_layer
 from .layers.counts import num_parameters
 from .layers.experts import SparseExperts, fuse
 from .layers.head import restore_head, speed_up_head
+from .layers.prefer import prefer as prefer_form
 from .layers.replace import ModuleParents, unpack_linear
 from .pruning.prune import prune_in_place, require_dense
 from .pruning.report import PruningReport
@@ -38,6 +48,8 @@ from .training import peft_hooks
 logger = get_logger(__name__)
 
 register_quantization_config(QUANT_METHOD)(SparseConfig)
+# transformers has no call to say which configs have loading attributes.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (SparseConfig,)
 peft_hooks.install()
 
 
@@ -70,6 +82,28 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     return SparseQuantizer(config, pre_quantized=False).prune(model)
 
 
+def prefer(model: nn.Module, what: str) -> None:
+    """Say what the sparse layers of a loaded model are to be on this machine.
+
+    Their values stay what they are; products may differ in the last bits.
+
+    Args:
+        model: with sparse layers, on the device where it runs.
+        what: "memory", packed wherever a kernel can multiply them; "speed", packed or dense,
+            whichever is faster for a token by what was measured here; "auto", what a model is
+            loaded with: packed, unless its layers as a whole are slower by more than an eighth for
+            half the memory, and in proportion.
+
+    Raises:
+        ConfigError: `what` is none of these.
+    """
+    choice("prefer", what, PREFERENCES)
+    prefer_form(model, what)
+    quantizer = getattr(unwrapped(model), "hf_quantizer", None)
+    if isinstance(quantizer, SparseQuantizer):
+        quantizer.quantization_config.prefer = what
+
+
 @register_quantizer(QUANT_METHOD)
 class SparseQuantizer(HfQuantizer):
     """Prunes dense checkpoints after they are loaded; builds sparse layers for sparse ones.
@@ -88,6 +122,7 @@ class SparseQuantizer(HfQuantizer):
         self.report: PruningReport | None = None
         self.evaluation: Evaluation | None = None
         self.trains_values = False
+        self._files: Sequence[str] = ()
         self._layers: dict[str, PackedLayer] = {}
         self._renamed: frozenset[str] = frozenset()
 
@@ -110,6 +145,7 @@ class SparseQuantizer(HfQuantizer):
                 "a sparse model is loaded from its files; a state_dict alone doesn't tell the "
                 "formats of its layers"
             )
+        self._files = checkpoint_files
         described = read_layers(checkpoint_files)
         self.report = saved_report(Path(checkpoint_files[0]).parent)
         self._renamed = frozenset(described)
@@ -128,6 +164,8 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
             finish_layers(model, self._layers)
+            check_single(self._files)
+            prefer_form(model, self.quantization_config.prefer)
             speed_up_head(model)
             _install(model)
         else:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
 from .command import register
 from .commands import COMMANDS, bench
+from .version import print_version
 
 HELP = """Prune language models in one shot, and store, measure and run them sparse.
 
@@ -15,11 +17,12 @@ HELP = """Prune language models in one shot, and store, measure and run them spa
 examples:
   hf-sparse prune facebook/opt-125m --sparsity 0.5 --dataset wikitext2 --output opt-sparse
   hf-sparse inspect opt-sparse
-  hf-sparse eval opt-sparse --dense facebook/opt-125m --data wikitext2
-  hf-sparse compare facebook/opt-125m --methods wanda,fast --sparsities 0.5,2:4 \
-    --dataset wikitext2 --data wikitext2 --output compared
+  hf-sparse eval opt-sparse --dense facebook/opt-125m --dataset wikitext2
+  hf-sparse compare facebook/opt-125m --methods wanda,fast --sparsities 0.5,2:4 \\
+    --dataset wikitext2 --eval-dataset wikitext2 --output compared
   hf-sparse explain opt-sparse
   hf-sparse export opt-sparse --format dense --output opt-dense
+  hf-sparse serve opt-sparse
 
 \b
 exit codes: 0 done, 1 failed (one sentence on stderr), 2 unknown or missing options
@@ -35,13 +38,23 @@ app = typer.Typer(
 for command in COMMANDS:
     register(app, command)
 benchmarks = typer.Typer(
-    help="Time sparse layers, or a whole model, against dense ones on this machine.",
+    help="Time sparse against dense on this machine.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 for command in bench.COMMANDS:
     register(benchmarks, command)
 app.add_typer(benchmarks, name="bench")
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """What comes before a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

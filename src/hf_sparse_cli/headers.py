@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from .failures import Failure, sentence
-from .plain import parse_json
+from .plain import (
+    SAVE_KEY,
+    CheckpointError,
+    check_distinct,
+    check_ids,
+    check_one_save,
+    check_single,
+    parse_json,
+    weight_files,
+)
 
 # As hf_sparse.checkpoint.headers has them.
 METADATA_KEY = "hf_sparse"
@@ -74,46 +83,82 @@ def _no_collection() -> Iterator[None]:
 
 
 @_no_collection()
-def read_headers(model: str, revision: str | None) -> Headers:
+def read_headers(model: str, revision: str | None, config: Mapping[str, Any]) -> Headers:
     """Read all headers of a checkpoint: of a folder, or of a Hub id by asking for these bytes only.
 
+    Args:
+        model: a folder or a Hub id.
+        revision: of a Hub id.
+        config: the content of its config.json.
+
     Raises:
-        Failure: no safetensors files, a damaged one, or none that hf_sparse wrote.
+        Failure: no safetensors files, a damaged one, or none that hf_sparse wrote; or files of
+            several saves.
     """
     import huggingface_hub
     from huggingface_hub import constants, errors
 
     folder = Path(model).expanduser()
+    described: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     try:
         if not folder.is_dir() and constants.HF_HUB_OFFLINE:
             folder = Path(huggingface_hub.snapshot_download(model, revision=revision))
-        if folder.is_dir():
-            found = huggingface_hub.get_local_safetensors_metadata(folder)
-            for name, file in found.files_metadata.items():
-                _check_size(folder / name, file)
-        else:
-            found = huggingface_hub.get_safetensors_metadata(model, revision=revision)
+        files = _local(folder) if folder.is_dir() else _remote(model, revision, config)
+        if not files:
+            raise errors.NotASafetensorsRepoError
+        check_distinct({path: file.tensors for path, file in files.items()})
+        for path, file in files.items():
+            described |= _layers(path, file.metadata)
+            tensors |= file.tensors
     except errors.NotASafetensorsRepoError:
         where = " in the cache, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         raise Failure(f"{model} has no model.safetensors or index of several{where}") from None
+    except CheckpointError as error:
+        raise Failure(str(error)) from None
     except (errors.SafetensorsParsingError, TypeError, AttributeError, ValueError) as error:
         raise Failure(f"{model}: {error}") from None
     except OSError as error:
         raise Failure(f"the files of {model} can't be read: {sentence(error)}") from error
-    described: dict[str, Any] = {}
-    tensors: dict[str, Any] = {}
-    for name, file in found.files_metadata.items():
-        described |= _layers(f"{model}, {name}", file.metadata)
-        tensors |= file.tensors
     packed: dict[str, dict[str, Any]] = {name: {} for name in described}
     for key, tensor in tensors.items():
         module, _, local = key.rpartition(".")
         if module in packed and local.startswith("weight"):
             packed[module][local] = tensor
     layers = tuple(_layer(model, name, entry, packed[name]) for name, entry in described.items())
-    return Headers(
-        layers, len(tensors), len(found.files_metadata), sum(map(_bytes, tensors.values()))
-    )
+    try:
+        check_single(files if folder.is_dir() else ())
+    except CheckpointError as error:
+        raise Failure(str(error)) from None
+    return Headers(layers, len(tensors), len(files), sum(map(_bytes, tensors.values())))
+
+
+def _local(folder: Path) -> dict[str, Any]:
+    """The parsed header of each file of a folder's checkpoint, by path."""
+    from huggingface_hub import hf_api
+
+    parse = hf_api.parse_local_safetensors_file_metadata
+    files = {path: parse(path) for path in weight_files(folder)}
+    for path, file in files.items():
+        _check_size(path, file)
+    check_one_save({str(path): _save_id(file) for path, file in files.items()})
+    return {str(path): file for path, file in files.items()}
+
+
+def _remote(model: str, revision: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same on the Hub."""
+    import huggingface_hub
+
+    found = huggingface_hub.get_safetensors_metadata(model, revision=revision)
+    files = {f"{model}/{name}": file for name, file in found.files_metadata.items()}
+    if found.sharded:  # the id of a single file is taken of its content
+        ids = {path: _save_id(file) for path, file in files.items()}
+        check_ids(ids, config, {"metadata": found.metadata})
+    return files
+
+
+def _save_id(file: Any) -> str | None:
+    return (file.metadata or {}).get(SAVE_KEY)
 
 
 def _check_size(path: Path, file: Any) -> None:

@@ -5,29 +5,59 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .failures import Failure, sentence
 from .plain import read_json
+from .sections import DATA, MODEL
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel=MODEL)
+]
 Dtype = Annotated[
-    str, typer.Option(help="What is computed in: auto (the checkpoint's), float32, bfloat16, ...")
+    str,
+    typer.Option(
+        help="What is computed in: auto (the checkpoint's), float32, bfloat16 or float16.",
+        rich_help_panel=MODEL,
+    ),
 ]
 DeviceMap = Annotated[
-    str | None, typer.Option(help="Where weights go, as for from_pretrained: auto, cuda, ...")
+    str | None,
+    typer.Option(
+        help="Where weights go: cpu, cuda, cuda:1, or auto for whatever has room.",
+        rich_help_panel=MODEL,
+    ),
 ]
 GgufFile = Annotated[
     str | None,
-    typer.Option(help="The GGUF file of MODEL that holds weights and tokenizer.", metavar="NAME"),
+    typer.Option(
+        help="The GGUF file of MODEL that holds weights and tokenizer.",
+        metavar="NAME",
+        rich_help_panel=MODEL,
+    ),
+]
+DATA_HELP = (
+    "Text to measure on: a text, JSON, csv or parquet file, or a data set's id on the Hub, e.g. "
+    "wikitext2."
+)
+Split = Annotated[str, typer.Option(help="Split of a Hub data set.", rich_help_panel=DATA)]
+Seed = Annotated[int, typer.Option(help="Order of the documents of a file.", rich_help_panel=DATA)]
+Prefer = Annotated[
+    Literal["auto", "memory", "speed"] | None,
+    typer.Option(
+        help="What sparse layers are to be on this machine.  [default: the checkpoint's]",
+        rich_help_panel=MODEL,
+    ),
 ]
 JoinDocuments = Annotated[
     bool,
     typer.Option(
-        "--join-documents", help="Join all texts with blank lines and cut that, as papers do."
+        "--join-documents",
+        help="Join all texts with blank lines and cut that, as papers do.",
+        rich_help_panel=DATA,
     ),
 ]
 
@@ -46,7 +76,7 @@ def read_config(model: str, revision: str | None) -> dict[str, Any]:
         file = path / "config.json"
         if not file.is_file():
             raise Failure(f"the folder {model} has no config.json: it is no transformers model")
-    elif _is_path(model):
+    elif looks_local(model):
         raise Failure(f"there is no folder {model}")
     else:
         file = _download_config(model, revision)
@@ -67,7 +97,7 @@ def read_dense_config(model: str, revision: str | None, gguf_file: str | None) -
     if find_spec("gguf") is None:
         raise Failure("--gguf-file needs the package gguf: pip install 'hf_sparse[gguf]'")
     path = Path(model).expanduser()
-    if (path.is_dir() or _is_path(model)) and not (path / gguf_file).is_file():
+    if (path.is_dir() or looks_local(model)) and not (path / gguf_file).is_file():
         raise Failure(f"there is no file {gguf_file} in the folder {model}")
     return {}
 
@@ -92,6 +122,7 @@ def load(
     dtype: str,
     device_map: str | None,
     gguf_file: str | None = None,
+    prefer: str | None = None,
     **more: Any,
 ) -> Any:
     """A model, of the kind that its config names, and its tokenizer, or None if it has none.
@@ -100,6 +131,7 @@ def load(
     """
     import transformers
 
+    import hf_sparse
     from hf_sparse.calibration.tokenizers import find_tokenizer
 
     check_dtype(dtype)
@@ -110,6 +142,8 @@ def load(
         auto = transformers.AutoModelForCausalLM
         settings |= {"gguf_file": gguf_file, **_unpacked()}
     loaded = auto.from_pretrained(model, **settings)
+    if prefer is not None:
+        hf_sparse.prefer(loaded, prefer)
     return loaded, find_tokenizer(model, revision, gguf_file)
 
 
@@ -148,9 +182,11 @@ def _auto_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def _is_path(model: str) -> bool:
-    """Can it be no Hub id?"""
-    return model.startswith((".", "~", "/")) or model.count("/") > 1 or "\\" in model
+def looks_local(name: str) -> bool:
+    """Is it no Hub id, or the name of something in a folder that is here?"""
+    no_id = name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") > 1
+    parent = Path(name).parent
+    return no_id or "\\" in name or (parent != Path() and parent.is_dir())
 
 
 def _download_config(model: str, revision: str | None) -> Path:

@@ -12,10 +12,24 @@ import typer
 import yaml
 
 from .failures import Failure
-from .plain import ARGUMENTS, Argument, parse_json, unknown_arguments
+from .plain import ARGUMENTS, RENAMED, Argument, parse_json, unknown_arguments
+from .sections import METHOD
 
 if TYPE_CHECKING:
     from hf_sparse import SparseConfig
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="YAML or JSON file of arguments, named as the options are; options win.",
+        rich_help_panel=METHOD,
+    ),
+]
+RENAMED_OPTIONS = {
+    f"--{old.replace('_', '-')}": f"--{new.replace('_', '-')}" for old, new in RENAMED.items()
+}
 
 _SIMPLE = {bool: bool, int: int, float: float, str: str, Any: str, Sequence[str]: list[str]}
 
@@ -31,7 +45,7 @@ def parameter(argument: Argument[Any, Any]) -> inspect.Parameter:
     kind, metavar = option_type(argument), None
     if kind is bool:
         option += f"/--no-{option[2:]}"
-    text = f"{argument.help}  [default: {argument.default_text}]"
+    text = f"{argument.shell_help}  [default: {_shell_default(argument)}]"
     if kind == list[str]:
         metavar, text = "TEXT", f"May be repeated. {text}"
     elif takes_json(argument):
@@ -51,6 +65,14 @@ def parameter(argument: Argument[Any, Any]) -> inspect.Parameter:
             ),
         ],
     )
+
+
+def _shell_default(argument: Argument[Any, Any]) -> str:
+    """The default as one would type it."""
+    if isinstance(argument.default, bool):
+        option = argument.name.replace("_", "-")
+        return f"--{option}" if argument.default else f"--no-{option}"
+    return argument.default_text.replace('"', "")
 
 
 def takes_json(argument: Argument[Any, Any]) -> bool:
@@ -116,6 +138,7 @@ def read_file(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Failure(f"--config {file} holds a {type(content).__name__}: expected `name: value`")
     content.pop("quant_method", None)  # what SparseConfig.to_dict() writes can be passed as it is
-    if unknown := [name for name in content if name not in ARGUMENTS]:
+    named: dict[str, Any] = {RENAMED.get(str(n), str(n)): value for n, value in content.items()}
+    if unknown := [name for name in named if name not in ARGUMENTS]:
         raise Failure(f"--config {file}: {unknown_arguments(unknown)}")
-    return content
+    return named

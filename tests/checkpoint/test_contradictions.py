@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import hf_sparse
 from conftest import ROOT
 from hf_sparse import CheckpointError, SaveError, SparseConfig
-from hf_sparse.checkpoint.compressed_tensors import convert_checkpoint, write
+from hf_sparse.checkpoint.compressed_tensors import convert, write
 from hf_sparse.checkpoint.folder import write_folder
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -113,7 +113,7 @@ def test_conversion_copies_no_link_that_leads_out_of_the_folder(tmp_path, monkey
     (source / "tokenizer.json").symlink_to(tmp_path / "secret")
     (source / "notes.txt").write_text("notes")
     (source / "more.txt").symlink_to(source / "notes.txt")
-    convert_checkpoint(source, tmp_path / "done")
+    convert(source, tmp_path / "done")
     assert not (tmp_path / "done" / "tokenizer.json").exists()
     assert said == [str(source / "tokenizer.json")]
     assert (tmp_path / "done" / "more.txt").read_text() == "notes"
@@ -126,7 +126,7 @@ def test_conversion_copies_what_the_hubs_cache_links_to(tmp_path):
     for path in (ROOT / "tests" / "data" / "24-0.9.4").glob("[!d]*"):
         shutil.copy(path, blobs / path.name)
         (snapshot / path.name).symlink_to(blobs / path.name)
-    convert_checkpoint(snapshot, tmp_path / "done")
+    convert(snapshot, tmp_path / "done")
     assert (tmp_path / "done" / "generation_config.json").is_file()
 
 

@@ -8,6 +8,7 @@ import stat
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +17,10 @@ from hf_sparse import CheckpointError, SaveError, SparseConfig
 from hf_sparse.checkpoint import commit, staging
 from hf_sparse.checkpoint.folder import write_file, write_folder
 from hf_sparse.checkpoint.state_dict import sparse_state_dict
+from hf_sparse.layers import sparse_layers
+from hf_sparse.training.masks import Masks
+from hf_sparse_cli.failures import Failure
+from hf_sparse_cli.headers import read_headers
 
 SHARDED = {"max_shard_size": "8KB"}
 STEPS = ("replace", "link", "unlink", "rmdir")
@@ -85,21 +90,14 @@ def dying_at(step, work):
     return in_a_process(run)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (SHARDED, {}),
-        pytest.param({}, {}, marks=pytest.mark.slow),
-        pytest.param({}, SHARDED, marks=pytest.mark.slow),
-        pytest.param(SHARDED, SHARDED, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("new", [{}, SHARDED], ids=str)
+@pytest.mark.parametrize("old", [{}, SHARDED], ids=str)
 def test_whenever_a_save_dies_the_old_or_the_new_checkpoint_is_there(models, tmp_path, old, new):
     held = []
+    models[0].save_pretrained(tmp_path / "old", **old)
     for step in range(1, 100):
-        folder = tmp_path / str(step)
-        models[0].save_pretrained(folder, **old)
+        folder = shutil.copytree(tmp_path / "old", tmp_path / str(step))
         code = dying_at(step, lambda to=folder: models[1].save_pretrained(to, **new))
         assert code in (0, 9)
         held += which(folder, models)
@@ -112,6 +110,27 @@ def test_whenever_a_save_dies_the_old_or_the_new_checkpoint_is_there(models, tmp
     assert hidden(dead)
     models[0].save_pretrained(dead)
     assert not hidden(dead)
+
+
+@pytest.mark.parametrize(("old", "new"), [({}, SHARDED), (SHARDED, {})], ids=str)
+def test_nothing_is_left_of_the_old_weights_when_config_json_is_the_last_to_come(
+    models, tmp_path, old, new, monkeypatch
+):
+    models[0].save_pretrained(tmp_path, **old)
+    models[1].save_pretrained(tmp_path / "new", **new)
+    expected = {path.name for path in (tmp_path / "new").glob("model*")}
+    held, real = [], os.replace
+
+    def replace(source, target):
+        if os.path.basename(target) == "config.json":
+            held.append({path.name for path in tmp_path.glob("model*")})
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    models[1].save_pretrained(tmp_path, **new)
+    assert len(held) == 2
+    assert not held[0] & expected - {"model.safetensors"}
+    assert held[1] == expected
 
 
 def test_a_save_over_one_that_died_half_way_is_whole_too(models, tmp_path):
@@ -192,21 +211,112 @@ def test_shards_index_and_config_of_one_save_have_its_id(models, tmp_path):
     assert ids["a"] == ids["again"] != ids["b"]
 
 
-@pytest.mark.parametrize("moved", ["model-00001-*", "model-00002-*", "config.json", "*.index.json"])
-def test_the_parts_of_two_saves_are_refused(models, tmp_path, moved):
-    for name, model in zip("ab", models, strict=True):
-        model.save_pretrained(tmp_path / name, **SHARDED)
+def verify(folder, model):
+    masks = Masks()
+    for name, layer in sparse_layers(model).items():
+        masks[name] = layer.sparse_weight != 0
+    masks.check_checkpoint(folder, model)
+
+
+def inspect(folder, model):
+    config = json.loads((folder / "config.json").read_text())
+    return read_headers(str(folder), None, config)
+
+
+def page(folder, model):
+    hf_sparse.write_report(model.hf_quantizer.report, folder / "page.html", masks=folder)
+    return (folder / "page.html").read_text()
+
+
+READERS = {
+    "the loader": lambda folder, model: AutoModelForCausalLM.from_pretrained(folder),
+    "verifying": verify,
+    "inspect": inspect,
+    "the page": page,
+}
+every_reader = pytest.mark.parametrize("reader", READERS)
+
+
+@every_reader
+@pytest.mark.parametrize(
+    ("kinds", "moved"),
+    [
+        ((SHARDED, SHARDED), "model-00001-*"),
+        ((SHARDED, SHARDED), "model-00002-*"),
+        ((SHARDED, SHARDED), "config.json"),
+        ((SHARDED, SHARDED), "*.index.json"),
+        ((SHARDED, {}), "model.safetensors"),
+        (({}, {}), "model.safetensors"),
+        (({}, {}), "config.json"),
+    ],
+    ids=str,
+)
+def test_the_parts_of_two_saves_are_refused(models, tmp_path, reader, kinds, moved):
+    twin = sparse_model(1.5)  # a mask as that of the second: only values tell them apart
+    for name, model, kind in zip("ab", (models[1], twin), kinds, strict=True):
+        model.save_pretrained(tmp_path / name, **kind)
+    READERS[reader](tmp_path / "a", models[1])
     (path,) = (tmp_path / "b").glob(moved)
     shutil.copy(path, tmp_path / "a" / path.name)
-    with pytest.raises(CheckpointError, match=r"of save '\w{32}'.*save the model there again"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    with pytest.raises((CheckpointError, Failure), match=r"of save '\w{32}'.*save the model there"):
+        READERS[reader](tmp_path / "a", models[1])
 
 
-def test_one_file_beside_the_config_of_shards_is_refused(models, tmp_path):
-    for name, kind in (("a", SHARDED), ("b", {})):
-        models[0].save_pretrained(tmp_path / name, **kind)
-    shutil.copy(tmp_path / "b" / "model.safetensors", tmp_path / "a")
-    with pytest.raises(CheckpointError, match=r"config\.json.*a save without an id"):
+@every_reader
+def test_a_tensor_in_two_shards_is_refused(models, tmp_path, reader):
+    models[0].save_pretrained(tmp_path, **SHARDED)
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    with safe_open(second, framework="pt") as file:
+        said, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with safe_open(first, framework="pt") as file:
+        key = next(iter(file.keys()))
+        save_file(tensors | {key: file.get_tensor(key) * 2}, second, said)
+    with pytest.raises((CheckpointError, Failure), match=f"{key} is in .*{first.name}, too"):
+        READERS[reader](tmp_path, models[0])
+
+
+@pytest.fixture(scope="module")
+def killed(models, tmp_path_factory):
+    """A folder whose save died after its commit, and one in which it came to its end."""
+    folder = tmp_path_factory.mktemp("killed")
+    models[0].save_pretrained(folder / "old")
+    models[1].save_pretrained(folder / "new", **SHARDED)
+    for step in range(1, 100):
+        dead = shutil.copytree(folder / "old", folder / str(step))
+        dying_at(step, lambda to=dead: models[1].save_pretrained(to, **SHARDED))
+        if "transformers_weights" in json.loads((dead / "config.json").read_text()):
+            return dead, folder / "new"
+    raise AssertionError("no death left the weights where they were staged")
+
+
+@every_reader
+def test_after_a_kill_every_reader_finds_the_new_checkpoint(models, killed, reader):
+    found, expected = (READERS[reader](folder, models[1]) for folder in killed)
+    assert same(found, models[1]) if reader == "the loader" else found == expected
+
+
+@pytest.mark.parametrize("reader", ["verifying", "inspect", "the page"])
+@pytest.mark.parametrize("name", ["../b/model.safetensors", "/b/model.safetensors", 3, "a.bin"])
+def test_an_index_that_leads_elsewhere_is_refused(models, tmp_path, reader, name):
+    models[0].save_pretrained(tmp_path / "a", **SHARDED)
+    models[0].save_pretrained(tmp_path / "b")
+    index = tmp_path / "a" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = name
+    index.write_text(json.dumps(content))
+    with pytest.raises((CheckpointError, Failure), match=r"index\.json: .*which is no"):
+        READERS[reader](tmp_path / "a", models[0])
+
+
+def test_a_shard_in_another_folder_is_not_loaded(models, tmp_path):
+    models[0].save_pretrained(tmp_path / "a", **SHARDED)
+    index = tmp_path / "a" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    last = sorted(set(content["weight_map"].values()))[-1]
+    shutil.move(tmp_path / "a" / last, tmp_path / last)
+    moved = {k: v.replace(last, f"../{last}") for k, v in content["weight_map"].items()}
+    index.write_text(json.dumps(content | {"weight_map": moved}))
+    with pytest.raises(CheckpointError, match=r"safetensors: it is in another folder than "):
         AutoModelForCausalLM.from_pretrained(tmp_path / "a")
 
 

@@ -31,7 +31,7 @@ def test_the_format_s_constants_are_the_package_s():
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_headers_tell_what_was_written(tiny, tmp_path, pattern):
     report = saved(tiny, tmp_path, "8KB", pattern=pattern)
-    found = read_headers(str(tmp_path), None)
+    found = read_headers(str(tmp_path), None, {})
     files = list(tmp_path.glob("*.safetensors"))
     tensors = {key: value for file in files for key, value in load_file(file).items()}
     assert found.files == len(files) > 1
@@ -53,7 +53,7 @@ def test_headers_tell_what_was_written(tiny, tmp_path, pattern):
 def test_values_that_are_no_floats_have_an_unknown_sparsity(tiny, tmp_path):
     saved(tiny, tmp_path)
     rewrite(tmp_path, lambda t: t.update({f"{LAYER}.weight": torch.zeros(9, dtype=torch.uint8)}))
-    (layer,) = (x for x in read_headers(str(tmp_path), None).layers if x.name == LAYER)
+    (layer,) = (x for x in read_headers(str(tmp_path), None, {}).layers if x.name == LAYER)
     assert (layer.sparsity, layer.bytes_dense, layer.dtype) == (None, None, "U8")
 
 
@@ -64,6 +64,9 @@ def rewrite(folder, change=lambda tensors: None, change_metadata=lambda content:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, {"hf_sparse": json.dumps(content)})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["hf_sparse_save"]  # what a user does who meant the change
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def entry(**changes):
@@ -93,14 +96,14 @@ def test_metadata_that_make_no_sense_are_refused(tiny, tmp_path, change, words):
     saved(tiny, tmp_path)
     rewrite(tmp_path, change_metadata=change)
     with pytest.raises(Failure, match=words):
-        read_headers(str(tmp_path), None)
+        read_headers(str(tmp_path), None, {})
 
 
 def test_a_layer_without_its_values_is_refused(tiny, tmp_path):
     saved(tiny, tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.pop(f"{LAYER}.weight"))
     with pytest.raises(Failure, match=f"{LAYER} is damaged or incomplete"):
-        read_headers(str(tmp_path), None)
+        read_headers(str(tmp_path), None, {})
 
 
 @pytest.mark.parametrize(
@@ -119,13 +122,13 @@ def test_a_damaged_file_is_refused(tiny, tmp_path, content, words):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content(path.read_bytes()))
     with pytest.raises(Failure, match=words):
-        read_headers(str(tmp_path), None)
+        read_headers(str(tmp_path), None, {})
 
 
 def test_a_checkpoint_without_hf_sparse_metadata_is_refused(tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     with pytest.raises(Failure, match="has no hf_sparse metadata"):
-        read_headers(str(tmp_path), None)
+        read_headers(str(tmp_path), None, {})
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(Failure, match=r"has no model\.safetensors"):
-        read_headers(str(tmp_path), None)
+        read_headers(str(tmp_path), None, {})

@@ -19,12 +19,17 @@ def test_every_argument_has_an_option_and_every_option_an_argument():
     assert [parameter.name for parameter in config_parameters()] == arguments
 
 
-def test_every_option_says_what_the_docstring_says_and_its_default():
+def test_every_option_says_what_it_does_and_its_default_as_one_would_type_them():
     doc = " ".join((SparseConfig.__doc__ or "").split())
     for made in config_parameters():
         text = made.annotation.__metadata__[0].help.removeprefix("May be repeated. ")
         said, _, default = text.removesuffix("]").partition("  [default: ")
-        assert f"{made.name}: {said} Default {default}." in doc
+        assert said
+        assert default
+        own = ARGUMENTS[made.name]
+        assert said == own.shell_help
+        assert f"{made.name}: {own.help} Default {own.default_text}." in doc
+        assert not {"True", "False", "datasets.Dataset"} & {*text.split(), *text.split("`")}
 
 
 def argument(name, default, *kinds):

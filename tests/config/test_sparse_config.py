@@ -52,7 +52,7 @@ def everything_set() -> SparseConfig:
         modules_to_not_convert=["lm_head", r"layers\.0"],
         targets=["q_proj|k_proj"],
         blocks=["layers.[0-9]+"],
-        damp_percent=0.03,
+        damping=0.03,
         block_size=64,
         refit=7,
         stages=True,
@@ -88,7 +88,7 @@ def test_defaults_are_those_of_the_documentation():
         "modules_to_not_convert": None,
         "targets": None,
         "blocks": None,
-        "damp_percent": 0.01,
+        "damping": 0.01,
         "block_size": 128,
         "refit": 0,
         "stages": False,
@@ -105,6 +105,7 @@ def test_defaults_are_those_of_the_documentation():
         "moe_min_tokens": None,
         "calibrate_all_experts": False,
         "format": "auto",
+        "prefer": "auto",
     }
 
 
@@ -410,8 +411,8 @@ def test_counts_below_their_least_value_are_refused(name, value):
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.01, float("inf"), float("nan"), True])
 def test_a_damping_that_is_no_positive_number_is_refused(value):
-    with pytest.raises(ConfigError, match=r"damp_percent=.* positive number"):
-        SparseConfig(damp_percent=value)
+    with pytest.raises(ConfigError, match=r"damping=.* positive number"):
+        SparseConfig(damping=value)
 
 
 @pytest.mark.parametrize("name", ["targets", "modules_to_not_convert", "blocks"])
@@ -448,8 +449,8 @@ def test_a_mapping_s_regexes_are_checked():
         ("targets", [3]),
         ("targets", 3),
         ("modules_to_not_convert", [None]),
-        ("damp_percent", "0.01"),
-        ("damp_percent", None),
+        ("damping", "0.01"),
+        ("damping", None),
         ("block_size", 128.0),
         ("allocation", 3),
         ("allocation", {"q_proj": "0.5"}),

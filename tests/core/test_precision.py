@@ -61,7 +61,7 @@ def test_solving_and_its_error_are_those_of_fp32(medium):
     collector = StatisticsCollector(256, Needs.HESSIAN, 1, CPU)
     collector.add(random_inputs(900, 256))
     known = collector.finish()
-    solver = LayerSolver(SparseGPT(), refit_steps=4, damp_percent=0.01)
+    solver = LayerSolver(SparseGPT(), refit_steps=4, damping=0.01)
     found = solver.solve(weight, known, Unstructured(0.5))
     error = known.relative_error(weight, found.weight)
     torch.set_float32_matmul_precision("highest")

@@ -16,7 +16,9 @@ from transformers.utils import logging
 
 import hf_sparse
 from conftest import ROOT, save_with_tokenizer
+from hf_sparse.config.recipes import RECIPES
 from hf_sparse.evaluation import memory
+from hf_sparse.solvers import SOLVERS
 from hf_sparse_cli import main
 
 
@@ -85,7 +87,17 @@ def test_every_command_has_help_with_examples(cli):
     code, out, _ = cli("--help")
     assert code == 0
     assert "examples:" in out
-    for name in ("prune", "eval", "compare", "inspect", "explain", "export"):
+    for name in (
+        "methods",
+        "prune",
+        "eval",
+        "compare",
+        "inspect",
+        "explain",
+        "export",
+        "merge",
+        "serve",
+    ):
         assert f"\n  {name} " in out
         code, help_text, _ = cli(name, "--help")
         assert code == 0
@@ -94,6 +106,31 @@ def test_every_command_has_help_with_examples(cli):
     assert code == 0
     for name in ("layers", "model", "gpu"):
         assert f"\n  {name} " in help_text
+
+
+def test_version_and_methods_are_told(cli):
+    assert cli("--version")[1] == f"hf-sparse {hf_sparse.__version__}\n"
+    code, out, _ = cli("methods")
+    assert code == 0
+    for name in (*RECIPES, *SOLVERS):
+        assert f"\n  {name} " in out
+    assert max(map(len, out.splitlines())) <= 100
+    listed = json.loads(cli("methods", "--json")[1])["methods"]
+    told = {method["name"]: method for method in listed}
+    assert all(method["about"] for method in listed)
+    assert told["fast"]["settings"] == {"method": "sparsegpt", "refit": 10}
+    assert told["best"]["settings"]["target"] == "dense"
+    assert "no data" in told["magnitude"]["costs"]
+    assert "gradients" in told["balanced"]["costs"]
+
+
+def test_the_options_of_a_command_are_in_groups(cli):
+    _, out, _ = cli("prune", "--help")
+    headings = [line for line in out.splitlines() if re.fullmatch(r"[A-Z][a-z ]+:", line)]
+    assert headings == [
+        "Arguments:", "What to prune:", "Data:", "Method:", "Mixtures of experts:", "Storage:",
+        "Output:", "Model:", "Other:",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -117,14 +154,14 @@ def test_completion_offers_the_config_s_arguments():
         env=os.environ
         | {
             "_HF_SPARSE_COMPLETE": "complete_bash",
-            "COMP_WORDS": "hf-sparse prune x --dam",
+            "COMP_WORDS": "hf-sparse prune x --damp",
             "COMP_CWORD": "3",
         },
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "--damp-percent" in done.stdout
+    assert "--damping" in done.stdout
 
 
 # --- what the commands do -------------------------------------------------------------------
@@ -268,7 +305,7 @@ def test_export_writes_a_checkpoint_without_a_trace_of_hf_sparse(cli, sparse, tm
 
 def test_eval_measures_what_the_functions_measure(cli, sparse, dense, text):
     code, out, _ = cli(
-        "eval", sparse, "--data", text, "--dense", dense, "--seq-len", 32, "--num-samples", 5,
+        "eval", sparse, "--dataset", text, "--dense", dense, "--seq-len", 32, "--num-samples", 5,
         "--batch-size", 2, "--speed", "--json",
     )  # fmt: skip
     assert code == 0
@@ -288,7 +325,7 @@ def test_eval_measures_what_the_functions_measure(cli, sparse, dense, text):
 
 def test_eval_prints_a_line_for_each_thing_that_was_asked_for(cli, sparse, text):
     code, out, _ = cli(
-        "eval", sparse, "--data", text, "--seq-len", 32, "--stride", 16, "--num-samples", 2
+        "eval", sparse, "--dataset", text, "--seq-len", 32, "--stride", 16, "--num-samples", 2
     )
     assert code == 0
     (line,) = out.splitlines()
@@ -297,7 +334,7 @@ def test_eval_prints_a_line_for_each_thing_that_was_asked_for(cli, sparse, text)
 
 
 def compare_options(text, *more):
-    data = ["--dataset", text, "--data", text, "--num-samples", 4, "--seq-len", 32]
+    data = ["--dataset", text, "--eval-dataset", text, "--num-samples", 4, "--seq-len", 32]
     return [*data, "--eval-samples", 3, *more]
 
 
@@ -316,7 +353,7 @@ def test_compare_writes_what_the_function_finds(cli, dense, text, tmp_path):
     assert json.loads((out / "comparison.json").read_text()) | {"output": str(out)} == values
     expected = hf_sparse.compare(
         AutoModelForCausalLM.from_pretrained(dense), ["wanda", "fast"], [0.5, "2:4"], str(text),
-        evaluation_samples=3, dataset=str(text), num_samples=4, seq_len=32, bits=8,
+        eval_samples=3, dataset=str(text), num_samples=4, seq_len=32, bits=8,
     )  # fmt: skip
     figures = ("method", "setting", "score", "bytes_stored", "bytes_resident", "error")
     for point, found in zip(expected.points, values["points"], strict=True):
@@ -325,12 +362,15 @@ def test_compare_writes_what_the_function_finds(cli, dense, text, tmp_path):
     assert values["dense"] == expected.dense
 
 
-def test_compare_prints_a_table_and_can_do_without_a_plot(cli, dense, text, tmp_path, monkeypatch):
+def test_compare_leaves_the_plot_out_with_a_note_where_there_is_no_matplotlib(
+    cli, dense, text, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = tmp_path / "compared"
     options = ["--methods", "magnitude", "--sparsities", "0.5", *compare_options(text)]
-    code, printed, _ = cli("compare", dense, *options, "--no-plot", "--output", out)
+    code, printed, said = cli("compare", dense, *options, "--output", out)
     assert code == 0
+    assert "comparison.png is left out: it needs matplotlib, pip install matplotlib" in said
     lines = printed.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["method", "dense", "magnitude"]
     assert lines[-1] == f"saved in {out}"
@@ -403,7 +443,7 @@ def test_wrong_arguments_are_one_sentence_and_write_nothing(
         ("wanda,magic", "0.5", [], "'magic' does not exist: pass one of fast, balanced, best"),
         ("wanda", "0.5,half", [], "'half'"),
         ("wanda", "50", [], "sparsity=50.0 must be the fraction of zeros"),
-        ("wanda", "0.5", ["--data", "missing.txt"], "missing.txt.*no such file"),
+        ("wanda", "0.5", ["--eval-dataset", "missing.txt"], "missing.txt.*no such file"),
         ("wanda", "0.5", ["--seq-len", 65], "longer than the 64 positions"),
     ],
 )
@@ -423,9 +463,8 @@ def test_compare_says_at_once_what_it_can_not_do(fails, dense, sparse, text, tmp
     said = fails("compare", sparse, *options, "--output", tmp_path / "out")
     assert "is quantised with hf_sparse: compare starts from a dense model" in said
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    said = fails("compare", dense, *options, "--output", tmp_path / "out")
-    assert "pip install 'hf_sparse[bench]'" in said
-    assert "--no-plot" in said
+    said = fails("compare", dense, *options, "--plot", "--output", tmp_path / "out")
+    assert "--plot needs matplotlib: pip install matplotlib" in said
 
 
 def test_an_output_that_can_not_be_written_is_refused_before_the_work(fails, dense, tmp_path):
@@ -462,10 +501,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
 
 
 def test_eval_says_what_is_missing(fails, sparse, dense, text):
-    assert "nothing to measure: pass --data, --speed or --tasks" in fails("eval", sparse)
+    assert "nothing to measure: pass --dataset, --speed or --tasks" in fails("eval", sparse)
     said = fails("eval", sparse, "--speed", "--dense", dense)
-    assert "--dense compares on text: pass --data" in said
-    said = fails("eval", sparse, "--data", text, "--seq-len", 65)
+    assert "--dense compares on text: pass --dataset" in said
+    said = fails("eval", sparse, "--dataset", text, "--seq-len", 65)
     assert "at most the 64 positions" in said
 
 
@@ -474,7 +513,7 @@ def test_a_bench_that_fails_says_so_in_a_sentence(fails, tmp_path):
     said = fails("bench", "layers", "--shapes", "32x32", "--sparsity", "0.5", "--rows", "1",
                  "--cold-mb", "1", "--rounds", "1", "--seconds", "0",
                  "--output", tmp_path / "file")  # fmt: skip
-    assert said.startswith("FileExistsError: ")
+    assert "file is a file: pass a folder" in said
 
 
 def test_debug_shows_the_traceback():

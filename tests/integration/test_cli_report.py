@@ -62,13 +62,13 @@ def test_a_page_is_made_without_loading_the_model(report, sparse, tmp_path, monk
     model = AutoModelForCausalLM.from_pretrained(sparse)
     hf_sparse.write_report(model.hf_quantizer.report, tmp_path / "python.html", masks=model)
     assert out.read_text(encoding="utf-8") == (tmp_path / "python.html").read_text("utf-8")
-    assert report(sparse, "--output", out, "--no-masks")[0] == 0
+    assert report(sparse, "--output", out, "--no-masks", "--overwrite")[0] == 0
     assert "there are no masks in it" in out.read_text(encoding="utf-8")
 
 
 def test_json_holds_the_report_and_what_was_measured(report, sparse, dense, tmp_path):
     text = ROOT / "examples" / "data" / "evaluation.txt"
-    arguments = ["--data", text, "--seq-len", 32, "--num-samples", 2, "--prompt", "A table is"]
+    arguments = ["--dataset", text, "--seq-len", 32, "--num-samples", 2, "--prompt", "A table is"]
     out = tmp_path / "report.html"
     code, said, _ = report(sparse, "--output", out, "--dense", dense, *arguments, "--json")
     assert code == 0
@@ -91,11 +91,11 @@ def test_json_holds_the_report_and_what_was_measured(report, sparse, dense, tmp_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--dense", "somewhere"], "--dense measures: pass --data, too"),
-        (["--prompt", "a"], "--prompt measures: pass --data, too"),
-        (["--dense", "./none", "--data", "x.txt"], "there is no folder ./none"),
+        (["--dense", "somewhere"], "--dense measures: pass --dataset, too"),
+        (["--prompt", "a"], "--prompt measures: pass --dataset, too"),
+        (["--dense", "./none", "--dataset", "x.txt"], "there is no folder ./none"),
         (["--dtype", "int8"], "--dtype int8 is not known"),
-        (["--data", "none.txt"], "none.txt"),
+        (["--dataset", "none.txt"], "none.txt"),
     ],
 )
 def test_mistakes_are_one_sentence_and_write_nothing(report, sparse, tmp_path, arguments, words):

@@ -242,7 +242,7 @@ def test_mistakes_are_found_before_anything_runs(
     monkeypatch.setattr("hf_sparse.evaluation.comparison.run.prune_in_place", pytest.fail)
     given = {"model": tiny, "methods": ["wanda"], "sparsities": [0.5], **settings, **changes}
     with pytest.raises(ConfigError, match=words):
-        compare(evaluation_data=held_out, **given)
+        compare(eval_dataset=held_out, **given)
 
 
 def test_what_can_not_be_evaluated_is_found_before_anything_runs(
@@ -250,8 +250,8 @@ def test_what_can_not_be_evaluated_is_found_before_anything_runs(
 ):
     monkeypatch.setattr("hf_sparse.evaluation.comparison.run.prune_in_place", pytest.fail)
     given = (tiny, ["wanda"], [0.5])
-    for more in ({}, {"evaluation_data": held_out, "evaluate": math.sin}):
-        with pytest.raises(EvaluationError, match="either evaluation_data"):
+    for more in ({}, {"eval_dataset": held_out, "evaluate": math.sin}):
+        with pytest.raises(EvaluationError, match="either eval_dataset"):
             compare(*given, **more, **settings)
     with pytest.raises(EvaluationError, match="LlamaModel is no causal language model"):
         compare(tiny.model, ["wanda"], [0.5], held_out, **settings)

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 import hf_sparse
 from conftest import ROOT
-from hf_sparse import CheckpointError, ConfigError, SaveError, SparseLinear, convert_checkpoint
+from hf_sparse import CheckpointError, ConfigError, SaveError, SparseLinear, convert
 
 DATA = ROOT / "tests" / "data"
 FOLDERS = ["bitmask-0.6.0", "bitmask-0.8.1", "gpt2-bitmask-0.8.1", "bitmask-0.14.0.1", "24-0.9.4",
@@ -61,7 +61,7 @@ def bits(tensor):
 def assert_fails(folder, tmp_path, words, error=CheckpointError):
     before = sorted(tmp_path.iterdir())
     with pytest.raises(error, match=words):
-        convert_checkpoint(folder, tmp_path / "out")
+        convert(folder, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -70,7 +70,7 @@ def assert_fails(folder, tmp_path, words, error=CheckpointError):
 
 @every_folder
 def test_every_weight_is_what_was_put_in_to_the_bit(folder, tmp_path):
-    done = convert_checkpoint(DATA / folder, tmp_path / "out")
+    done = convert(DATA / folder, tmp_path / "out")
     expected = load_file(DATA / folder / "dense.safetensors")
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype="auto", output_loading_info=True
@@ -97,7 +97,7 @@ def test_every_weight_is_what_was_put_in_to_the_bit(folder, tmp_path):
 
 @every_folder
 def test_logits_are_the_dense_models(folder, tmp_path):
-    convert_checkpoint(DATA / folder, tmp_path / "out")
+    convert(DATA / folder, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     config = AutoConfig.from_pretrained(tmp_path / "out")
     del config.quantization_config
@@ -109,18 +109,20 @@ def test_logits_are_the_dense_models(folder, tmp_path):
 
 
 def test_two_of_four_is_stored_as_n_m_unless_fours_run_across_rows(tmp_path):
-    done = convert_checkpoint(DATA / "24-0.14.0.1", tmp_path / "out")
+    done = convert(DATA / "24-0.14.0.1", tmp_path / "out")
     other = {name: label for name, label in done.layers.items() if label != "n:m"}
     assert other == {"model.layers.0.mlp.down_proj": "bitmask"}
-    done = convert_checkpoint(DATA / "bitmask-0.8.1", tmp_path / "out")
+    done = convert(DATA / "bitmask-0.8.1", tmp_path / "out")
     assert set(done.layers.values()) == {"bitmask"}
 
 
 @every_folder
 def test_the_config_keeps_the_model_and_loses_the_old_format(folder, tmp_path):
-    convert_checkpoint(DATA / folder, tmp_path)
+    convert(DATA / folder, tmp_path)
     old, new = (json.loads((f / "config.json").read_text()) for f in (DATA / folder, tmp_path))
-    assert new.pop("quantization_config") == hf_sparse.SparseConfig(method="keep").to_dict()
+    made = new.pop("quantization_config")
+    del made["hf_sparse_save"]
+    assert made == hf_sparse.SparseConfig(method="keep").to_dict()
     for key in ("quantization_config", "compression_config"):
         old.pop(key, None)
     assert new == old
@@ -130,8 +132,8 @@ def test_the_config_keeps_the_model_and_loses_the_old_format(folder, tmp_path):
 
 def test_shards_are_of_the_size_asked_for_and_the_same_tensors(tmp_path):
     source = DATA / "bitmask-0.14.0.1"
-    one = convert_checkpoint(source, tmp_path / "one")
-    several = convert_checkpoint(source, tmp_path / "several", max_shard_size=1000)
+    one = convert(source, tmp_path / "one")
+    several = convert(source, tmp_path / "several", max_shard_size=1000)
     assert (one.layers, one.dense) == (several.layers, several.dense)
     assert [p.name for p in (tmp_path / "one").glob("*.safetensors")] == ["model.safetensors"]
     first, second = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "several")
@@ -162,7 +164,7 @@ def test_no_more_than_a_shard_is_held_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         write, "save_file", lambda tensors, *a: (written.append(len(tensors)), save(tensors, *a))
     )
-    convert_checkpoint(DATA / "24-0.9.4", tmp_path / "out", max_shard_size=1)
+    convert(DATA / "24-0.9.4", tmp_path / "out", max_shard_size=1)
     assert len(written) == 16  # one parameter a file, in two tensors if it is packed
     assert max(written) == 2
 
@@ -174,7 +176,7 @@ def test_the_other_files_come_along_and_other_weights_do_not(copy, tmp_path):
     (source / "templates").mkdir()
     for name in ("README.md", "templates/a.jinja", "pytorch_model.bin", ".gitattributes"):
         (source / name).write_text(name)
-    convert_checkpoint(source, tmp_path / "out")
+    convert(source, tmp_path / "out")
     found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*")}
     assert found >= {"generation_config.json", "README.md", "templates/a.jinja"}
     assert not found & {"pytorch_model.bin", ".gitattributes"}
@@ -191,7 +193,7 @@ def test_a_tied_head_is_not_stored_twice_and_old_buffers_are_dropped(copy, tmp_p
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
 
     edit_tensors(source, change)
-    convert_checkpoint(source, tmp_path / "out")
+    convert(source, tmp_path / "out")
     stored = tensors_of(tmp_path / "out")
     assert not {k for k in stored if "lm_head" in k or "inv_freq" in k}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -205,7 +207,7 @@ def test_the_places_where_early_versions_put_their_config_are_known(key, copy, t
     described = {"sparsity_config": described["sparsity_config"]}
     described = described["sparsity_config"] if key == "sparsity_config" else described
     edit_config(source, quantization_config=None, **{key: described})
-    convert_checkpoint(source, tmp_path / "out")
+    convert(source, tmp_path / "out")
     assert key not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
@@ -216,7 +218,7 @@ def test_a_source_of_another_kind_is_refused_in_one_sentence(copy, tmp_path, mod
     assert_fails(model_path, tmp_path, "tiny-llama-docs is dense: .*method='keep'")
     assert_fails(QUANTISED, tmp_path, "more than sparse: its config_groups .*'int-quantized'")
     assert_fails(tmp_path / "none", tmp_path, "none has no config.json")
-    convert_checkpoint(DATA / "24-0.9.4", tmp_path / "ours")
+    convert(DATA / "24-0.9.4", tmp_path / "ours")
     assert_fails(tmp_path / "ours", tmp_path, "ours is in hf_sparse's own format already")
     source = copy("24-0.9.4")
     for described, words in (
@@ -283,10 +285,10 @@ def test_a_target_in_the_source_or_a_size_that_is_none_is_refused(copy, tmp_path
     before = {path: path.read_bytes() for path in source.iterdir()}
     for target in (source, source / "out"):
         with pytest.raises(SaveError, match="it is in the source, pass another folder"):
-            convert_checkpoint(source, target)
+            convert(source, target)
     assert {path: path.read_bytes() for path in source.iterdir()} == before
     with pytest.raises(ConfigError, match="max_shard_size='many' is no size"):
-        convert_checkpoint(source, tmp_path / "out", max_shard_size="many")
+        convert(source, tmp_path / "out", max_shard_size="many")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -308,8 +310,9 @@ def test_the_command_says_what_it_made(cli, tmp_path):
     assert code == 0
     assert re.match(r"7 layers packed \(.*6 n:m.*\), 9 parameters dense; 0.01 MB before", said)
     code, said, _ = cli(
-        "convert", DATA / "24-0.9.4", "--output", out, "--max-shard-size", "1KB", "--json"
-    )
+        "convert", DATA / "24-0.9.4", "--output", out, "--max-shard-size", "1KB", "--json",
+        "--overwrite",
+    )  # fmt: skip
     values = json.loads(said)
     assert values["layers"]["model.layers.0.mlp.up_proj"] == "n:m"
     assert values["bytes_after"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 from transformers.utils import logging
 
 from conftest import ROOT
-from hf_sparse import CheckpointError, SparseLinear, convert_checkpoint
+from hf_sparse import CheckpointError, SparseLinear, convert
 from hf_sparse.layers import SparseExperts
 from hf_sparse.layers.experts import is_fused
 
@@ -74,7 +74,7 @@ def assert_same_weights(model, expected):
 
 @every_folder
 def test_experts_are_sparse_layers_with_the_weights_that_were_put_in(folder, dense, tmp_path):
-    done = convert_checkpoint(DATA / folder, tmp_path / "out")
+    done = convert(DATA / folder, tmp_path / "out")
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype="auto", output_loading_info=True
     )
@@ -102,7 +102,7 @@ def test_experts_are_sparse_layers_with_the_weights_that_were_put_in(folder, den
 
 
 def test_experts_are_the_same_in_many_files(dense, tmp_path):
-    convert_checkpoint(DATA / BITMASK, tmp_path / "out", max_shard_size=500)
+    convert(DATA / BITMASK, tmp_path / "out", max_shard_size=500)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert_same_weights(model, dense(BITMASK))
@@ -132,7 +132,7 @@ def test_experts_of_which_none_gets_smaller_stay_fused(stored, dense, tampered, 
                 tensors[f"{key}.shape"] = torch.tensor([rows, columns])
 
     source = tampered(BITMASK, change)
-    done = convert_checkpoint(source, tmp_path / "out")
+    done = convert(source, tmp_path / "out")
     assert not any("experts" in name for name in done.layers)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     experts = model.get_submodule(EXPERTS)
@@ -158,7 +158,7 @@ def test_tied_experts_are_stored_dense_and_once(both, dense, tampered, monkeypat
     config = json.loads((source / "config.json").read_text())
     config |= {"num_hidden_layers": 2, "tie_word_embeddings": True}
     (source / "config.json").write_text(json.dumps(config))
-    done = convert_checkpoint(source, tmp_path / "out")
+    done = convert(source, tmp_path / "out")
     assert len(done.layers) == 8
     assert not any("experts" in name for name in done.layers)
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -205,5 +205,5 @@ def cast(tensors):
 def test_experts_that_do_not_fit_are_refused(change, words, tampered, tmp_path):
     source = tampered(TWO_OF_FOUR, change)
     with pytest.raises(CheckpointError, match=words):
-        convert_checkpoint(source, tmp_path / "out")
+        convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

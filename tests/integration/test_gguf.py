@@ -111,12 +111,22 @@ def test_the_command_line_prunes_and_measures_a_gguf_file(folder, tmp_path, cli)
     assert "50" in said
     assert AutoTokenizer.from_pretrained(out)("cat")["input_ids"]
     for arguments in ((folder, "--gguf-file", name), (out,)):
-        code, said, error = cli("eval", *arguments, "--data", text, *data)
+        code, said, error = cli("eval", *arguments, "--dataset", text, *data)
         assert code == 0, error
         assert "perplexity" in said
     compared = ["--methods", "magnitude", "--sparsities", "0.5", "--dataset", text, "--no-plot"]
     code, said, error = cli(
-        *("compare", folder, "--gguf-file", name, "--data", text, *compared, "--seq-len", 16),
+        *(
+            "compare",
+            folder,
+            "--gguf-file",
+            name,
+            "--eval-dataset",
+            text,
+            *compared,
+            "--seq-len",
+            16,
+        ),
         *("--output", tmp_path / "compared"),
     )
     assert code == 0, error

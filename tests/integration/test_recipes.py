@@ -465,9 +465,9 @@ def test_statistics_and_inputs_of_a_unit_are_gone_when_the_next_one_is_reached(
 
     original = Statistics.inverse_factor  # best needs it for costs and for targets
 
-    def watched(self, damp_percent):
+    def watched(self, damping):
         alive.append(weakref.ref(self))
-        return original(self, damp_percent)
+        return original(self, damping)
 
     monkeypatch.setattr(block_walk, "Visit", Watched)
     monkeypatch.setattr(Statistics, "inverse_factor", watched)

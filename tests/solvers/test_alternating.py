@@ -123,7 +123,7 @@ def test_masks_and_weights_are_those_of_the_formulas(solver, shape, pattern, dam
         if expected.margin > 1e-4:
             break
     assert expected.margin > 1e-4
-    solution = solver(damp_percent=damp).solve(weight, statistics, parsed(pattern))
+    solution = solver(damping=damp).solve(weight, statistics, parsed(pattern))
     assert torch.equal(solution.mask, expected.mask)
     torch.testing.assert_close(solution.weight.double(), expected.weight, rtol=1e-3, atol=1e-4)
 
@@ -221,5 +221,5 @@ def test_an_eigendecomposition_that_fails_is_an_error_that_says_what_to_do(monke
         raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", fail)
-    with pytest.raises(SolveError, match=r"did not converge.*damp_percent.*admm"):
+    with pytest.raises(SolveError, match=r"did not converge.*damping.*admm"):
         ALPS().solve(make_weight(3, 8), statistics_of(8), Unstructured(0.5))

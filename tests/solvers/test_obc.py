@@ -130,7 +130,7 @@ def test_a_cheap_removal_waits_for_the_dear_one_before_it():
     # first removal costs 0.0304 and is the cheapest that can be had.
     hessian = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
     weight = torch.tensor([[1.0, -1.0], [0.4, 0.5]])
-    solver = OBC(damp_percent=1e-6)
+    solver = OBC(damping=1e-6)
     one = solver.solve(weight, freeze(hessian), Unstructured(0.25))
     assert one.mask.tolist() == [[True, True], [False, True]]
     torch.testing.assert_close(one.weight[1, 1], torch.tensor(0.86))
@@ -189,9 +189,9 @@ def test_rows_solved_in_chunks_give_the_same_result(monkeypatch, pattern):
 
 def test_the_damping_is_the_one_asked_for():
     weight, hessian = make_weight(4, 24), hessian_of(make_inputs(24))
-    assert_solves(OBC(damp_percent=0.7), weight, hessian, "0.5", damp=0.7)
+    assert_solves(OBC(damping=0.7), weight, hessian, "0.5", damp=0.7)
     weak = OBC().solve(weight, freeze(hessian), Unstructured(0.5))
-    strong = OBC(damp_percent=0.7).solve(weight, freeze(hessian), Unstructured(0.5))
+    strong = OBC(damping=0.7).solve(weight, freeze(hessian), Unstructured(0.5))
     assert not torch.allclose(weak.weight, strong.weight, rtol=1e-2)
 
 
@@ -221,7 +221,7 @@ def test_fewer_tokens_than_inputs_are_enough(pattern):
 @pytest.mark.parametrize("pattern", ["0.9", (1, 4)], ids=str)
 def test_inputs_that_are_all_the_same_leave_finite_weights_and_exact_counts(pattern):
     weight = make_weight(6, 80)
-    solver = OBC(damp_percent=1e-7)
+    solver = OBC(damping=1e-7)
     solution = solver.solve(weight, freeze(torch.ones(80, 80)), parsed(pattern))
     assert bool(torch.isfinite(solution.weight).all())
     assert int((~solution.mask).sum()) == {"0.9": 432, (1, 4): 360}[pattern]
@@ -237,7 +237,7 @@ def low_rank(columns: int, rank: int) -> Statistics:
 
 
 def test_a_damping_near_rounding_errors_still_gives_finite_weights_and_exact_counts():
-    solver = OBC(damp_percent=1e-15)
+    solver = OBC(damping=1e-15)
     solution = solver.solve(make_weight(6, 64), low_rank(64, rank=2), Unstructured(0.9))
     # Whether that much is enough to factorise it depends on how sums are rounded.
     assert bool(torch.isfinite(solution.weight).all())
@@ -245,10 +245,8 @@ def test_a_damping_near_rounding_errors_still_gives_finite_weights_and_exact_cou
 
 
 def test_a_hessian_too_close_to_singular_is_an_error_that_asks_for_more_damping():
-    with pytest.raises(SolveError, match=r"too close to singular.*larger damp_percent"):
-        OBC(damp_percent=1e-15).solve(
-            make_weight(6, 150), low_rank(150, rank=75), Unstructured(0.9)
-        )
+    with pytest.raises(SolveError, match=r"too close to singular.*larger damping"):
+        OBC(damping=1e-15).solve(make_weight(6, 150), low_rank(150, rank=75), Unstructured(0.9))
 
 
 def test_a_layer_with_too_many_inputs_is_refused_with_what_to_do_instead():

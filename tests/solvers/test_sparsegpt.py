@@ -135,7 +135,7 @@ def test_the_damping_is_the_one_asked_for():
     weight, inputs = make_weight(6, 48), make_inputs(48)
     hessian = hessian_of(inputs)
     expected = Oracle(weight, hessian.float(), damp=0.7).run("0.5")
-    assert_solves(SparseGPT(damp_percent=0.7), weight, hessian, "0.5", expected)
+    assert_solves(SparseGPT(damping=0.7), weight, hessian, "0.5", expected)
     weak = SparseGPT().solve(weight, freeze(hessian), Unstructured(0.5))
     assert not torch.allclose(weak.weight.double(), expected.weight, rtol=1e-2)
 

@@ -22,7 +22,12 @@ REFUSED = {
     "dbrx", "deepseek_v4", "diffusion_gemma", "hunyuan_v1_moe", "jetmoe", "llama4", "llama4_text",
     "longcat_flash",
 }  # fmt: skip
-ALL = [(kind, name) for kind in KINDS for name in types_of(kind) if (kind, name) not in set(CHOSEN)]
+ALL = [
+    (kind, name)
+    for kind in KINDS
+    for name in types_of(kind)
+    if (kind, name) not in {*FIRST, *OTHERS}
+]
 
 PLAIN = """
 import sys, torch, transformers

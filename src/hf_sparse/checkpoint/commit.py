@@ -5,7 +5,8 @@ Many files can't be renamed at once, but config.json can, and may say where the 
 
     1. by the new one, which names the weights in the staging folder: from here on the new
        checkpoint is the folder's;
-    2. once all files are linked into their places, by the new one without that name.
+    2. once all files are linked into their places, and those of the old checkpoint that none has
+       replaced are removed, by the new one without that name.
 
 A process that dies before 1 leaves the old checkpoint, one that dies later the new one.
 """
@@ -22,7 +23,8 @@ from typing import Any
 
 from ..core.errors import CheckpointError, SaveError
 from ..core.json_records import read_json
-from .staging import CONFIG_FILE, POINTER, locked, sync
+from .staging import locked, sync
+from .weight_files import CONFIG_FILE, INDEX, POINTER, SINGLE
 
 # What a sparse checkpoint has beside its weights: what pruning did, what was measured of it since,
 # and both as a page to read.
@@ -30,8 +32,6 @@ REPORT_FILE = "pruning_report.json"
 EVALUATION_FILE = "pruning_evaluation.json"
 PAGE_FILE = "pruning_report.html"
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model(?:\.(.+))?-\d{5}-of-\d{5}\.safetensors")
 _WHOLE = re.compile(r"model(?:\.(.+))?\.safetensors|model\.safetensors\.index(?:\.(.+))?\.json")
 
@@ -65,15 +65,13 @@ def put_in_place(staging: Path, target: Path, keep: Callable[[Path], bool]) -> N
         try:
             if pointer:
                 _point(staging, target, pointer)
-            _move(staging, target, new, leave=bool(pointer))
+            _move(staging, target, new, stale, leave=bool(pointer))
         except OSError as error:
             state = "complete and loads" if pointer else "not complete"
             raise SaveError(
                 f"saving to {str(target)!r} broke off while files were moved there, what it holds "
                 f"is {state}; save again: {error}"
             ) from error
-        for name in stale:
-            (target / name).unlink(missing_ok=True)
 
 
 def _obstacle(target: Path, path: Path) -> str | None:
@@ -154,19 +152,25 @@ def _point(staging: Path, target: Path, pointer: str) -> None:
     sync(target)
 
 
-def _move(staging: Path, target: Path, new: list[Path], leave: bool) -> None:
-    """Put files in their places: weights before their index, config.json when all is there.
+def _move(
+    staging: Path, target: Path, new: list[Path], stale: Collection[str], leave: bool
+) -> None:
+    """Put files in their places, weights before their index, and remove what is stale.
 
-    With `leave`, all but config.json stay in the staging folder, too.
+    With `leave`, all but config.json stay in the staging folder, too. config.json, which leads
+    there until then, comes last: who goes by the names in a folder takes a single file for all of
+    its weights, even if an index stands beside it.
     """
     config = Path(CONFIG_FILE)
-    for path in sorted(new, key=lambda path: (path == config, path.suffix == ".json")):
+    for path in sorted(set(new) - {config}, key=lambda path: (path.suffix == ".json", path)):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
-        if path == config:
-            sync(target)
-        linked = leave and path != config
-        os.replace(_link(staging, path) if linked else staging / path, target / path)
+        os.replace(_link(staging, path) if leave else staging / path, target / path)
+    for name in stale:
+        (target / name).unlink(missing_ok=True)
     sync(target)
+    if config in new:
+        os.replace(staging / config, target / config)
+        sync(target)
 
 
 def _link(staging: Path, path: Path) -> Path:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from ..core.errors import SaveError
 from .commit import put_in_place
-from .save_id import mark_shards, sort_metadata
+from .save_id import mark_save, sort_metadata
 from .staging import new_file, settle, staging_folder, sync
 
 
@@ -53,7 +53,7 @@ def _fill(staging: Path, save: Callable[[str], Any], target: Path) -> None:
         save(str(staging))
         for path in staging.glob("*.safetensors"):
             sort_metadata(path)
-        mark_shards(staging)
+        mark_save(staging)
         settle(staging)
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "No space" not in str(error):

@@ -17,20 +17,22 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config.sparse_config import SAVE_KEY
+from ..config.keys import SAVE_KEY
 from ..core.errors import CheckpointError, FormatError
 from ..core.json_records import parse_json
 from ..core.low_rank import KEY_A, KEY_B, LowRank, check_low_rank_layout
 from ..formats import Format, format_from_spec
 from ..formats.base import check_layout, check_packed
 from ..layers.axes import Axes
-from .save_id import check_one_save
+from .save_id import check_one_save, check_single
+from .weight_files import check_distinct, weight_files
 
 METADATA_KEY = "hf_sparse"
 VERSION = 1
@@ -144,9 +146,11 @@ def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLaye
     """
     described: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Found] = {}
-    seen: dict[str, str] = {}
+    keys: dict[str, list[str]] = {}
     saves: dict[str, str | None] = {}
     for path in [os.fspath(file) for file in files]:
+        if saves and Path(path).parent != Path(next(iter(saves))).parent:
+            raise _damaged(path, f"it is in another folder than {next(iter(saves))}")
         if not path.endswith(".safetensors"):
             raise _damaged(path, "a sparse checkpoint is stored in safetensors files only")
         try:
@@ -159,10 +163,8 @@ def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLaye
                     )
                 described = layers
                 saves[path] = said.get(SAVE_KEY)
-                for key in file.keys():  # noqa: SIM118
-                    if key in seen:
-                        raise _damaged(path, f"{key} is in {seen[key]}, too")
-                    seen[key] = path
+                keys[path] = list(file.keys())
+                for key in keys[path]:
                     part = file.get_slice(key)
                     dtype = _DTYPES.get(part.get_dtype())
                     module, _, local = key.rpartition(".")
@@ -170,8 +172,21 @@ def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLaye
                         tensors.setdefault(module, {})[local] = path, tuple(part.get_shape()), dtype
         except (SafetensorError, OSError) as error:
             raise _damaged(path, f"it can't be read: {error}") from None
+    check_distinct(keys)
     check_one_save(saves)
     return {name: _describe(name, e, tensors.get(name, {})) for name, e in described.items()}
+
+
+def read_folder(folder: str | os.PathLike[str]) -> tuple[list[Path], dict[str, PackedLayer]]:
+    """The weight files of a checkpoint's folder and their packed layers; none of a folder without.
+
+    Raises:
+        CheckpointError: as of `read_layers`; or config.json is of another save.
+    """
+    files = weight_files(Path(folder))
+    layers = read_layers(files)
+    check_single(files)
+    return files, layers
 
 
 def _parse(path: str, text: str | None) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""Shards that belong together: a save has an id, in every shard, in their index and in config.json.
+"""Files that belong together: a save has an id, in config.json, and in its shards and their index.
 
-It is a digest of what is saved, so that equal models stay equal files. One file needs none: with
-config.json it is put in place at once, see `commit`.
+It is a digest of what is saved, so that equal models stay equal files. A checkpoint of one file has
+its id in config.json alone, where it is a digest that can be taken of the file again.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config.sparse_config import QUANT_METHOD, SAVE_KEY
+from ..config.keys import QUANT_METHOD, SAVE_KEY
 from ..core.errors import CheckpointError
-from ..core.json_records import read_json
-from .commit import INDEX
-from .staging import CONFIG_FILE
+from .weight_files import CONFIG_FILE, INDEX, SINGLE, read_object
 
 _BLOCK = 1 << 23
+# Bytes that the id of a single file has of each tensor: training changes them all, and reading a
+# whole file would make loading it slow.
+_SAMPLE = 4096
 # Digits of the id: 128 bits.
 _DIGITS = 32
 
@@ -39,16 +40,100 @@ def sort_metadata(path: str | os.PathLike[str]) -> None:
             file.write(text.ljust(size))
 
 
-def mark_shards(folder: Path) -> None:
-    """Write the id of a complete save into its shards, their index and config.json.
+def mark_save(folder: Path) -> None:
+    """Write the id of a complete save into its config.json, its shards and their index.
 
     Only if config.json is a sparse model's: no other reader asks for it.
     """
-    config = _read_object(folder / CONFIG_FILE)
-    index = _read_object(folder / INDEX)
+    config, index = read_object(folder / CONFIG_FILE), read_object(folder / INDEX)
     settings = config.get("quantization_config")
-    if not index or not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
+    if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         return
+    if index:
+        settings[SAVE_KEY] = index["metadata"][SAVE_KEY] = _mark_shards(folder, index)
+        _write_json(folder / INDEX, index)
+    elif (folder / SINGLE).is_file():
+        settings[SAVE_KEY] = id_of_file(folder / SINGLE)
+    _write_json(folder / CONFIG_FILE, config)
+
+
+def id_of_file(path: str | os.PathLike[str]) -> str:
+    """The id of a checkpoint of one safetensors file: a digest of its header, and of the middle of
+    each tensor."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size)
+        digest = hashlib.sha256(header)
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        for begin, end in sorted(tensor["data_offsets"] for tensor in tensors.values()):
+            file.seek(8 + size + max(begin, (begin + end - _SAMPLE) // 2))
+            digest.update(file.read(min(_SAMPLE, end - begin)))
+    return digest.hexdigest()[:_DIGITS]
+
+
+def check_one_save(found: Mapping[str, str | None]) -> None:
+    """Raise a CheckpointError if a checkpoint's files are parts of several saves, by their ids.
+
+    Args:
+        found: the id that each weight file's metadata hold, by path; None without one. All lie in
+            one folder, in which config.json and an index are looked for.
+    """
+    names = {Path(path).name for path in found}
+    if names and names != {SINGLE} and all(name.startswith("model-") for name in names):
+        folder = Path(next(iter(found))).parent
+        check_ids(found, read_object(folder / CONFIG_FILE), read_object(folder / INDEX))
+    elif found:  # of a variant, or of a name of the user's: config.json may be another save's
+        check_ids(found, {}, {})
+
+
+def check_single(files: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise a CheckpointError if a checkpoint's only file is not what config.json was saved with.
+
+    Its contents have been checked before: what is damaged has an error of its own.
+    """
+    for path in map(Path, files):
+        if path.name == SINGLE:
+            config = read_object(path.parent / CONFIG_FILE)
+            if SAVE_KEY in _settings(config):
+                check_ids({str(path): id_of_file(path)}, config, {})
+
+
+def check_ids(ids: Mapping[str, str | None], config: Any, index: Any) -> None:
+    """Raise a CheckpointError unless weight files, config.json and index have one id.
+
+    Who writes config.json anew, for a setting of his own, leaves the id out: then it says nothing.
+
+    Args:
+        ids: those of the weight files, by path.
+        config, index: the content of these files; {} if there is none.
+    """
+    folder, ids = Path(next(iter(ids))).parent, dict(ids)
+    about = index.get("metadata")
+    for name, content in ((CONFIG_FILE, _settings(config)), (INDEX, about)):
+        if isinstance(content, dict) and SAVE_KEY in content:
+            ids[str(folder / name)] = str(content[SAVE_KEY])
+    first, *others = ids.items()
+    for path, save_id in others:
+        if save_id != first[1]:
+            raise CheckpointError(
+                f"{path}: it is of {_named(save_id)}, {Path(first[0]).name} beside it of "
+                f"{_named(first[1])}: save the model there again, or copy all files of one save "
+                f"(or, if a file was changed on purpose, delete {SAVE_KEY} in {CONFIG_FILE})"
+            )
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    settings = config.get("quantization_config")
+    return settings if isinstance(settings, dict) else {}
+
+
+def _named(save_id: str | None) -> str:
+    return f"save {save_id[:_DIGITS]!r}" if save_id else "a save without an id"
+
+
+def _mark_shards(folder: Path, index: Mapping[str, Any]) -> str:
+    """Write the id into the shards; gives it."""
     shards = sorted(set(index["weight_map"].values()))
     digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes())
     for name in shards:
@@ -58,37 +143,7 @@ def mark_shards(folder: Path) -> None:
     save_id = digest.hexdigest()[:_DIGITS]
     for name in shards:
         _mark(folder / name, save_id)
-    settings[SAVE_KEY] = index["metadata"][SAVE_KEY] = save_id
-    for path, content in ((folder / CONFIG_FILE, config), (folder / INDEX, index)):
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def check_one_save(found: Mapping[str, str | None]) -> None:
-    """Raise a CheckpointError if files are parts of several saves.
-
-    Args:
-        found: the id that each file's metadata hold, by path; None without one.
-    """
-    folder = Path(next(iter(found))).parent
-    ids = dict(found)
-    if all(Path(path).name.startswith(("model-", "model.safetensors")) for path in found):
-        settings = _read_object(folder / CONFIG_FILE).get("quantization_config")
-        about = _read_object(folder / INDEX).get("metadata") if len(found) > 1 else None
-        for name, content in ((CONFIG_FILE, settings), (INDEX, about)):
-            # Who writes config.json anew, for a setting of his own, leaves the id out.
-            if isinstance(content, dict) and SAVE_KEY in content:
-                ids[str(folder / name)] = str(content[SAVE_KEY])
-    first, *others = ids.items()
-    for path, save_id in others:
-        if save_id != first[1]:
-            raise CheckpointError(
-                f"{path}: it is of {_named(save_id)}, {Path(first[0]).name} beside it of "
-                f"{_named(first[1])}: save the model there again, or copy all files of one save"
-            )
-
-
-def _named(save_id: str | None) -> str:
-    return f"save {save_id[:_DIGITS]!r}" if save_id else "a save without an id"
+    return save_id
 
 
 def _mark(path: Path, save_id: str) -> None:
@@ -110,10 +165,5 @@ def _with_metadata(header: bytes, more: Mapping[str, str]) -> bytes:
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; {} if there is none to be read."""
-    try:
-        content = read_json(path)
-    except (OSError, CheckpointError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -16,15 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..core.errors import CheckpointError
-from ..core.json_records import read_json
+from .weight_files import pointer
 
 if sys.platform != "win32":
     import fcntl
 
-CONFIG_FILE = "config.json"
-# The key of config.json in which transformers looks for the name of the weights' file.
-POINTER = "transformers_weights"
 _PREFIX = ".hf_sparse-save-"
 _NAME = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")
 
@@ -129,8 +125,5 @@ def _remove_dead(target: Path) -> None:
 
 def _named_by_config(target: Path) -> str | None:
     """The hidden folder in which config.json says that the weights are."""
-    try:
-        content = read_json(target / CONFIG_FILE)
-        return str(content[POINTER]).partition("/")[0]
-    except (OSError, CheckpointError, TypeError, KeyError):
-        return None
+    named = pointer(target)
+    return named.partition("/")[0] if named else None

@@ -22,6 +22,7 @@ class Argument(Generic[Given, Held]):
     Attributes:
         default: what holds if it isn't given.
         help: what it says, in sentences, the first of which can stand alone.
+        shell_help: the same of its option, which is typed; `help` unless that speaks of Python.
         group: what it belongs to, for lists of options.
         check: from name and value to the value held; raises a ConfigError.
         otherwise: what a default of None stands for, in words.
@@ -39,9 +40,11 @@ class Argument(Generic[Given, Held]):
         group: str,
         check: Callable[[str, Any], Any] = unchecked,
         otherwise: str = "none",
+        shell_help: str | None = None,
     ) -> None:
         self.default, self.help, self.group = default, help, group
         self.check, self.otherwise = check, otherwise
+        self.shell_help = shell_help or help
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 from ..core.errors import ConfigError, RegistrationError
 from ..core.registry import unknown_name
@@ -25,6 +26,7 @@ class Recipe:
         target: "layer": each layer reproduces its own outputs; "dense": those of the dense model.
         metric: "inputs", or "fisher": refit again weighted by the loss's sensitivity.
         allocation: of unstructured sparsity over the layers.
+        about: when to use it, in a sentence.
     """
 
     solver: str
@@ -32,12 +34,29 @@ class Recipe:
     target: str = "layer"
     metric: str = "inputs"
     allocation: str = "uniform"
+    about: str = ""
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `SparseConfig` that it sets, its solver as the method."""
+        names = ("refit", "target", "metric", "allocation")
+        own = {name: getattr(self, name) for name in names}
+        changed = {name: value for name, value in own.items() if value != getattr(Recipe, name)}
+        return {"method": self.solver, **changed}
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "fast": Recipe("sparsegpt", refit=10),
-    "balanced": Recipe("admm", refit=10, metric="fisher", allocation="fisher"),
-    "best": Recipe("alps", refit=20, target="dense", metric="fisher", allocation="fisher"),
+    "fast": Recipe("sparsegpt", refit=10, about="A first try, or a large model in little time."),
+    "balanced": Recipe(
+        "admm", refit=10, metric="fisher", allocation="fisher", about="The usual choice."
+    ),
+    "best": Recipe(
+        "alps",
+        refit=20,
+        target="dense",
+        metric="fisher",
+        allocation="fisher",
+        about="As good as it gets, in about four times the time of fast.",
+    ),
 }
 
 

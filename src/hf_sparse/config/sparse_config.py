@@ -12,7 +12,7 @@ from ..core.grids import Grid
 from ..core.patterns import Pattern, parse_pattern
 from ..core.statistics import Needs
 from ..formats import check_format_name
-from .arguments import ARGUMENTS, Arguments, documented, unknown_arguments
+from .arguments import ARGUMENTS, RENAMED, Arguments, documented, unknown_arguments
 from .contradictions import (
     check_format,
     check_method,
@@ -20,11 +20,8 @@ from .contradictions import (
     resolve_sparsity,
 )
 from .json_values import as_pairs, describe_dataset, describe_tokenizer, read_dataset
+from .keys import QUANT_METHOD, SAVE_KEY
 from .recipes import get_recipe, get_solver
-
-QUANT_METHOD = "hf_sparse"
-# In shards, their index and config.json: the id of the save that they are of.
-SAVE_KEY = "hf_sparse_save"
 
 
 class SparseConfig(Arguments, QuantizationConfigMixin):
@@ -150,7 +147,8 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         Raises:
             ConfigError: an unknown key; a newer version of this package may have written it.
         """
-        arguments = {k: v for k, v in config_dict.items() if k not in ("quant_method", SAVE_KEY)}
+        own = {k: v for k, v in config_dict.items() if k not in ("quant_method", SAVE_KEY)}
+        arguments = {RENAMED.get(k, k): v for k, v in own.items()}  # of older checkpoints
         if unknown := sorted(set(arguments) - set(ARGUMENTS)):
             raise unknown_arguments(
                 unknown,
@@ -168,6 +166,10 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         for name in ("sparsity", "allocation"):
             values[name] = as_pairs(values[name])
         return {"quant_method": self.quant_method, **values}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What holds of a config that is passed for a checkpoint that has its own."""
+        return {"prefer": self.prefer}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the method's defaults, and always method, sparsity and pattern."""

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int16
 from torch import Tensor
 
+from .shapes import row_blocks
+
 # Fractions of the full range that are tried; the first of equally good ones is taken.
 CLIPPING = tuple(1 - step / 50 for step in range(21))
 
@@ -70,6 +72,19 @@ class Grid:
         Returns:
             Scales of every row and group, finite and above 0; 1 where a group has only zeros.
         """
+        blocks = row_blocks((len(weight), weight.shape[1]), weight.device)
+        fitted = [
+            self._fit(weight[rows], None if mask is None else mask[rows], importance, search)
+            for rows in blocks
+        ]
+        scale = torch.cat([scales.scale for scales in fitted])
+        zeros = [scales.zero for scales in fitted if scales.zero is not None]
+        return Scales(self, scale, torch.cat(zeros) if zeros else None)
+
+    def _fit(
+        self, weight: Tensor, mask: Tensor | None, importance: Tensor | None, search: bool
+    ) -> Scales:
+        """`fit` for some rows."""
         kept = weight.float() if mask is None else weight.float().where(mask, 0)
         grouped = self._grouped(kept)
         low, high = grouped.amin(dim=2).clamp(max=0), grouped.amax(dim=2).clamp(min=0)
@@ -123,6 +138,10 @@ class Scales:
     scale: Float[Tensor, "out groups"]
     zero: Int16[Tensor, "out groups"] | None
 
+    def of_rows(self, rows: slice) -> Scales:
+        """Those of some rows."""
+        return Scales(self.grid, self.scale[rows], None if self.zero is None else self.zero[rows])
+
     def column(self, j: int) -> tuple[Float[Tensor, " out"], Int16[Tensor, " out"] | None]:
         """Scale and zero point of each row in column j."""
         group = j // self.grid.group_size if self.grid.group_size else 0
@@ -130,9 +149,12 @@ class Scales:
 
     def round(self, weight: Float[Tensor, "out in"]) -> QuantizedWeight:
         """The nearest point of the grid for each weight; beyond its ends, the end."""
-        grouped = self.grid._grouped(weight.float())
-        codes = self._codes(grouped).flatten(1)[:, : weight.shape[1]]
-        return QuantizedWeight(codes.to(torch.int16).contiguous(), self)
+        rows, columns = weight.shape
+        codes = torch.empty(rows, columns, dtype=torch.int16, device=weight.device)
+        for block in row_blocks((rows, columns), weight.device):
+            grouped = self.grid._grouped(weight[block].float())
+            codes[block] = self.of_rows(block)._codes(grouped).flatten(1)[:, :columns]
+        return QuantizedWeight(codes, self)
 
     def round_column(self, values: Float[Tensor, " out"], j: int) -> Float[Tensor, " out"]:
         """Column j rounded to the grid, as weights: what `round(...).dequantize()` has there."""
@@ -160,9 +182,14 @@ class QuantizedWeight:
 
     def dequantize(self) -> Float[Tensor, "out in"]:
         """codes * scale in fp32."""
-        grouped = self.scales.grid._grouped(self.codes.float())
-        dense = grouped.mul_(self.scales.scale.unsqueeze(2)).flatten(1)
-        return dense[:, : self.codes.shape[1]].contiguous()
+        rows, columns = self.codes.shape
+        dense = torch.empty(rows, columns, dtype=torch.float32, device=self.codes.device)
+        for block in row_blocks((rows, columns), self.codes.device):
+            grouped = self.scales.grid._grouped(self.codes[block].float())
+            dense[block] = grouped.mul_(self.scales.scale[block].unsqueeze(2)).flatten(1)[
+                :, :columns
+            ]
+        return dense
 
 
 def _nearest(grid: Grid, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .counting import all_finite
 from .errors import SolveError
 
 # Damping is raised tenfold at most this often before a Hessian counts as unusable.
@@ -40,7 +41,7 @@ def damped(hessian: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
     return matrix
 
 
-def factorise(hessian: Float[Tensor, "in in"], damp_percent: float) -> InverseFactor:
+def factorise(hessian: Float[Tensor, "in in"], damping: float) -> InverseFactor:
     """The factor U of H^-1 = U'U (SparseGPT, sec. 3.2), found in fp64 without forming H^-1.
 
     With J the reversal of the order, J H J = L L' gives H = V V' for the upper triangular
@@ -52,18 +53,18 @@ def factorise(hessian: Float[Tensor, "in in"], damp_percent: float) -> InverseFa
     """
     dead = hessian.diagonal() == 0
     for step in range(DAMP_STEPS):
-        damping = damp_percent * 10**step
-        lower, info = torch.linalg.cholesky_ex(damped(hessian, damping, torch.float64).flip(0, 1))
+        raised = damping * 10**step
+        lower, info = torch.linalg.cholesky_ex(damped(hessian, raised, torch.float64).flip(0, 1))
         if int(info) == 0:
             _invert(lower)
             upper = lower.float().flip(0, 1)
-            if bool(torch.isfinite(upper).all()):
-                return InverseFactor(upper, dead, damping)
+            if all_finite(upper):
+                return InverseFactor(upper, dead, raised)
         del lower
     raise SolveError(
-        f"its Hessian is not positive definite, even with {damp_percent * 10 ** (DAMP_STEPS - 1)} "
+        f"its Hessian is not positive definite, even with {damping * 10 ** (DAMP_STEPS - 1)} "
         "of the mean diagonal added: use more or more varied calibration data, or a larger "
-        "damp_percent"
+        "damping"
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .counting import all_finite
 from .errors import FormatError
 
 # Names of the buffers, and what follows a layer's name in files.
@@ -54,7 +55,7 @@ class LowRank:
         found = {key: (tuple(t.shape), t.dtype) for key, t in self.tensors().items()}
         check_low_rank_layout(found, shape, self.rank)
         for key, tensor in self.tensors().items():
-            if not bool(torch.isfinite(tensor).all()):
+            if not all_finite(tensor):
                 raise FormatError(f"{key} holds NaN or infinite values")
 
 

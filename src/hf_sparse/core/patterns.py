@@ -18,7 +18,9 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from .counting import at_most, count_true, count_true_per_row
 from .errors import ConfigError
+from .shapes import row_blocks
 from .untrusted_text import brief
 
 # Scores in a row up to which all pairs are compared.
@@ -134,7 +136,7 @@ def partial_mask(
         return final
     candidates = scores.masked_fill(final, math.inf)
     rows = candidates if per_row else candidates.reshape(1, -1)
-    zeros = (final.numel() - int(torch.count_nonzero(final))) // max(1, len(rows))
+    zeros = (final.numel() - count_true(final)) // max(1, len(rows))
     return keep_highest(rows, math.floor(share * zeros)).view_as(scores)
 
 
@@ -147,15 +149,31 @@ def keep_highest(scores: Float[Tensor, "rows n"], drop: int) -> Bool[Tensor, "ro
     if drop == 0 or scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     if scores.shape[1] <= SHORT_ROW:
-        return (_ranks(scores) >= drop).contiguous()
+        blocks = row_blocks((len(scores), scores.shape[1]), scores.device)
+        return torch.cat([_ranks(scores[rows]) >= drop for rows in blocks])
     threshold = _kth_smallest(scores, drop)
-    dropped = scores <= threshold
-    if int(dropped.sum()) != drop * scores.shape[0]:
-        below = scores < threshold
-        ties = dropped & ~below
-        room = drop - below.sum(dim=1, keepdim=True)
-        dropped = below | (ties & (ties.cumsum(dim=1) <= room))
-    return ~dropped
+    dropped = at_most(scores, threshold)
+    if count_true(dropped) != drop * len(dropped):
+        below = at_most(scores, threshold.nextafter(threshold.new_tensor(-math.inf)))
+        _keep_last_ties(dropped, below, drop)
+    return dropped.logical_not_()
+
+
+def _keep_last_ties(
+    dropped: Bool[Tensor, "rows n"], below: Bool[Tensor, "rows n"], drop: int
+) -> None:
+    """Of the scores equal to each row's threshold only the first go; `dropped` changes in place.
+
+    Args:
+        dropped: the scores at most equal to the threshold.
+        below: those below it.
+        drop: how many of a row go.
+    """
+    rows, columns = (dropped ^ below).nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(dropped))
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(dim=0) - counts)[rows]
+    stays = place >= (drop - count_true_per_row(below))[rows]
+    dropped[rows[stays], columns[stays]] = False
 
 
 def _ranks(scores: Float[Tensor, "rows n"]) -> UInt8[Tensor, "rows n"]:

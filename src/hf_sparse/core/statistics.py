@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .counting import all_finite
 from .errors import SolveError
 from .inverse_factor import InverseFactor, damped, factorise
 from .precision import full_precision
@@ -50,30 +51,30 @@ class Statistics:
     _factors: dict[float, InverseFactor] = field(default_factory=dict, repr=False, compare=False)
     _damped: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def damped_hessian(self, damp_percent: float) -> Float[Tensor, "in in"]:
-        """H with H_jj = 1 for dead inputs and damp_percent * mean(diag H) added; fp32, shared.
+    def damped_hessian(self, damping: float) -> Float[Tensor, "in in"]:
+        """H with H_jj = 1 for dead inputs and damping * mean(diag H) added; fp32, shared.
 
         Raises:
             SolveError: H is not finite.
         """
-        if damp_percent not in self._damped:
+        if damping not in self._damped:
             assert self.hessian is not None, "the solver did not ask for the Hessian"
-            matrix = damped(self.hessian, damp_percent, self.hessian.dtype)
-            if not bool(torch.isfinite(matrix).all()):
+            matrix = damped(self.hessian, damping, self.hessian.dtype)
+            if not all_finite(matrix):
                 raise SolveError("its Hessian holds NaN or infinite values")
-            self._damped[damp_percent] = matrix
-        return self._damped[damp_percent]
+            self._damped[damping] = matrix
+        return self._damped[damping]
 
-    def inverse_factor(self, damp_percent: float) -> InverseFactor:
+    def inverse_factor(self, damping: float) -> InverseFactor:
         """The factor U of the damped H^-1 = U'U; computed once, see `factorise`.
 
         Raises:
             SolveError: H isn't positive definite even with 10^3 times the damping.
         """
-        if damp_percent not in self._factors:
+        if damping not in self._factors:
             assert self.hessian is not None, "the solver did not ask for the Hessian"
-            self._factors[damp_percent] = factorise(self.hessian, damp_percent)
-        return self._factors[damp_percent]
+            self._factors[damping] = factorise(self.hessian, damping)
+        return self._factors[damping]
 
     @full_precision()
     def relative_error(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.data_record import DataRecord
 from ..core.errors import EvaluationError
 from ..core.logging import progress_bar
+from ..core.renamed import renamed_arguments
 from .data import evaluating, load_data, to_device, token_mask
 
 
@@ -49,11 +50,12 @@ class Agreement:
         )
 
 
+@renamed_arguments(data="dataset")
 def agreement(
     model: nn.Module,
     dense: nn.Module,
     tokenizer: Any,
-    data: Any,
+    dataset: Any,
     seq_len: int | None = None,
     *,
     num_samples: int | None = None,
@@ -71,7 +73,7 @@ def agreement(
     Args:
         model: the sparse model.
         dense: the model to compare with; same vocabulary.
-        tokenizer, data, seq_len, num_samples, batch_size, seed, split, join_documents: as for
+        tokenizer, dataset, seq_len, num_samples, batch_size, seed, split, join_documents: as for
             `perplexity`.
         depth: also compare the hidden states after every block; those of one batch are then in
             memory twice.
@@ -80,7 +82,7 @@ def agreement(
         EvaluationError: an argument is out of range, or the vocabularies differ.
         CalibrationError: the data are unusable.
     """
-    loaded, seq_len = load_data(model, lambda: tokenizer, data, seq_len=seq_len,
+    loaded, seq_len = load_data(model, lambda: tokenizer, dataset, seq_len=seq_len,
         num_samples=num_samples, batch_size=batch_size, seed=seed, split=split,
         join_documents=join_documents)  # fmt: skip
     divergence, same, tokens = 0.0, 0, 0

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..core.errors import EvaluationError
+from ..core.renamed import renamed_arguments
 from .agreement import Agreement, agreement
 from .generation import GenerationSpeed, generation_speed
 from .perplexity import Perplexity, perplexity
@@ -47,11 +48,12 @@ class Evaluation:
         return {name: value for name, value in values.items() if value}
 
 
+@renamed_arguments(data="dataset")
 def evaluate(
     model: nn.Module | Load,
     dense: nn.Module | Load | None = None,
     tokenizer: Any = None,
-    data: Any = None,
+    dataset: Any = None,
     *,
     seq_len: int | None = None,
     num_samples: int | None = None,
@@ -70,7 +72,7 @@ def evaluate(
             model is then timed, and its peak memory measured, while the other one is not there. The
             dense one is loaded twice for that.
         tokenizer: of both; without it no text is generated.
-        data: as for `perplexity`; None measures no perplexity and no agreement.
+        dataset: as for `perplexity`; None measures no perplexity and no agreement.
         seq_len, num_samples, seed, split, join_documents: as for `perplexity`.
         speed: time generation, too.
         prompts: beginnings for the models to go on with. Default the first 24 tokens of three
@@ -93,10 +95,10 @@ def evaluate(
 
     def measure(side: nn.Module) -> _Side:
         timed = generation_speed(side) if speed else None
-        measured = perplexity(side, tokenizer, data, **settings) if data is not None else None
-        if tokenizer is None or not (prompts or data is not None):
+        measured = perplexity(side, tokenizer, dataset, **settings) if dataset is not None else None
+        if tokenizer is None or not (prompts or dataset is not None):
             return _Side(timed, measured)
-        ids = make_prompts(side, tokenizer, prompts, data, seed, split)
+        ids = make_prompts(side, tokenizer, prompts, dataset, seed, split)
         begun = [tokenizer.decode(x[0], skip_special_tokens=True) for x in ids]
         return _Side(timed, measured, begun, list(continuations(side, tokenizer, ids, new_tokens)))
 
@@ -105,8 +107,8 @@ def evaluate(
     sparse = _loaded(model)
     after = measure(sparse)
     agreed = None
-    if dense is not None and data is not None:
-        agreed = agreement(sparse, _loaded(dense), tokenizer, data, depth=True, **settings)
+    if dense is not None and dataset is not None:
+        agreed = agreement(sparse, _loaded(dense), tokenizer, dataset, depth=True, **settings)
     texts: Sequence[str | None] = before.texts or [None] * len(after.texts)
     return Evaluation(
         after.perplexity,

@@ -26,6 +26,7 @@ from ..calibration.batches import Batch
 from ..core.data_record import DataRecord
 from ..core.errors import EvaluationError
 from ..core.logging import progress_bar
+from ..core.renamed import renamed_arguments
 from .data import evaluating, load_data, to_device, token_mask
 
 
@@ -63,10 +64,11 @@ class Perplexity:
         )
 
 
+@renamed_arguments(data="dataset")
 def perplexity(
     model: nn.Module,
     tokenizer: Any,
-    data: Any,
+    dataset: Any,
     seq_len: int | None = None,
     *,
     stride: int | None = None,
@@ -81,7 +83,7 @@ def perplexity(
     Args:
         model: a transformers causal language model, sparse or dense.
         tokenizer: its tokenizer; None if the data are token ids.
-        data: as `SparseConfig.dataset`: a path, strings, token ids, ... Text is packed as for
+        dataset: as `SparseConfig.dataset`: a path, strings, token ids, ... Text is packed as for
             calibration: each document behind the BOS token, cut into blocks. Documents of a file
             are drawn in an order given by `seed`; to keep an order, pass an iterator.
         seq_len: tokens of a window. Default min(2048, what the model allows).
@@ -91,14 +93,14 @@ def perplexity(
         seed: order in which documents are drawn.
         split: which split of a data set named by its Hub id, or of a `DatasetDict`.
         join_documents: join all texts, in their order, with blank lines, tokenise them as one text
-            and cut that into blocks: with `data="wikitext2"` and `seq_len=2048` what the papers
+            and cut that into blocks: with `dataset="wikitext2"` and `seq_len=2048` what the papers
             report (GPTQ, SparseGPT, Wanda). Otherwise each text is behind a BOS of its own.
 
     Raises:
         EvaluationError: an argument is out of range, or the model is no causal language model.
         CalibrationError: the data are unusable.
     """
-    loaded, seq_len = load_data(model, lambda: tokenizer, data, seq_len=seq_len,
+    loaded, seq_len = load_data(model, lambda: tokenizer, dataset, seq_len=seq_len,
         num_samples=num_samples, batch_size=batch_size, seed=seed, split=split,
         join_documents=join_documents)  # fmt: skip
     if stride is not None and not 1 <= stride < seq_len:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from ..core.counting import count_zeros, kept_values
 from ..core.errors import FormatError
 from ..core.patterns import Pattern
 from .base import Accepted, Layout, Packed, Rejected, TensorSpec, stored_bytes
@@ -34,7 +35,7 @@ class Bitmask(Layout):
         cls, weight: Shaped[Tensor, "out in"], pattern: Pattern, value_bits: int | None = None
     ) -> Accepted | Rejected:
         rows, columns = weight.shape
-        kept = int(torch.count_nonzero(weight))
+        kept = weight.numel() - count_zeros(weight)
         values = stored_bytes(kept, weight, value_bits)
         return Accepted(cls(), values + rows * -(-columns // 8))
 
@@ -58,8 +59,8 @@ class Bitmask(Layout):
         return count_ones(tensors["weight_bitmask"])
 
     def pack(self, weight: Shaped[Tensor, "out in"]) -> Packed:
-        mask = weight != 0
-        return {"weight": weight[mask], "weight_bitmask": pack_bits(mask)}
+        mask = weight.bool()
+        return {"weight": kept_values(weight, mask), "weight_bitmask": pack_bits(mask)}
 
     def sample(
         self, tensors: Mapping[str, Tensor], dense: Shaped[Tensor, "rows in"], first: int

@@ -5,13 +5,18 @@ A stream of b-bit numbers is one row: number i takes the bits from b i on, its l
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
+from ..core.counting import on_cpu
+
 
 def pack_bits(bits: Bool[Tensor, "rows n"]) -> UInt8[Tensor, "rows bytes"]:
     """Each row to ceil(n / 8) bytes; the padding bits of the last byte are 0."""
+    if on_cpu(bits):
+        return torch.from_numpy(np.packbits(bits.numpy(), axis=1, bitorder="little"))
     rows, n = bits.shape
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -n % 8)).view(rows, -1, 8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
@@ -20,6 +25,9 @@ def pack_bits(bits: Bool[Tensor, "rows n"]) -> UInt8[Tensor, "rows bytes"]:
 
 def unpack_bits(packed: UInt8[Tensor, "rows bytes"], n: int) -> Bool[Tensor, "rows n"]:
     """The first n bits of each row."""
+    if on_cpu(packed):
+        unpacked = np.unpackbits(packed.numpy(), axis=1, count=n, bitorder="little")
+        return torch.from_numpy(unpacked).view(torch.bool)
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(-1) >> shifts) & 1
     return bits.view(packed.shape[0], -1)[:, :n].to(torch.bool)
@@ -43,6 +51,9 @@ def pack_numbers(numbers: UInt8[Tensor, " n"], bits: int) -> UInt8[Tensor, " byt
     """Numbers below 2^bits to ceil(n bits / 8) bytes."""
     if bits == 8:
         return numbers.clone()
+    if bits == 4:
+        pairs = torch.nn.functional.pad(numbers, (0, len(numbers) % 2))
+        return pairs[::2] | pairs[1::2] << 4
     shifts = torch.arange(bits, dtype=torch.uint8, device=numbers.device)
     string = (numbers.unsqueeze(-1) >> shifts) & 1
     return pack_bits(string.to(torch.bool).view(1, -1)).view(-1)
@@ -52,6 +63,8 @@ def unpack_numbers(packed: UInt8[Tensor, " bytes"], bits: int) -> UInt8[Tensor, 
     """As many numbers as the bytes have room for; those of the padding are 0."""
     if bits == 8:
         return packed.clone()
+    if bits == 4:
+        return torch.stack([packed & 15, packed >> 4], dim=1).flatten()
     n = packed.numel() * 8 // bits
     string = unpack_bits(packed.view(1, -1), n * bits).view(n, bits).to(torch.uint8)
     shifts = torch.arange(bits, dtype=torch.uint8, device=packed.device)

@@ -24,15 +24,16 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
+from ..core.counting import kept_values
 from ..core.errors import FormatError
 from ..core.patterns import NM, Pattern
+from ..core.shapes import row_blocks
 from .base import Accepted, Layout, Packed, Rejected, TensorSpec, stored_bytes
 from .bits import pack_bits, padding_is_zero, unpack_bits
 
 # C(32, 16) < 2^31: ranks and the binomials they are made of stay far inside int64.
 LARGEST_M = 32
 DETECTED_M = (4, 8, 16, 32)
-BLOCK_WEIGHTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,19 @@ class NMPacked(Layout):
         return shape[0] * self._row_sizes(shape[1])[0]
 
     def pack(self, weight: Shaped[Tensor, "out in"]) -> Packed:
+        shape = (weight.shape[0], weight.shape[1])
+        blocks = [self._pack_rows(weight[rows]) for rows in row_blocks(shape, weight.device)]
+        return {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
+
+    def _pack_rows(self, weight: Shaped[Tensor, "rows in"]) -> Packed:
         rows = weight.shape[0]
-        values, ranks = [], []
+        values, codes = [], []
         for group, kept in self._groups(weight):
-            positions = _kept_positions(group != 0, kept)
-            values.append(group.gather(2, positions).reshape(rows, -1))
-            ranks.append(_rank(positions, self._binomials(positions.device)))
-        codes = torch.cat(ranks, dim=1)
-        shifts = torch.arange(self._index_bits, device=codes.device)
-        bits = ((codes.unsqueeze(-1) >> shifts) & 1).to(torch.bool).view(rows, -1)
+            chosen, ranks = _choose(group.bool(), kept, self._binomials(weight.device))
+            values.append(kept_values(group, chosen).view(rows, -1))
+            codes.append(ranks)
+        shifts = torch.arange(self._index_bits, device=weight.device)
+        bits = ((torch.cat(codes, dim=1).unsqueeze(-1) >> shifts) & 1).bool().view(rows, -1)
         return {"weight": torch.cat(values, dim=1), "weight_indices": pack_bits(bits)}
 
     def sample(
@@ -103,7 +108,7 @@ class NMPacked(Layout):
     ) -> Shaped[Tensor, "..."]:
         indices = tensors["weight_indices"][first : first + len(dense)]
         columns = dense.shape[1]
-        blocks = _row_blocks((len(dense), columns), dense.device)
+        blocks = row_blocks((len(dense), columns), dense.device)
         parts = [dense[rows].gather(1, self._columns(indices[rows], columns)) for rows in blocks]
         return torch.cat(parts)
 
@@ -112,7 +117,7 @@ class NMPacked(Layout):
         indices = tensors["weight_indices"]
         if not padding_is_zero(indices, groups * self._index_bits):
             raise FormatError(f"weight_indices has bits set behind group {groups} of a row")
-        for rows in _row_blocks(shape, indices.device):
+        for rows in row_blocks(shape, indices.device):
             codes = self._codes(indices[rows], groups)
             start = 0
             for count, width, kept in self._sections(shape[1]):
@@ -130,7 +135,7 @@ class NMPacked(Layout):
     ) -> Shaped[Tensor, "out in"]:
         values, indices = tensors["weight"], tensors["weight_indices"]
         dense = torch.zeros(shape, dtype=dtype, device=values.device)
-        for rows in _row_blocks(shape, values.device):
+        for rows in row_blocks(shape, values.device):
             columns = self._columns(indices[rows], shape[1])
             dense[rows].scatter_(1, columns, values[rows].to(dtype))
         return dense
@@ -190,46 +195,48 @@ class NMPacked(Layout):
         return torch.tensor(table, dtype=torch.int64, device=device)
 
 
-def _row_blocks(shape: tuple[int, int], device: torch.device) -> list[slice]:
-    """Rows whose indices are decoded at once.
-
-    Decoding takes some 20 bytes a weight. On a CPU, blocks keep that in the cache, and keep large
-    temporaries from leaving holes in the heap; elsewhere every block would cost launches.
-    """
-    rows, columns = shape
-    step = max(1, BLOCK_WEIGHTS // columns) if device.type == "cpu" else rows
-    return [slice(start, start + step) for start in range(0, rows, step)]
-
-
 def _smallest_n(weight: Tensor, m: int) -> int:
     """The smallest n for which every group of m, and the tail, has room for its non-zeros."""
     columns = weight.shape[1]
-    counts = torch.nn.functional.pad((weight != 0).to(torch.uint8), (0, -columns % m))
-    counts = counts.view(weight.shape[0], -1, m).sum(dim=2)
     tail = columns % m
-    n = int(counts[:, : columns // m].max()) if columns >= m and counts.numel() else 0
-    n = max(n, 1)
-    while tail and counts.numel() and n < m and NM(n, m).kept(tail) < int(counts[:, -1].max()):
-        n += 1
-    return n
+    full, last = 1, 0  # the most non-zeros of a group, and of a row's tail
+    for rows in row_blocks((len(weight), columns), weight.device):
+        nonzero = weight[rows].bool()
+        if columns >= m:
+            starts = nonzero[:, : columns - tail]
+            counts = torch.zeros(len(starts), columns // m, dtype=torch.uint8, device=starts.device)
+            for i in range(m):
+                counts += starts[:, i::m]
+            full = max(full, int(counts.max()))
+        if tail:
+            last = max(last, int(nonzero[:, columns - tail :].sum(dim=1).max()))
+        if full == m:
+            break
+    while tail and full < m and NM(full, m).kept(tail) < last:
+        full += 1
+    return full
 
 
-def _kept_positions(
-    nonzero: Bool[Tensor, "out groups width"], kept: int
-) -> Int64[Tensor, "out groups kept"]:
-    """Exactly `kept` ascending positions a group: the non-zeros, then the lowest free ones."""
-    room = kept - nonzero.sum(dim=2, keepdim=True)
+def _choose(
+    nonzero: Bool[Tensor, "out groups width"], kept: int, binomials: Int64[Tensor, "i c"]
+) -> tuple[Bool[Tensor, "out groups width"], Int64[Tensor, "out groups"]]:
+    """Exactly `kept` positions a group, the non-zeros and then the lowest free ones; their ranks.
+
+    The rank of c_1 < c_2 < ... is sum_i C(c_i, i).
+    """
+    room = kept - nonzero.sum(dim=2, dtype=torch.int8)
     if bool((room < 0).any()):
         raise FormatError(f"a group holds more than {kept} non-zero weights")
-    free = ~nonzero
-    chosen = nonzero | (free & (free.cumsum(dim=2) <= room))
-    return chosen.nonzero()[:, 2].view(*nonzero.shape[:2], kept)
-
-
-def _rank(positions: Int64[Tensor, "out groups n"], binomials: Tensor) -> Tensor:
-    """sum_i C(c_i, i), i = 1..n."""
-    order = torch.arange(1, positions.shape[2] + 1, device=positions.device)
-    return binomials[order.expand_as(positions), positions].sum(dim=2)
+    columns = list(nonzero.unbind(dim=2))
+    found = torch.zeros_like(room, dtype=torch.int64)  # how many are chosen so far
+    ranks = torch.zeros_like(found)
+    for c, column in enumerate(columns):
+        free = ~column & (room > 0)
+        room -= free.to(torch.int8)
+        columns[c] = chosen = column | free
+        found += chosen
+        ranks += binomials[:, c].take(found) * chosen
+    return torch.stack(columns, dim=2), ranks
 
 
 def _unrank(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..core.errors import RegistrationError
 from ..core.registry import Registry
-from .base import Choice, Considered, Kernel, Stored, Verdict
+from .base import Choice, Considered, Form, Kernel, Stored, Verdict
 from .cpu.kernel import TileKernel
 from .dense import DenseKernel
 from .gpu.kernel import SlicedKernel
@@ -28,6 +28,7 @@ __all__ = [
     "KERNELS",
     "Choice",
     "Considered",
+    "Form",
     "Kernel",
     "Stored",
     "Verdict",

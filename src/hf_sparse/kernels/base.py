@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,8 @@ from torch import Tensor
 from ..formats import Format
 from ..formats.base import Packed
 from .token_classes import Way
+
+Form = Literal["any", "packed", "dense"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,15 @@ class Stored:
         tensors: the format's tensors, by local key; checked.
         shape: (out, in).
         dtype: dtype of the dense weight; that of the values may be narrower.
+        form: what is wanted of a kernel of ours: a packed weight even if that is slower, on a CPU
+            a dense one, or what it finds best.
     """
 
     format: Format
     tensors: Mapping[str, Tensor]
     shape: tuple[int, int]
     dtype: torch.dtype
+    form: Form = "any"
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +91,8 @@ class Verdict:
     """Over the dense product at one token, measured on this machine; None if not measured."""
     ways: tuple[Way, ...] = ()
     """How products of each class of tokens are made, where the kernel has a choice."""
+    seconds: float | None = None
+    """Of a product of one token, estimated from what was measured on this machine."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class DenseKernel(Kernel):
             reason = f"would take back the memory that packing saves on {stored.device}"
             return Considered(Verdict(cls.name, False, reason))
         reason = "decoded once: the saving is on disk only"
+        if stored.form == "dense":
+            reason += '; hf_sparse.prefer(model, "memory") packs it'
         weight = stored.dense(stored.dtype)
         packed = dict(stored.tensors) if stored.format.grid else None
         return Considered(Verdict(cls.name, True, reason, 1.0), cls(weight, packed))

@@ -1,20 +1,19 @@
-"""Speed-ups that were measured on this machine, and the file in the user's cache that keeps them.
+"""What was measured on this machine, and the file in the user's cache that keeps it.
 
-What was measured holds for the processor, the number of threads, the library versions, the shape,
-the dtypes and the sparsity in steps of 5 %. HF_SPARSE_MEASURE=0 switches measuring off: sparse
-kernels are then used wherever they can run.
+HF_SPARSE_MEASURE=0 switches measuring off: sparse kernels are then used wherever they can run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
+import math
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,16 @@ from .token_classes import TokenClass
 
 SWITCH = "HF_SPARSE_MEASURE"
 MOST_BYTES = 16 << 20  # of the file: more is none of ours
-FASTEST = 1e6  # times the dense product: more is no measurement
+LARGEST = 1e6  # seconds, or times the dense product: more is no measurement
 
-Speeds = dict[str, float]
+# Rounds go on until both halves of them say the same, but no longer than that; a busy machine gets
+# more time until they are near each other, or there is no telling.
+SPREAD, SECONDS = 1.05, 0.25
+WIDE_SPREAD, MOST_SECONDS = 1.5, 1.0
+ROUNDS = 6
+LEAST_ROUNDS = 3  # of what takes long
+
+Measured = dict[str, float]
 
 
 def enabled() -> bool:
@@ -44,11 +50,11 @@ def over_dense(
     what: str,
     machine: str,
     classes: Iterable[TokenClass],
-    measure: Callable[[TokenClass], Speeds],
-) -> dict[str, Speeds]:
+    measure: Callable[[TokenClass], Measured | None],
+) -> dict[str, Measured]:
     """Speed over the dense product by class and way, now or before; empty if switched off.
 
-    What is slower at the first class is not measured further.
+    What is slower at the first class, or can't be measured, is not measured further.
 
     Args:
         shape, dtype: of the dense weight and of x.
@@ -59,66 +65,120 @@ def over_dense(
     """
     if not enabled():
         return {}
-    found: dict[str, Speeds] = {}
+    found: dict[str, Measured] = {}
     for each in classes:
         place = f"{shape[0]}x{shape[1]}, {dtype}, {what}, {each.name} tokens"
-        key = f"{machine}, torch {torch.__version__}, {place}".replace("torch.", "")
-        found[each.name] = _remembered(key, each.ways, functools.partial(measure, each))
-        if len(found) == 1 and max(found[each.name].values()) < 1:
+        speeds = remembered(f"{machine}, {place}", each.ways, functools.partial(measure, each))
+        if speeds is None:
+            break
+        found[each.name] = speeds
+        if len(found) == 1 and max(speeds.values()) < 1:
             break
     return found
 
 
-def _remembered(key: str, ways: Iterable[str], measure: Callable[[], Speeds]) -> Speeds:
-    known = _read_cache()
-    speeds = known.get(key)
-    if speeds is None or set(speeds) != set(ways):
-        speeds = {name: round(value, 3) for name, value in measure().items()}
-        _write_cache({**known, key: speeds})
-    return speeds
+def remembered(
+    key: str, names: Collection[str], measure: Callable[[], Measured | None]
+) -> Measured | None:
+    """What was measured under a key, by name; if nothing was, `measure` does, unless it can't."""
+    key = f"{key}, torch {torch.__version__}".replace("torch.", "")
+    known = read_cache()
+    found = known.get(key)
+    if found is None or set(found) != set(names):
+        found = measure()
+        if found is not None:
+            found = {name: float(f"{value:.4g}") for name, value in found.items()}
+            _write_cache({**known, key: found})
+    return found
 
 
 def compare(
-    candidates: Mapping[str, tuple[Callable[[Any], Tensor], list[Any]]], rounds: int
-) -> Speeds:
-    """Median seconds of a round by candidate: each calls its function with all its operands."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    candidates: Mapping[str, tuple[Callable[[Any], Tensor], Sequence[Any]]],
+) -> Measured | None:
+    """Seconds of a call by candidate, over its operands; None on a machine too busy to tell.
+
+    The candidates take turns. What else runs on a machine only ever adds to a time, so each
+    operand's least time counts. Rounds are repeated until the even and the odd ones agree.
+    """
+    seconds: dict[str, list[list[float]]] = {name: [] for name in candidates}
+    started = time.perf_counter()
     with torch.no_grad():
-        for _ in range(rounds + 1):  # the first warms up
+        for rounds in itertools.count():
             for name, (call, operands) in candidates.items():
-                started = time.perf_counter()
-                for operand in operands:
-                    call(operand)
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+                seconds[name].append([_seconds(call, operand) for operand in operands])
+            if rounds == 0:  # it warms up
+                for times in seconds.values():
+                    times.clear()
+                continue
+            taken = time.perf_counter() - started
+            if rounds < (ROUNDS if taken < SECONDS else LEAST_ROUNDS):
+                continue
+            spread = max(map(_spread, seconds.values()))
+            if spread < (SPREAD if taken < SECONDS else WIDE_SPREAD):
+                return {name: _least(times) / len(times[0]) for name, times in seconds.items()}
+            if taken > MOST_SECONDS:
+                break
+    return None
 
 
-def _cache_file() -> Path:
+def _seconds(call: Callable[[Any], Tensor], operand: Any) -> float:
+    started = time.perf_counter()
+    call(operand)
+    return time.perf_counter() - started
+
+
+def _spread(rounds: Sequence[Sequence[float]]) -> float:
+    halves = _least(rounds[::2]), _least(rounds[1::2])
+    return max(halves) / min(halves)
+
+
+def _least(rounds: Sequence[Sequence[float]]) -> float:
+    return math.fsum(min(times) for times in zip(*rounds, strict=True))
+
+
+def cache_file() -> Path:
+    """Where what was measured is kept."""
     return platformdirs.user_cache_path("hf_sparse", appauthor=False) / "speed.json"
 
 
-def _read_cache() -> dict[str, Speeds]:
-    """What was measured before; what is missing, damaged or no speed counts as not measured."""
+def read_cache() -> dict[str, Measured]:
+    """What was measured before; what is missing, damaged or no time counts as not measured."""
     try:
-        content = read_json(_cache_file(), any_number=True, largest=MOST_BYTES)
+        stat = cache_file().stat()
+        return _read(cache_file(), stat.st_mtime_ns, stat.st_size)
     except (OSError, HfSparseError):
         return {}
+
+
+@functools.lru_cache(maxsize=1)
+def _read(file: Path, changed: int, size: int) -> dict[str, Measured]:
+    """A file's content, read once for every layer of a model."""
+    content = read_json(file, any_number=True, largest=MOST_BYTES)
     if not isinstance(content, dict):
         return {}
-    return {key: speeds for key, speeds in content.items() if _are_speeds(speeds)}
+    return {key: found for key, found in content.items() if _is_measured(found)}
 
 
-def _are_speeds(found: object) -> bool:
+def _is_measured(found: object) -> bool:
     return (
         isinstance(found, dict)
         and bool(found)
-        and all(type(speed) in (int, float) and 0 < speed < FASTEST for speed in found.values())
+        and all(type(value) in (int, float) and 0 < value < LARGEST for value in found.values())
     )
 
 
-def _write_cache(content: dict[str, Speeds]) -> None:
+def clear_cache() -> None:
+    """Forget what was measured.
+
+    Raises:
+        OSError: the file can't be removed.
+    """
+    cache_file().unlink(missing_ok=True)
+
+
+def _write_cache(content: dict[str, Measured]) -> None:
     """Replace the file as a whole; a folder that can't be written to means measuring again."""
-    file = _cache_file()
+    file = cache_file()
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(

@@ -13,8 +13,9 @@ from ..core.errors import FormatError, TrainingError
 from ..core.low_rank import KEY_A, KEY_B, LowRank
 from ..formats import Format
 from ..formats.base import Packed, check_packed, packed_bytes
-from ..kernels import Kernel, Verdict, choose
+from ..kernels import Form, Kernel, Verdict, choose
 from ..kernels import Stored as StoredWeight
+from ..kernels.dense import DenseKernel
 from .held import VALUES, Held, PackedWeight, Resolved, Stored, Trained, Unchecked, buffer_name
 
 
@@ -32,6 +33,7 @@ class PackedModule(nn.Module):
         rank: of the low-rank part; 0 if there is none.
         weight_dtype: of the dense weight; that of the values may be narrower.
         trace: which kernels were considered, and what came of it.
+        form: the one that is wanted of a kernel.
         written_over: the weight that was held before another one was written into the layer.
     """
 
@@ -40,6 +42,7 @@ class PackedModule(nn.Module):
     format: Format
     rank: int
     trace: tuple[Verdict, ...]
+    form: Form = "any"
     written_over: PackedWeight | None
     _held: Held
 
@@ -105,10 +108,17 @@ class PackedModule(nn.Module):
         packed = self.packed
         if any(tensor.is_meta for tensor in packed.values()):
             return
-        choice = choose(StoredWeight(self.format, packed, self.shape, self.weight_dtype))
+        choice = choose(StoredWeight(self.format, packed, self.shape, self.weight_dtype, self.form))
         self.trace = choice.trace
         if choice.kernel is not None:
             self.use(choice.kernel)
+
+    def want(self, form: Form) -> None:
+        """Have a kernel hold the weight in a form, now if one does and whenever one will."""
+        self.form, kernel = form, self.kernel
+        if kernel is not None and isinstance(kernel, DenseKernel) != (form == "dense"):
+            self.hold(self.stored)
+            self.resolve()
 
     def use(self, kernel: Kernel) -> None:
         """Let a kernel that has taken the weight over multiply."""

@@ -75,7 +75,7 @@ class DenseMeasurements:
     ) -> Mapping[str, Tensor]:
         """Quantiles of what removing each layer's weights costs, on an evenly spaced part of the
         batches; `metrics` are those of the config's seed."""
-        damp = config.damp_percent
+        damp = config.damping
         key = ("costs", _layers(blocks), config.seed, damp)
         return self._once(key, lambda: _costs(model, blocks, targets, self.batches, metrics, damp))
 
@@ -144,7 +144,7 @@ def _costs(
     targets: Mapping[str, Target],
     batches: Sequence[Batch],
     metrics: Mapping[str, OutputMetric],
-    damp_percent: float,
+    damping: float,
 ) -> dict[str, Tensor]:
     """Quantiles of what removing each layer's weights costs."""
 
@@ -152,7 +152,7 @@ def _costs(
         if name not in metrics:
             return None
         # H^-1 = U'U, so its diagonal is that of U's columns squared.
-        inverse_diagonal = statistics.inverse_factor(damp_percent).upper.square().sum(dim=0)
+        inverse_diagonal = statistics.inverse_factor(damping).upper.square().sum(dim=0)
         with targets[name].weight() as weight:
             return cost_quantiles(weight.float(), metrics[name].diagonal, inverse_diagonal)
 

@@ -10,6 +10,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor
 
 from ..calibration.layer_statistics import Observed
+from ..core.counting import all_finite, count_zeros
 from ..core.errors import CalibrationError, SolveError
 from ..core.grids import QuantizedWeight
 from ..core.low_rank import LowRank
@@ -65,16 +66,10 @@ class PrunedLayer:
             sparse.resolve()
             with torch.no_grad(), align_module_device(sparse):
                 self._check_zeros(sparse.sparse_weight)
-        return replace(
-            self.report,
-            format=fmt.label,
-            bytes_after=stored,
-            bytes_resident=sparse.resident_bytes(),
-            kernel=sparse.trace[-1].kernel,
-        )
+        return replace(self.report, format=fmt.label, bytes_after=stored)
 
     def _check_zeros(self, stored: Tensor) -> None:
-        zeros = _zeros(stored)
+        zeros = count_zeros(stored)
         if zeros != self.report.zeros:
             name = self.plan.target.name
             raise SolveError(
@@ -116,7 +111,7 @@ def solve_layer(
         sparse = solution.weight.to(dtype)
         low_rank = solution.low_rank.to(dtype) if solution.low_rank else None
         whole = sparse if low_rank is None else low_rank.added_to(sparse)
-        if not bool(torch.isfinite(whole).all()):
+        if not all_finite(whole):
             raise SolveError(f"layer {name}: the solved weight overflows {dtype}")
         relative_error = statistics.relative_error(before, whole.float()) if statistics else None
     seconds = time.perf_counter() - started
@@ -135,7 +130,7 @@ def _report(
     seconds: float,
 ) -> LayerReport:
     """Of a layer that isn't packed yet."""
-    zeros = _zeros(sparse)
+    zeros = count_zeros(sparse)
     size = sparse.numel() * sparse.element_size()
     return LayerReport(
         name=plan.target.name,
@@ -153,7 +148,3 @@ def _report(
         kernel="dense",
         notes=solution.notes + ((observed.note,) if observed and observed.note else ()),
     )
-
-
-def _zeros(weight: Tensor) -> int:
-    return weight.numel() - int(torch.count_nonzero(weight))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.sparse_config import SparseConfig
+from ..core.counting import all_finite
 from ..core.errors import ConfigError, SolveError
 from ..core.patterns import Pattern
 from ..layers.select import Target, layer_sparsity, require_match
@@ -98,7 +99,7 @@ def _check_weights(solver: Solver, plans: Sequence[LayerPlan]) -> None:
             raise SolveError(f"layer {plan.target.name}: {error}") from None
         with plan.target.weight() as weight:
             _check_kind(plan.target.name, weight)
-            if not bool(torch.isfinite(weight).all()):
+            if not all_finite(weight):
                 raise SolveError(
                     f"layer {plan.target.name}: its weight holds NaN or infinite values; the model "
                     "was left as it was"

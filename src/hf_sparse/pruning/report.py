@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.commit import REPORT_FILE
+from ..checkpoint.weight_files import saved_in
 from ..core.data_record import DataRecord
 from ..core.errors import CheckpointError, PackageError
 from ..core.json_records import parse_json, read_json, read_record
 from ..kernels.machine import Environment
 from .expert_report import MixtureReport, removed_experts
-
-# Beside the weights of a checkpoint.
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ class PruningReport:
         Raises:
             CheckpointError: it is damaged; names the file.
         """
-        path = Path(folder) / REPORT_FILE
+        path = saved_in(Path(folder)) / REPORT_FILE
         try:
             content = read_json(path)
         except FileNotFoundError:
@@ -220,7 +219,10 @@ class PruningReport:
         share = self.bytes_after / self.bytes_before
         resident = self.bytes_resident / self.bytes_before
         memory = f", {resident:.2f} in memory" if resident > 1.1 * share else ""
-        memory += " (the saving is on disk only)" if resident >= 1 > share else ""
+        if resident >= 1 > share:
+            packs = self.config.get("prefer") != "memory"
+            remedy = '; prefer="memory" packs what kernels can multiply' if packs else ""
+            memory += f" (the saving is on disk only{remedy})"
         return (
             f"pruned {len(self.layers)} layers to sparsity {self.sparsity:.4f} in "
             f"{self.seconds:.1f} s; their weights take {self.bytes_after / 1e6:.2f} MB, "

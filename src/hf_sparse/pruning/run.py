@@ -7,8 +7,9 @@ Works on any module tree, in place; knows nothing of from_pretrained.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from ..config.sparse_config import SparseConfig
 from ..core.errors import CalibrationError
 from ..core.logging import get_logger
 from ..kernels.machine import Environment
+from ..layers import sparse_layers
 from ..layers.blocks import Block, find_blocks
+from ..layers.prefer import prefer
 from ..layers.select import select_targets
 from ..solvers import make_solver
 from .dense_measurements import DenseMeasurements
 from .half_pruned import refused_if_broken
 from .plan import check_plans, plan_layers, renamed
-from .report import PruningReport
+from .report import LayerReport, PruningReport
 from .solve_blocks import BlockSolver
 from .tracking import log_to_current_run
 from .whole_experts.run import ExpertPlan
@@ -83,8 +86,9 @@ def run(
             if plans:
                 solver_run.prune(plans, blocks)
             _tell_unreached(solver_run.unreached, bool(solver_run.layers))
+    prefer(model, config.prefer)
     report = PruningReport(
-        layers=tuple(solver_run.layers),
+        layers=tuple(_as_held(solver_run.layers, model)),
         left_dense=left_dense | solver_run.unreached,
         experts=choice.reports if choice else (),
         data=record,
@@ -98,6 +102,16 @@ def run(
     logger.info("%s", report.summary())
     log_to_current_run(report)
     return report
+
+
+def _as_held(reports: Iterable[LayerReport], model: nn.Module) -> Iterator[LayerReport]:
+    """The layers' reports with the kernels that they ended with."""
+    layers = sparse_layers(model)
+    for report in reports:
+        if (layer := layers.get(report.name)) is not None:
+            kernel, resident = layer.trace[-1].kernel, layer.resident_bytes()
+            report = replace(report, kernel=kernel, bytes_resident=resident)
+        yield report
 
 
 def _name(model: nn.Module) -> str:

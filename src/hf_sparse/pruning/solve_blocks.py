@@ -56,7 +56,7 @@ class BlockSolver:
         self._model, self._config, self._measurements = model, config, measurements
         self._parents = ModuleParents(model)
         self._solver = LayerSolver(
-            solver, config.refit, config.damp_percent, config.grid, config.low_rank
+            solver, config.refit, config.damping, config.grid, config.low_rank
         )
         self._metrics: Mapping[str, OutputMetric] = {}
         self._pruned: dict[str, PrunedLayer] = {}  # not packed yet

@@ -126,7 +126,7 @@ def _subject(
         report=report,
         evaluation=quantizer.evaluation or Evaluation(),
         weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        plain=not hasattr(model.config, "quantization_config"),
+        plain=report is not None and bool(report.experts) and not report.layers,
     )
 
 
@@ -137,7 +137,7 @@ def _tags(subject: Subject) -> list[str]:
 
 def _name(base_name: str, report: PruningReport | None) -> str:
     base = base_name.rpartition("/")[2] or "model"
-    if report is not None and report.experts and not report.layers:
+    if report and report.experts and not report.layers:
         return f"{base}-fewer-experts"
     return f"{base}-sparse{round(100 * report.sparsity)}" if report else f"{base}-sparse"
 

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..checkpoint.headers import PackedLayer, read_layers
+from ..checkpoint.headers import PackedLayer, read_folder
+from ..core.counting import count_zeros
 from ..pruning.report import LayerReport, PruningReport
 
 
@@ -32,8 +33,7 @@ def counted(report: PruningReport, folder: Path) -> PruningReport:
 
 def read_weights(folder: Path, names: set[str]) -> dict[str, Callable[[], Tensor]]:
     """What reads each of some layers, sparse or dense, from the files that have it."""
-    files = sorted(folder.glob("*.safetensors"))
-    packed = read_layers(files)
+    files, packed = read_folder(folder)
     found: dict[str, Callable[[], Tensor]] = {
         name: partial(unpacked, layer) for name, layer in packed.items() if name in names
     }
@@ -62,5 +62,5 @@ def _dense(path: Path, key: str) -> Tensor:
 
 
 def _counted(layer: LayerReport, weight: Tensor) -> LayerReport:
-    zeros = weight.numel() - int(torch.count_nonzero(weight))
+    zeros = count_zeros(weight)
     return replace(layer, zeros=zeros, sparsity=zeros / max(1, weight.numel()))

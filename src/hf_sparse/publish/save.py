@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.commit import EVALUATION_FILE, REPORT_FILE
 from ..checkpoint.folder import write_folder
-from ..checkpoint.staging import CONFIG_FILE
+from ..checkpoint.weight_files import CONFIG_FILE
 from ..core.logging import get_logger
+from ..layers import sparse_layers
 from .card import is_own_card, model_card
 from .hub_files import CARD
 from .push import push_to_hub
@@ -37,8 +38,8 @@ def install_saving(model: PreTrainedModel) -> None:
 
 
 def is_plain(model: PreTrainedModel) -> bool:
-    """Is it saved as an ordinary checkpoint? Its config says nothing of this package then."""
-    return not hasattr(model.config, "quantization_config")
+    """Is it an ordinary model, that only lost experts, and is saved as one?"""
+    return not hasattr(model.config, "quantization_config") and not sparse_layers(model)
 
 
 def remove_saving(model: PreTrainedModel) -> None:

@@ -37,6 +37,10 @@ class AdaPrune(Solver):
 
     name: ClassVar[str] = "adaprune"
     needs: ClassVar[Needs] = Needs.HESSIAN
+    about: ClassVar[str] = (
+        "Removes the smallest weights and trains the others, 200 steps of Adam a layer (Hubara "
+        "et al. 2021)."
+    )
     STEPS: ClassVar[int] = 200
     RATE: ClassVar[float] = 0.03
 

@@ -32,19 +32,23 @@ STEPS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 @dataclass(frozen=True)
 class ALPS(Solver):
-    """Args: damp_percent, fraction of mean(diag H) added to H."""
+    """Args: damping, fraction of mean(diag H) added to H."""
 
-    damp_percent: float = 0.01
+    damping: float = 0.01
     name: ClassVar[str] = "alps"
     needs: ClassVar[Needs] = Needs.HESSIAN
+    about: ClassVar[str] = (
+        "Finds mask and weights together, in 42 iterations and an eigendecomposition (Meng et "
+        "al. 2024)."
+    )
 
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
-        layer = UnitScale.of(weight, statistics, self.damp_percent)
+        layer = UnitScale.of(weight, statistics, self.damping)
         try:
             values, vectors = torch.linalg.eigh(layer.normal.double())
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise SolveError(
-                f"the eigendecomposition of its Hessian failed ({error}): raise damp_percent, or "
+                f"the eigendecomposition of its Hessian failed ({error}): raise damping, or "
                 "pass method='admm' or 'balanced'"
             ) from None
         values, vectors = values.float().clamp_min(0), vectors.float()

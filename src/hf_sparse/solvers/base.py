@@ -43,6 +43,8 @@ class Solver(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[Needs]
+    about: ClassVar[str] = ""
+    """What it does, in a sentence, for lists of methods."""
     chooses_pattern: ClassVar[bool] = False
     """True if the method decides itself how many zeros there are: sparsity is no argument then."""
 

@@ -21,6 +21,7 @@ class Keep(Solver):
 
     name: ClassVar[str] = "keep"
     needs: ClassVar[Needs] = Needs.NOTHING
+    about: ClassVar[str] = "Prunes nothing: packs the zeros that a checkpoint already has."
     chooses_pattern: ClassVar[bool] = True
 
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:

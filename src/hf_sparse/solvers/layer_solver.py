@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.counting import all_finite
 from ..core.errors import SolveError
 from ..core.grids import Grid
 from ..core.patterns import Pattern
@@ -36,14 +36,14 @@ class LayerSolver:
         solver: chooses the mask and gives first values; rounds them, too, if it can do so in the
             same pass and nothing comes after.
         refit_steps: of PCG in the inputs metric, and as many in the Fisher metric if there is one.
-        damp_percent: the refit's and the target's, as the solver's.
+        damping: the refit's and the target's, as the solver's.
         grid: to round what is kept to; None to leave it as it is.
         low_rank: rank of the part beside the sparse one; 0 for none.
     """
 
     solver: Solver
     refit_steps: int
-    damp_percent: float
+    damping: float
     grid: Grid | None = None
     low_rank: int = 0
 
@@ -70,7 +70,7 @@ class LayerSolver:
         """
         target = weight
         if statistics is not None and statistics.cross is not None:
-            target = dense_target(weight, statistics, self.damp_percent, residual)
+            target = dense_target(weight, statistics, self.damping, residual)
         if not self.low_rank:
             return self._sparse(target, statistics, pattern, metric)
         assert statistics is not None
@@ -88,7 +88,7 @@ class LayerSolver:
         The error isn't monotone, since a solver isn't exact: the best iterate is kept. The first
         is no worse than the sparse part alone, whose S it has.
         """
-        hessian = statistics.damped_hessian(self.damp_percent)
+        hessian = statistics.damped_hessian(self.damping)
         goal, least, best = target, math.inf, None
         for _ in range(ALTERNATIONS):
             solution = self._sparse(goal, statistics, pattern, metric)
@@ -111,8 +111,8 @@ class LayerSolver:
         if self.refit_steps:
             assert statistics is not None
             solution = self._refitted(solution, target, statistics, metric)
-        if not bool(torch.isfinite(solution.weight).all()):
-            raise SolveError("the solved weight is not finite: raise damp_percent")
+        if not all_finite(solution.weight):
+            raise SolveError("the solved weight is not finite: raise damping")
         if self.grid is not None and solution.quantized is None:
             solution = self._rounded(solution, self.grid, statistics)
         return solution
@@ -120,7 +120,7 @@ class LayerSolver:
     def _rounded(self, solution: Solution, grid: Grid, statistics: Statistics | None) -> Solution:
         hessian = None
         if statistics is not None and statistics.hessian is not None:
-            hessian = statistics.damped_hessian(self.damp_percent)
+            hessian = statistics.damped_hessian(self.damping)
         quantized = quantize(solution.weight, solution.mask, grid, hessian)
         return replace(solution, weight=quantized.dequantize(), quantized=quantized)
 
@@ -131,7 +131,7 @@ class LayerSolver:
         statistics: Statistics,
         metric: OutputMetric | None,
     ) -> Solution:
-        hessian = statistics.damped_hessian(self.damp_percent)
+        hessian = statistics.damped_hessian(self.damping)
         mask = solution.mask
         weight = refit(solution.weight, target, mask, hessian, self.refit_steps)
         if metric is not None:
@@ -143,7 +143,7 @@ class LayerSolver:
 def dense_target(
     weight: Float[Tensor, "out in"],
     statistics: Statistics,
-    damp_percent: float,
+    damping: float,
     residual: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "out in"]:
     """The weight that on the pruned model's inputs X comes closest to the dense model's output.
@@ -159,5 +159,5 @@ def dense_target(
     missing = weight @ (statistics.cross - statistics.hessian)
     if residual is not None:
         missing = missing + residual
-    upper = statistics.inverse_factor(damp_percent).upper
+    upper = statistics.inverse_factor(damping).upper
     return weight + (missing @ upper.T) @ upper

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..core.counting import zero_outside
 from ..core.patterns import Pattern
 from ..core.shapes import Weight
 from ..core.statistics import Needs, Statistics
@@ -17,7 +18,10 @@ class Magnitude(Solver):
 
     name: ClassVar[str] = "magnitude"
     needs: ClassVar[Needs] = Needs.NOTHING
+    about: ClassVar[str] = (
+        "Removes the smallest weights of each layer; the fastest and the worst (Han et al. 2015)."
+    )
 
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         mask = pattern.mask(weight.abs())
-        return Solution(weight.where(mask, 0), mask)
+        return Solution(zero_outside(weight, mask), mask)

@@ -49,14 +49,18 @@ CHUNK_BYTES = 2**28
 
 @dataclass(frozen=True)
 class OBC(Solver):
-    """Args: damp_percent, fraction of mean(diag H) added to H.
+    """Args: damping, fraction of mean(diag H) added to H.
 
     Time grows with out * in^3, so layers with more than MAX_INPUTS inputs are refused.
     """
 
-    damp_percent: float = 0.01
+    damping: float = 0.01
     name: ClassVar[str] = "obc"
     needs: ClassVar[Needs] = Needs.HESSIAN
+    about: ClassVar[str] = (
+        "Removes one weight after the other, exactly; time grows with outputs x inputs^3, at "
+        "most 1024 inputs (Frantar et al. 2022)."
+    )
     MAX_INPUTS: ClassVar[int] = 1024
 
     def check_shape(self, shape: tuple[int, int]) -> None:
@@ -70,7 +74,7 @@ class OBC(Solver):
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         assert statistics is not None
         assert statistics.hessian is not None
-        factor = statistics.inverse_factor(self.damp_percent)
+        factor = statistics.inverse_factor(self.damping)
         hessian = damped(statistics.hessian, factor.damping, torch.float64)
         dense = weight.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         try:
@@ -78,11 +82,11 @@ class OBC(Solver):
             updated = _reconstruct(dense, hessian, mask).float()
         except LinAlgError:
             raise SolveError(
-                f"its Hessian is too close to singular for method='obc' with damp_percent="
-                f"{self.damp_percent}: use a larger damp_percent, or more varied calibration data"
+                f"its Hessian is too close to singular for method='obc' with damping="
+                f"{self.damping}: use a larger damping, or more varied calibration data"
             ) from None
         raised = f"Hessian not positive definite: damping raised to {factor.damping:g}"
-        notes = (raised,) if factor.damping != self.damp_percent else ()
+        notes = (raised,) if factor.damping != self.damping else ()
         return Solution(updated, mask, notes)
 
 

@@ -49,20 +49,24 @@ class SparseGPT(Solver):
     """One-shot pruning, and rounding, with weight updates.
 
     Args:
-        damp_percent: fraction of mean(diag H) added to H.
+        damping: fraction of mean(diag H) added to H.
         block_size: columns per mask.
         joint_grid: round what is kept to it in the same pass; None leaves it as it is.
     """
 
-    damp_percent: float = 0.01
+    damping: float = 0.01
     block_size: int = 128
     joint_grid: Grid | None = None
     name: ClassVar[str] = "sparsegpt"
     needs: ClassVar[Needs] = Needs.HESSIAN
+    about: ClassVar[str] = (
+        "Removes the weights that matter least to each layer's outputs, and moves the others "
+        "to make up for them (Frantar & Alistarh 2023)."
+    )
 
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         assert statistics is not None
-        factor = statistics.inverse_factor(self.damp_percent)
+        factor = statistics.inverse_factor(self.damping)
         updated = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         mask = torch.ones_like(updated, dtype=torch.bool)
         rounding = None
@@ -74,7 +78,7 @@ class SparseGPT(Solver):
             errors = _solve_block(updated, mask, factor, pattern, start, end, rounding)
             updated[end:].addmm_(factor.upper[start:end, end:].T, errors, alpha=-1)
         raised = f"Hessian not positive definite: damping raised to {factor.damping:g}"
-        notes = (raised,) if factor.damping != self.damp_percent else ()
+        notes = (raised,) if factor.damping != self.damping else ()
         quantized = None if rounding is None else rounding.result()
         return Solution(updated.T.contiguous(), mask.T.contiguous(), notes, quantized)
 

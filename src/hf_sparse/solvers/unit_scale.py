@@ -35,10 +35,10 @@ class UnitScale:
     goal: Weight
 
     @classmethod
-    def of(cls, weight: Weight, statistics: Statistics | None, damp_percent: float) -> UnitScale:
+    def of(cls, weight: Weight, statistics: Statistics | None, damping: float) -> UnitScale:
         """Of a layer whose statistics hold the Hessian."""
         assert statistics is not None
-        hessian = statistics.damped_hessian(damp_percent)
+        hessian = statistics.damped_hessian(damping)
         scale = hessian.diagonal().sqrt()
         normal = hessian / torch.outer(scale, scale)
         scaled = (weight * scale).contiguous()

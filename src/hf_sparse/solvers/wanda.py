@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..core.counting import zero_outside
 from ..core.patterns import Pattern
 from ..core.shapes import Weight
 from ..core.statistics import Needs, Statistics
@@ -17,9 +18,13 @@ class Wanda(Solver):
 
     name: ClassVar[str] = "wanda"
     needs: ClassVar[Needs] = Needs.COLUMN_NORMS
+    about: ClassVar[str] = (
+        "Removes the smallest |weight| x norm of its input in each row, and changes nothing "
+        "else (Sun et al. 2023)."
+    )
 
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         assert statistics is not None
         assert statistics.column_norms is not None
         mask = pattern.mask(weight.abs() * statistics.column_norms, per_row=True)
-        return Solution(weight.where(mask, 0), mask)
+        return Solution(zero_outside(weight, mask), mask)

@@ -12,7 +12,8 @@ from jaxtyping import Bool
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..checkpoint.headers import read_layers
+from ..checkpoint.headers import read_folder
+from ..checkpoint.weight_files import weight_files
 from ..core.errors import TrainingError
 from ..core.logging import get_logger
 from ..formats import Format
@@ -64,12 +65,12 @@ class Masks:
 
     def check_checkpoint(self, folder: str | os.PathLike[str], model: nn.Module) -> None:
         """The same for the model's checkpoint in a folder; an adapter's folder has none."""
-        files = [str(path) for path in sorted(Path(folder).glob("model*.safetensors"))]
+        files = weight_files(Path(folder))
         if not files:
             return
         modules = dict(model.named_modules())
         sparse = {name for name in self if isinstance(modules.get(name), SparseLinear)}
-        layers = read_layers(files) if sparse else {}
+        _, layers = read_folder(folder) if sparse else (files, {})
         where = f" in {os.fspath(folder)}"
         for name in sparse:
             if name not in layers:
@@ -116,7 +117,7 @@ def stored_mask(
     return fmt.unpack({**tensors, "weight": ones}, shape, torch.bool)
 
 
-def _read(files: list[str], keys: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+def _read(files: list[Path], keys: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Those of the tensors that the files have."""
     for path in files if keys else []:
         with safe_open(path, framework="pt") as file:

@@ -31,10 +31,11 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, found: dict[str, Any]) -> str:
-    """Write gpu.json and gpu.md into a folder and return the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu.json").write_text(json.dumps(found, indent=1))
+def write(folder: Path | None, found: dict[str, Any]) -> str:
+    """Write gpu.json and gpu.md into a folder, if there is one, and return the table."""
     text = table(found)
-    (folder / "gpu.md").write_text(text)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gpu.json").write_text(json.dumps(found, indent=1))
+        (folder / "gpu.md").write_text(text)
     return text

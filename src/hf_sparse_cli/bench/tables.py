@@ -79,21 +79,23 @@ def markdown(
 
 
 def write(
-    folder: Path,
+    folder: Path | None,
     layers: Sequence[LayerPoint],
     speed: Sequence[SpeedPoint],
     memory: Sequence[MemoryPoint],
 ) -> tuple[str, dict[str, Any]]:
-    """Write all files into a folder; the tables and what is in the JSON file."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write all files into a folder, if there is one; the tables and what is in the JSON file."""
     content = {
         "machine": machine(),
         "layers": [asdict(point) for point in layers],
         "speed": [asdict(point) for point in speed],
         "memory": [asdict(point) for point in memory],
     }
-    (folder / RESULTS).write_text(json.dumps(content, indent=1))
     text = markdown(layers, speed, memory)
+    if folder is None:
+        return text, content
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS).write_text(json.dumps(content, indent=1))
     if layers:
         text += _plot(folder / "speedup.png", layers)
     (folder / "results.md").write_text(text)

@@ -1,8 +1,23 @@
 """The commands, one file each; a new one is a file and a line here."""
 
-from . import compare, convert, evaluate, explain, export, inspect, prune, report
+from . import (
+    cache,
+    compare,
+    convert,
+    evaluate,
+    explain,
+    export,
+    inspect,
+    merge,
+    methods,
+    prune,
+    report,
+    run,
+    serve,
+)
 
 COMMANDS = (
+    methods.COMMAND,
     prune.COMMAND,
     evaluate.COMMAND,
     compare.COMMAND,
@@ -10,5 +25,9 @@ COMMANDS = (
     explain.COMMAND,
     report.COMMAND,
     export.COMMAND,
+    merge.COMMAND,
     convert.COMMAND,
+    cache.COMMAND,
+    serve.COMMAND,
+    run.COMMAND,
 )

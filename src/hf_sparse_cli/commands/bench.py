@@ -10,6 +10,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ..command import Command
+from ..output import Overwrite, check_output
+from ..sections import OUTPUT
 
 Item = TypeVar("Item")
 
@@ -79,7 +81,13 @@ Sparsities = Annotated[str, typer.Option(help="Fractions of zeros, separated by 
 Threads = Annotated[
     str | None, typer.Option(help="Numbers of threads, separated by commas.  [default: torch's]")
 ]
-Folder = Annotated[Path, typer.Option(help="Folder for the tables, their JSON and the plot.")]
+Folder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for the tables, their JSON and the plot.  [default: nothing is written]",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 def bench_layers(
@@ -106,9 +114,11 @@ def bench_layers(
     cold_mb: Annotated[int, typer.Option(min=1, help="Copies of a weight take this.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each candidate, at least.")] = 7,
     seconds: Annotated[float, typer.Option(min=0, help="Time for a point, at least.")] = 2.0,
-    output: Folder = Path("bench-results"),
+    output: Folder = None,
+    overwrite: Overwrite = False,
 ) -> Measured:
     """Time the products of single layers, sparse against dense, from cold weights."""
+    _check(output, overwrite)
     if group_size is not None and (group_size < 2 or group_size % 2):
         raise typer.BadParameter(
             f"{group_size} is no group size: pass an even number", param_hint="--group-size"
@@ -147,9 +157,11 @@ def bench_model(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each model does so.")] = 5,
     threads: Threads = None,
-    output: Folder = Path("bench-results"),
+    output: Folder = None,
+    overwrite: Overwrite = False,
 ) -> Measured:
     """Time a Llama with random weights end to end, sparse against dense."""
+    _check(output, overwrite)
     from ..bench import endtoend
     from ..bench.tables import write
 
@@ -172,9 +184,11 @@ def bench_gpu(
     layers: Annotated[
         int, typer.Option(min=1, help="Layers of the model that is shaped like Llama-8B.")
     ] = 32,
-    output: Folder = Path("bench-results"),
+    output: Folder = None,
+    overwrite: Overwrite = False,
 ) -> Measured:
     """Measure all that an NVIDIA GPU gains. What is known is written after each part."""
+    _check(output, overwrite)
     from ..bench import gpu
     from ..bench.gpu_table import write
 
@@ -183,6 +197,11 @@ def bench_gpu(
     for found in gpu.measure(listed("--parts", parts, one_of(gpu.PARTS)), layers):
         tables = write(output, found)
     return Measured(tables, found)
+
+
+def _check(output: Path | None, overwrite: bool) -> None:
+    if output is not None:
+        check_output(output, overwrite)
 
 
 def _threads(text: str | None) -> tuple[int, ...]:

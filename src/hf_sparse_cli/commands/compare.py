@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..command import Command
+from ..command import Command, note
 from ..failures import Failure
 from ..models import (
+    DATA_HELP,
     DeviceMap,
     Dtype,
     GgufFile,
@@ -23,8 +24,9 @@ from ..models import (
     quantisation,
     read_dense_config,
 )
-from ..options import config_parameters, make_arguments
-from ..output import check_output
+from ..options import RENAMED_OPTIONS, ConfigFile, config_parameters, make_arguments
+from ..output import Overwrite, check_output
+from ..sections import DATA, MEASUREMENTS, OUTPUT
 
 if TYPE_CHECKING:
     from hf_sparse import Comparison
@@ -50,44 +52,61 @@ class Compared:
 def compare(
     model: Model,
     settings: Mapping[str, Any],
-    methods: Annotated[str, typer.Option(help="Recipes or plain methods, separated by commas.")],
-    sparsities: Annotated[
-        str, typer.Option(help="Fractions of zeros or n:m patterns, separated by commas.")
-    ],
-    data: Annotated[
+    methods: Annotated[
         str,
-        typer.Option(help="Text for perplexity: a text, JSON, csv or parquet file, or a Hub id."),
+        typer.Option(
+            help="Recipes or plain methods, separated by commas.", rich_help_panel=MEASUREMENTS
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the table, its JSON and the plot.")],
+    sparsities: Annotated[
+        str,
+        typer.Option(
+            help="Fractions of zeros or n:m patterns, separated by commas.",
+            rich_help_panel=MEASUREMENTS,
+        ),
+    ],
+    eval_dataset: Annotated[str, typer.Option(help=DATA_HELP, rich_help_panel=DATA)],
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for the table, its JSON and the plot.", rich_help_panel=OUTPUT),
+    ],
+    overwrite: Overwrite = False,
     eval_samples: Annotated[
-        int | None, typer.Option(help="Sequences of --data to use at most.")
+        int | None,
+        typer.Option(help="Sequences of --eval-dataset to use at most.", rich_help_panel=DATA),
     ] = None,
     plot: Annotated[
-        bool, typer.Option("--plot/--no-plot", help="Draw comparison.png; needs matplotlib.")
-    ] = True,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="YAML or JSON file with any of the arguments below; options win."),
+        bool | None,
+        typer.Option(
+            "--plot/--no-plot",
+            help="Draw comparison.png.  [default: if matplotlib is installed]",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
     ] = None,
+    config: ConfigFile = None,
     revision: Revision = None,
     gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> Compared:
-    """Prune a model by several methods at several sparsities, and compare them.
+    """Compare methods and sparsities on a model.
 
-    Perplexity, time of pruning and bytes go into comparison.md, comparison.json and
-    comparison.png; all of them appear, or none. The model is loaded anew for each run, so only one
-    is in memory at a time.
+    Perplexity on --eval-dataset, time of pruning and bytes go into comparison.md, comparison.json
+    and comparison.png; all of them appear, or none. The model is loaded anew for each run, so only
+    one is in memory at a time.
     """
     method = quantisation(read_dense_config(model, revision, gguf_file))
     if method:
         raise Failure(f"{model} is quantised with {method}: compare starts from a dense model")
-    check_output(output)
+    check_output(output, overwrite, model)
     check_dtype(dtype)
     arguments = make_arguments(settings, config)
-    if plot and find_spec("matplotlib") is None:
-        raise Failure("the plot needs matplotlib: pip install 'hf_sparse[bench]', or --no-plot")
+    drawable = find_spec("matplotlib") is not None
+    if plot and not drawable:
+        raise Failure("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    if plot is None and not drawable:
+        note("comparison.png is left out: it needs matplotlib, pip install matplotlib")
     import hf_sparse
     from hf_sparse.calibration.tokenizers import find_tokenizer
 
@@ -97,11 +116,11 @@ def compare(
         lambda: load(model, revision, dtype, device_map, gguf_file)[0],
         methods.split(","),
         [_setting(text) for text in sparsities.split(",")],
-        data,
-        evaluation_samples=eval_samples,
+        eval_dataset,
+        eval_samples=eval_samples,
         **arguments,
     )
-    found.save(output, plot)
+    found.save(output, drawable if plot is None else plot)
     return Compared(found, output)
 
 
@@ -118,7 +137,8 @@ COMMAND = Command(
     compare,
     (
         "hf-sparse compare facebook/opt-125m --methods sparsegpt,fast --sparsities 0.5,0.6,2:4 "
-        "--dataset wikitext2 --data wikitext2 --output compared",
+        "--dataset wikitext2 --eval-dataset wikitext2 --output compared",
     ),
     generated=[p for p in config_parameters() if p.name not in VARIED],
+    renamed=RENAMED_OPTIONS | {"--data": "--eval-dataset"},
 )

@@ -12,7 +12,8 @@ import typer
 from ..command import Command
 from ..failures import Failure, sentence
 from ..models import Model, Revision, read_config
-from ..output import Output, check_output
+from ..output import Output, Overwrite, check_output
+from ..sections import OUTPUT
 
 if TYPE_CHECKING:
     from hf_sparse import Conversion
@@ -46,17 +47,22 @@ def convert(
     model: Model,
     output: Output,
     max_shard_size: Annotated[
-        str, typer.Option(help="Of a file; no more than a file is held in memory.")
+        str,
+        typer.Option(
+            help="Of a file; no more than a file is held in memory.", rich_help_panel=OUTPUT
+        ),
     ] = "5GB",
+    overwrite: Overwrite = False,
     revision: Revision = None,
 ) -> Converted:
-    """Convert a sparse checkpoint that compressed-tensors wrote before 0.15.
+    """Convert a checkpoint of old compressed-tensors.
 
-    Reads its formats sparse-bitmask and sparse-24-bitmask, layer by layer and bit for bit. The
-    folder, with tokenizer and other files, appears complete or not at all.
+    Versions before 0.15 wrote sparse ones. Reads its formats sparse-bitmask and sparse-24-bitmask,
+    layer by layer and bit for bit. The folder, with tokenizer and other files, appears complete or
+    not at all.
     """
     config = read_config(model, revision)
-    check_output(output)
+    check_output(output, overwrite, model)
     import hf_sparse
     from hf_sparse.checkpoint.compressed_tensors.source import old_format
 
@@ -64,7 +70,7 @@ def convert(
     folder = Path(model).expanduser()
     if not folder.is_dir():
         folder = _download(model, revision)
-    return Converted(hf_sparse.convert_checkpoint(folder, output, max_shard_size), str(output))
+    return Converted(hf_sparse.convert(folder, output, max_shard_size), str(output))
 
 
 def _download(model: str, revision: str | None) -> Path:

@@ -11,16 +11,21 @@ import typer
 from ..command import Command
 from ..failures import Failure
 from ..models import (
+    DATA_HELP,
     DeviceMap,
     Dtype,
     GgufFile,
     JoinDocuments,
     Model,
+    Prefer,
     Revision,
+    Seed,
+    Split,
     load,
     read_config,
     read_dense_config,
 )
+from ..sections import DATA, MEASUREMENTS
 
 if TYPE_CHECKING:
     from hf_sparse import Agreement, GenerationSpeed, Perplexity, TaskResults
@@ -53,62 +58,85 @@ class Evaluation:
 
 def evaluate(
     model: Model,
-    data: Annotated[
+    dataset: Annotated[
         str | None,
-        typer.Option(help="Text for perplexity: a text, JSON, csv or parquet file, or a Hub id."),
+        typer.Option(help=f"{DATA_HELP} Gives perplexity.", rich_help_panel=MEASUREMENTS),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens of a window.  [default: 2048, or the model's limit]")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Sliding windows, this many tokens apart, not blocks.")
-    ] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Windows to use at most.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 1,
-    seed: Annotated[int, typer.Option(help="Order of the documents of a file.")] = 0,
-    join_documents: JoinDocuments = False,
     dense: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
             help="Compare with this dense model: perplexity, KL divergence, top-1 agreement.",
+            rich_help_panel=MEASUREMENTS,
         ),
     ] = None,
     speed: Annotated[
-        bool, typer.Option("--speed", help="Time generation, and report its peak memory.")
+        bool,
+        typer.Option(
+            "--speed",
+            help="Time generation, and report its peak memory.",
+            rich_help_panel=MEASUREMENTS,
+        ),
     ] = False,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, separated by commas.")
+        str | None,
+        typer.Option(help="Tasks of lm-eval, separated by commas.", rich_help_panel=MEASUREMENTS),
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(help="A folder with lm-eval tasks of your own.")
+        Path | None,
+        typer.Option(help="A folder with lm-eval tasks of your own.", rich_help_panel=MEASUREMENTS),
     ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(help="Examples in the prompt of a task.")
+        int | None,
+        typer.Option(help="Examples in the prompt of a task.", rich_help_panel=MEASUREMENTS),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Samples of a task at most.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Samples of a task at most.", rich_help_panel=MEASUREMENTS)
+    ] = None,
+    split: Split = "test",
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a window.  [default: 2048, or the model's limit]", rich_help_panel=DATA
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Sliding windows, this many tokens apart, not blocks.", rich_help_panel=DATA
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Windows to use at most.", rich_help_panel=DATA)
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences per forward pass.", rich_help_panel=DATA)
+    ] = 1,
+    seed: Seed = 0,
+    join_documents: JoinDocuments = False,
     revision: Revision = None,
     gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    prefer: Prefer = None,
 ) -> Evaluation:
-    """Measure perplexity, agreement with the dense model, speed, or tasks of lm-eval.
+    """Measure perplexity, agreement, speed, or tasks.
 
-    The model may be sparse or dense.
+    Agreement is that with the dense model, tasks are those of lm-eval. The model may be sparse or
+    dense.
     """
-    if not (data or speed or tasks):
-        raise Failure("nothing to measure: pass --data, --speed or --tasks")
-    if dense and not data:
-        raise Failure("--dense compares on text: pass --data, too")
+    if not (dataset or speed or tasks):
+        raise Failure("nothing to measure: pass --dataset, --speed or --tasks")
+    if dense and not dataset:
+        raise Failure("--dense compares on text: pass --dataset, too")
     read_dense_config(model, revision, gguf_file)
     if dense:
         read_config(dense, None)
     import hf_sparse
 
-    loaded, tokenizer = load(model, revision, dtype, device_map, gguf_file)
+    loaded, tokenizer = load(model, revision, dtype, device_map, gguf_file, prefer)
     text: dict[str, Any] = {
-        "data": data,
+        "dataset": dataset,
         "seq_len": seq_len,
         "num_samples": num_samples,
         "batch_size": batch_size,
@@ -116,7 +144,7 @@ def evaluate(
         "split": split,
         "join_documents": join_documents,
     }
-    measured = hf_sparse.perplexity(loaded, tokenizer, stride=stride, **text) if data else None
+    measured = hf_sparse.perplexity(loaded, tokenizer, stride=stride, **text) if dataset else None
     # Before a dense model joins it in memory.
     timed = hf_sparse.generation_speed(loaded) if speed else None
     dense_measured = agreed = None
@@ -143,8 +171,9 @@ COMMAND = Command(
     "eval",
     evaluate,
     (
-        "hf-sparse eval opt-sparse --data wikitext2 --dense facebook/opt-125m",
-        "hf-sparse eval opt-sparse --data held-out.txt --seq-len 512 --stride 256 --speed",
+        "hf-sparse eval opt-sparse --dataset wikitext2 --dense facebook/opt-125m",
+        "hf-sparse eval opt-sparse --dataset held-out.txt --seq-len 512 --stride 256 --speed",
         "hf-sparse eval opt-sparse --tasks arc_easy,hellaswag --limit 100 --json",
     ),
+    renamed={"--data": "--dataset"},
 )

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..command import Command
-from ..models import DeviceMap, Dtype, Model, Revision, load, read_config, require_sparse
+from ..models import DeviceMap, Dtype, Model, Prefer, Revision, load, read_config, require_sparse
 
 if TYPE_CHECKING:
     from hf_sparse import Explanation
@@ -31,16 +31,20 @@ class Explained:
 
 
 def explain(
-    model: Model, revision: Revision = None, dtype: Dtype = "auto", device_map: DeviceMap = None
+    model: Model,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    prefer: Prefer = None,
 ) -> Explained:
-    """Say which kernel each layer of a sparse checkpoint uses on this machine, and why.
+    """Which kernel each layer uses here, and why.
 
     Bytes are shares of the dense weight's, speed is over the dense product, by number of tokens.
     """
     require_sparse(model, read_config(model, revision))
     import hf_sparse
 
-    return Explained(hf_sparse.explain(load(model, revision, dtype, device_map)[0]))
+    return Explained(hf_sparse.explain(load(model, revision, dtype, device_map, prefer=prefer)[0]))
 
 
 COMMAND = Command(

@@ -10,7 +10,8 @@ import typer
 
 from ..command import Command
 from ..models import Model, Revision, load, read_config, require_sparse
-from ..output import Output, check_output
+from ..output import Output, Overwrite, check_output
+from ..sections import OUTPUT
 
 
 class Form(StrEnum):
@@ -40,16 +41,21 @@ def export(
     model: Model,
     output: Output,
     format: Annotated[
-        Form, typer.Option(help="dense: an ordinary checkpoint, zeros included, for any tool.")
+        Form,
+        typer.Option(
+            help="dense: an ordinary checkpoint, zeros included, for any tool.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = Form.dense,
+    overwrite: Overwrite = False,
     revision: Revision = None,
 ) -> Exported:
-    """Write a sparse checkpoint, with its tokenizer, in a form that needs no hf_sparse.
+    """Write a sparse checkpoint for tools that know none.
 
-    The folder appears complete or not at all.
+    Its tokenizer goes along. The folder appears complete or not at all.
     """
     require_sparse(model, read_config(model, revision))
-    check_output(output)
+    check_output(output, overwrite, model)
     import hf_sparse
     from hf_sparse.checkpoint.folder import write_folder
 

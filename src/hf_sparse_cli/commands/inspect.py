@@ -12,6 +12,7 @@ import typer
 from ..command import Command
 from ..headers import Headers, StoredLayer, read_headers
 from ..models import Model, Revision, read_config, require_sparse
+from ..sections import OUTPUT
 
 HEADINGS = ("layers", "", "shape", "format", "values", "sparsity", "MB", "of dense")
 MADE_BY = ("method", "sparsity", "pattern")
@@ -83,17 +84,21 @@ def _row(key: tuple[str, ...], layers: list[StoredLayer]) -> tuple[str, ...]:
 
 def inspect(
     model: Model,
-    layers: Annotated[bool, typer.Option("--layers", help="A line for each layer.")] = False,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help="A line for each layer.", rich_help_panel=OUTPUT),
+    ] = False,
     revision: Revision = None,
 ) -> Inspection:
-    """Show what is in a sparse checkpoint. Only headers are read, also from the Hub.
+    """Show what is in a sparse checkpoint.
 
-    Layers whose names differ by a number only are one line. The share is that of the dense weight
-    in the dtype of the stored values.
+    Only headers are read, also from the Hub. Layers whose names differ by a number only are one
+    line. The share is that of the dense weight in the dtype of the stored values.
     """
     config = read_config(model, revision)
     require_sparse(model, config)
-    return Inspection(model, config["quantization_config"], read_headers(model, revision), layers)
+    headers = read_headers(model, revision, config)
+    return Inspection(model, config["quantization_config"], headers, layers)
 
 
 COMMAND = Command(

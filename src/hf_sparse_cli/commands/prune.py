@@ -22,8 +22,9 @@ from ..models import (
     quantisation,
     read_dense_config,
 )
-from ..options import config_parameters, make_config
-from ..output import Output, check_output
+from ..options import RENAMED_OPTIONS, ConfigFile, config_parameters, make_config
+from ..output import Output, Overwrite, check_output
+from ..sections import OUTPUT
 
 if TYPE_CHECKING:
     from hf_sparse import PruningReport
@@ -50,37 +51,49 @@ def prune(
     model: Model,
     settings: Mapping[str, Any],
     output: Output,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="YAML or JSON file with any of the arguments below; options win."),
-    ] = None,
+    overwrite: Overwrite = False,
+    config: ConfigFile = None,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="ID", help="Push the result to this Hub repository, too.")
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Push the result to this Hub repository, too.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private.")
+        bool,
+        typer.Option("--private", help="Make a new repository private.", rich_help_panel=OUTPUT),
     ] = False,
     push_revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="Push to this branch of the repository.")
+        str | None,
+        typer.Option(
+            metavar="BRANCH", help="Push to this branch of the repository.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="Push as a pull request, to any repository.")
+        bool,
+        typer.Option(
+            "--create-pr",
+            help="Push as a pull request, to any repository.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     revision: Revision = None,
     gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> Pruned:
-    """Prune a model in one shot and save it sparse, with its tokenizer or processor.
+    """Prune a model and save it sparse.
 
-    The folder appears complete or not at all. Whatever can be checked is checked before the model
-    is loaded: the options, the output, the rights to push.
+    Its tokenizer or processor goes along. The folder appears complete or not at all. Whatever can
+    be checked is checked before the model is loaded: the options, the output, the rights to push.
     """
     method = quantisation(read_dense_config(model, revision, gguf_file))
     if method:
         kind = "sparse already" if method == "hf_sparse" else f"quantised with {method}"
         raise Failure(f"{model} is {kind}: prune the dense model that it was made from")
-    check_output(output)
+    check_output(output, overwrite, model)
     if push_to_hub:
         check_push(push_to_hub, create_pr)
     sparse_config = make_config(settings, config)
@@ -147,4 +160,5 @@ COMMAND = Command(
         "hf-sparse prune ./llama --config sparse.yaml --seed 1 --output out --json > report.json",
     ),
     generated=config_parameters(),
+    renamed=RENAMED_OPTIONS,
 )

@@ -11,21 +11,26 @@ import typer
 from ..command import Command
 from ..failures import Failure
 from ..models import (
+    DATA_HELP,
     DeviceMap,
     Dtype,
     JoinDocuments,
     Model,
     Revision,
+    Seed,
+    Split,
     check_dtype,
     load,
     read_config,
     require_sparse,
 )
-from ..output import check_output_file
+from ..output import Overwrite, check_output_file
+from ..sections import DATA, MEASUREMENTS, OUTPUT
 
 if TYPE_CHECKING:
     from hf_sparse import Evaluation, PruningReport
 
+PAGES = (".html", ".htm")
 FILES = ("*.json", "*.safetensors")  # what a page is made from
 
 
@@ -55,48 +60,62 @@ class Reported:
 
 def report(
     model: Model,
-    output: Annotated[Path, typer.Option(help="The HTML file to write.")],
-    dense: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Measure this dense model as well, side by side."),
-    ] = None,
-    data: Annotated[
+    output: Annotated[Path, typer.Option(help="The HTML file to write.", rich_help_panel=OUTPUT)],
+    overwrite: Overwrite = False,
+    dataset: Annotated[
         str | None,
         typer.Option(
-            help="Measure perplexity on this, and speed: a text, JSON, csv or parquet file, or a "
-            "Hub data set."
+            help=f"{DATA_HELP} Gives perplexity, and speed.", rich_help_panel=MEASUREMENTS
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens of a block.  [default: 2048, or the model's limit]")
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Measure this dense model as well, side by side.",
+            rich_help_panel=MEASUREMENTS,
+        ),
     ] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Blocks to use at most.")] = None,
-    seed: Annotated[int, typer.Option(help="Order of the documents of a file.")] = 0,
-    join_documents: JoinDocuments = False,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="Generate text from this. May be repeated.  [default: from --data]",
+            help="Generate text from this. May be repeated.  [default: from --dataset]",
             show_default=False,
+            rich_help_panel=MEASUREMENTS,
         ),
     ] = None,
-    masks: Annotated[bool, typer.Option("--masks/--no-masks", help="Show masks of layers.")] = True,
+    split: Split = "test",
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a block.  [default: 2048, or the model's limit]", rich_help_panel=DATA
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Blocks to use at most.", rich_help_panel=DATA)
+    ] = None,
+    seed: Seed = 0,
+    join_documents: JoinDocuments = False,
+    masks: Annotated[
+        bool,
+        typer.Option("--masks/--no-masks", help="Show masks of layers.", rich_help_panel=OUTPUT),
+    ] = True,
     revision: Revision = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> Reported:
-    """Make one HTML page of a sparse checkpoint: what was pruned, how, and what it is worth.
+    """Make an HTML page about a sparse checkpoint.
 
-    The page needs no network. It is made from the report that was saved with the checkpoint, and
-    from its masks; the model is only loaded to measure it, with --data.
+    It shows what was pruned, how, and what that is worth. The page needs no network. It is made
+    from the report that was saved with the checkpoint, and from its masks; the model is only loaded
+    to measure it, with --dataset.
     """
     require_sparse(model, read_config(model, revision))
-    if (dense or prompt) and not data:
-        raise Failure(f"--{'dense' if dense else 'prompt'} measures: pass --data, too")
+    if (dense or prompt) and not dataset:
+        raise Failure(f"--{'dense' if dense else 'prompt'} measures: pass --dataset, too")
     if dense:
         read_config(dense, None)
-    check_output_file(output)
+    check_output_file(output, overwrite, PAGES)
     check_dtype(dtype)
     import hf_sparse
     from hf_sparse.calibration.tokenizers import find_tokenizer
@@ -109,12 +128,12 @@ def report(
             "hf_sparse.prune or from_pretrained pruned it"
         )
     evaluation = None
-    if data:
+    if dataset:
         evaluation = hf_sparse.evaluate(
             lambda: load(model, revision, dtype, device_map)[0],
             (lambda: load(dense, None, dtype, device_map)[0]) if dense else None,
             find_tokenizer(model, revision),
-            data,
+            dataset,
             seq_len=seq_len,
             num_samples=num_samples,
             seed=seed,
@@ -144,6 +163,7 @@ COMMAND = Command(
     (
         "hf-sparse report opt-sparse --output report.html",
         "hf-sparse report opt-sparse --output report.html --dense facebook/opt-125m "
-        "--data wikitext2 --num-samples 64",
+        "--dataset wikitext2 --num-samples 64",
     ),
+    renamed={"--data": "--dataset"},
 )

@@ -8,22 +8,38 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hf_sparse.checkpoint.save_id import check_ids, check_one_save, check_single
+    from hf_sparse.checkpoint.weight_files import check_distinct, weight_files
     from hf_sparse.config.argument import Argument
-    from hf_sparse.config.arguments import ARGUMENTS, unknown_arguments
+    from hf_sparse.config.arguments import ARGUMENTS, RENAMED, unknown_arguments
+    from hf_sparse.config.keys import SAVE_KEY
+    from hf_sparse.core.errors import CheckpointError
     from hf_sparse.core.json_records import parse_json, read_json
     from hf_sparse.core.untrusted_text import printable
 else:
     __path__ = find_spec("hf_sparse").submodule_search_locations
+    from .checkpoint.save_id import check_ids, check_one_save, check_single
+    from .checkpoint.weight_files import check_distinct, weight_files
     from .config.argument import Argument
-    from .config.arguments import ARGUMENTS, unknown_arguments
+    from .config.arguments import ARGUMENTS, RENAMED, unknown_arguments
+    from .config.keys import SAVE_KEY
+    from .core.errors import CheckpointError
     from .core.json_records import parse_json, read_json
     from .core.untrusted_text import printable
 
 __all__ = [
     "ARGUMENTS",
+    "RENAMED",
+    "SAVE_KEY",
     "Argument",
+    "CheckpointError",
+    "check_distinct",
+    "check_ids",
+    "check_one_save",
+    "check_single",
     "parse_json",
     "printable",
     "read_json",
     "unknown_arguments",
+    "weight_files",
 ]

@@ -1,4 +1,4 @@
-"""What is measured, and that it is remembered."""
+"""What is measured, what is made of it, and that it is remembered."""
 
 import json
 import os
@@ -7,52 +7,74 @@ import pytest
 import torch
 
 from hf_sparse.kernels import timing
-from hf_sparse.kernels.cpu import product, speed
-from hf_sparse.kernels.cpu.pack import pack_dense
+from hf_sparse.kernels.cpu import library, product, speed
+from hf_sparse.kernels.cpu.pack import narrow, pack_dense
 from hf_sparse.kernels.timing import SWITCH
 
+WAYS = {each.name: {*each.ways, "dense"} for each in product.CLASSES}
+POINTS = 2 * len(WAYS)  # of a kind: a small and a large shape for each class
 
-def packed(rows=20):
-    """A weight of 60 % zeros."""
-    weight = torch.randn(rows, 36, generator=torch.Generator().manual_seed(rows))
-    return pack_dense(weight * (torch.arange(rows * 36).view(rows, 36) % 5 < 2))
+
+def packed(rows=20, columns=36, kept=0.4):
+    """A weight with random zeros."""
+    random = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, columns, generator=random)
+    return pack_dense(weight * (torch.rand(rows, columns, generator=random) < kept))
 
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    """The classes that `speed.over_dense` measured, with a cache of its own; all take `speed`."""
+    """The points that were measured, with a cache of its own: a weight takes a microsecond."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(SWITCH, "1")
 
     class Measured(list):
-        speed = 1.5
+        factor = 1.0
 
-        def __call__(self, weight, dtype, tokens):
-            self.append(tokens.name)
-            return dict.fromkeys(tokens.ways, self.speed)
+        def __call__(self, kind, tokens, shape):
+            self.append((kind, tokens.name, shape))
+            if self.factor is None:
+                return None
+            seconds = 1e-6 * shape[0] * shape[1]
+            return dict.fromkeys(tokens.ways, seconds * self.factor) | {"dense": seconds}
 
     found = Measured()
     monkeypatch.setattr(speed, "_measure", found)
     return found
 
 
-NAMES = [each.name for each in product.CLASSES]
-ALL = {each.name: dict.fromkeys(each.ways, 1.5) for each in product.CLASSES}
-
-
-def test_measurements_are_kept_per_machine_shape_and_sparsity(monkeypatch, tmp_path, measured):
-    weight = packed()
-    for _ in range(3):
-        assert speed.over_dense(weight, torch.float32) == ALL
-    assert measured == NAMES
-    speed.over_dense(packed(24), torch.float32)
-    speed.over_dense(weight, torch.bfloat16)
-    assert measured == 3 * NAMES
+def test_a_machine_is_measured_once_for_each_kind_of_weight_whatever_the_shapes(
+    monkeypatch, tmp_path, measured
+):
+    for rows, columns in [(20, 36), (40, 36), (4096, 64)]:
+        found = speed.estimate(packed(rows, columns), torch.float32)
+        assert {name: set(times) for name, times in found.items()} == WAYS
+    assert len(measured) == POINTS
+    speed.estimate(packed(kept=0.9), torch.float32)
+    speed.estimate(packed(), torch.bfloat16)
+    assert len(measured) == 3 * POINTS
     content = json.loads((tmp_path / "hf_sparse" / "speed.json").read_text())
-    assert len(content) == 3 * len(NAMES)
-    assert all("20x36" in key or "24x36" in key for key in content)
+    assert len(content) == 3 * POINTS
     monkeypatch.setenv(SWITCH, "0")
-    assert speed.over_dense(weight, torch.float32) == {}
+    assert speed.estimate(packed(), torch.float32) == {}
+
+
+def test_a_time_is_that_of_a_call_and_of_each_weight(measured):
+    for rows, columns in [(16, 16), (300, 300), (4096, 4096)]:
+        found = speed.estimate(packed(rows, columns), torch.float32)
+        for times in found.values():
+            for seconds in times.values():
+                assert seconds == pytest.approx(1e-6 * rows * columns, rel=1e-3, abs=1e-4)
+    sizes = [256 * 256, 2048 * 2048]
+    assert speed._line(sizes, tuple(3 + size for size in sizes), 1000) == pytest.approx(1003)
+
+
+@pytest.mark.parametrize("seconds", [(5.0, 4.0), (1.0, 1e9)])
+def test_no_part_of_a_time_is_below_zero(seconds):
+    sizes = [256 * 256, 2048 * 2048]
+    for at in (1, 256 * 256, 1 << 30):
+        assert speed._line(sizes, seconds, at) > 0
+    assert speed._line(sizes, seconds, sizes[1]) == seconds[1]
 
 
 @pytest.mark.parametrize(
@@ -80,18 +102,18 @@ def test_measurements_are_kept_per_machine_shape_and_sparsity(monkeypatch, tmp_p
 )
 def test_a_damaged_cache_means_measuring_again(tmp_path, measured, damage):
     weight, file = packed(), tmp_path / "hf_sparse" / "speed.json"
-    speed.over_dense(weight, torch.float32)
+    expected = speed.estimate(weight, torch.float32)
     if isinstance(damage, bytes):
         file.write_bytes(damage)
     elif isinstance(damage, str):
         file.write_text(damage)
     else:
         file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), damage)))
-    assert speed.over_dense(weight, torch.float32) == ALL
-    assert len(measured) > len(NAMES)
+    assert speed.estimate(weight, torch.float32) == expected
+    assert len(measured) == 2 * POINTS
     assert all(json.loads(file.read_text()).values())
     measured.clear()
-    assert speed.over_dense(weight, torch.float32) == ALL
+    assert speed.estimate(weight, torch.float32) == expected
     assert measured == []
 
 
@@ -110,23 +132,71 @@ def test_what_is_no_cache_file_is_never_waited_for(tmp_path, measured, place):
     elif place == "a huge file":
         with file.open("wb") as huge:
             huge.truncate(timing.MOST_BYTES + 1)
-    assert speed.over_dense(packed(), torch.float32) == ALL
+    assert speed.estimate(packed(), torch.float32).keys() == WAYS.keys()
     if place == "a folder":
         assert list(folder.iterdir()) == [file]
 
 
-def test_what_is_slower_at_one_token_is_not_measured_further(measured):
-    measured.speed = 0.9
-    found = speed.over_dense(packed(), torch.float32)
-    assert measured == list(found) == ["1"]
+def test_what_can_not_be_measured_is_missing_and_tried_again(measured):
+    measured.factor = None
+    assert speed.estimate(packed(), torch.float32) == {}
+    measured.factor = 1.0
+    assert speed.estimate(packed(), torch.float32).keys() == WAYS.keys()
 
 
-def test_measurements_are_positive_ratios_for_every_way(monkeypatch, tmp_path):
+def test_absurd_times_are_refused(monkeypatch):
+    kind = speed.Kind.of(packed(), torch.float32)
+    for factor, sane in [(0.5, True), (1e-4, False), (1e4, False)]:
+        times = {"packed": factor, "dense": 1.0}
+        monkeypatch.setattr(speed, "compare", lambda candidates, times=times: times)
+        assert (speed._measure(kind, product.CLASSES[0], (16, 16)) is not None) == sane
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, library.INT4])
+@pytest.mark.parametrize("group", [0, 32])
+def test_what_is_measured_is_of_the_weight_s_kind(dtype, group):
+    codes = dtype in library.INTEGERS
+    weight = packed(64, 64, 0.5)
+    if codes:
+        scales = torch.ones(64, 2 if group else 1)
+        weight = pack_dense(torch.randint(0, 7, (64, 64), dtype=torch.int8), scales, group or 64)
+        weight = narrow(weight) if dtype == library.INT4 else weight
+    elif dtype == torch.bfloat16:
+        weight = pack_dense(torch.eye(64, dtype=dtype))
+    kind = speed.Kind.of(weight, torch.float32)
+    sample = kind.sample((256, 64))
+    assert sample.dtype == weight.dtype
+    assert sample.shape == (256, 64)
+    assert speed.Kind.of(sample, torch.float32) == kind
+
+
+def test_times_are_the_least_of_each_operand_and_a_busy_machine_s_are_refused(monkeypatch):
+    clock, calls = [0.0], []
+
+    def call(seconds):
+        calls.append(seconds)
+        disturbed = busy(len(calls))
+        clock[0] += seconds * (10 if disturbed else 1)
+        return torch.empty(0)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    candidates = {"packed": (call, [0.001, 0.003]), "dense": (call, [0.008])}
+    busy = lambda n: n % 3 == 0 and n < 12  # noqa: E731
+    assert timing.compare(candidates) == pytest.approx({"packed": 0.002, "dense": 0.008})
+    calls.clear()
+    busy = lambda n: (n - 1) // 3 % 2 == 1  # noqa: E731 - every second round
+    assert timing.compare(candidates) is None
+    assert clock[0] < 5
+
+
+def test_measurements_are_positive_for_every_way(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(SWITCH, "1")
-    monkeypatch.setattr(speed, "WARM_WEIGHTS", 1)  # so that the first tile stands for all
-    weight = packed(40)
+    monkeypatch.setattr(timing, "WIDE_SPREAD", 1e9)
+    monkeypatch.setattr(speed, "ABSURD", 1e9)
+    monkeypatch.setattr(speed, "COLD_BYTES", 1)
+    kind = speed.Kind.of(packed(40), torch.float32)
     for each in product.CLASSES:
-        found = speed._measure(weight, torch.float32, each)
-        assert tuple(found) == each.ways
-        assert all(ratio > 0 for ratio in found.values())
+        found = speed._measure(kind, each, (32, 32))
+        assert set(found) == WAYS[each.name]
+        assert all(seconds > 0 for seconds in found.values())

@@ -135,7 +135,7 @@ def test_2_4_is_taken_only_where_it_is_not_slower(gpu, monkeypatch, seconds, tak
         Stored(fmt, packed, (32, 64), torch.bfloat16)
     )
     assert (considered.kernel is not None) == taken
-    assert considered.verdict.speedup == pytest.approx(1 / seconds, abs=1e-3)
+    assert considered.verdict.speedup == pytest.approx(1 / seconds, rel=1e-3)
 
 
 @pytest.mark.parametrize(("rows", "taken"), [(65535 * 32, True), (65535 * 32 + 1, False)])

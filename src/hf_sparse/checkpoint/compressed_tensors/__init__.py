@@ -5,6 +5,6 @@ since each file's header describes all layers; then the files are written, one a
 than one file of the result, and the layer at work, is ever in memory.
 """
 
-from .run import Conversion, convert_checkpoint
+from .run import Conversion, convert
 
-__all__ = ["Conversion", "convert_checkpoint"]
+__all__ = ["Conversion", "convert"]

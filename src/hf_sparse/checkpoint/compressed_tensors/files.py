@@ -1,4 +1,4 @@
-"""The files of an old sparse checkpoint: which they are, and the parameters that they hold.
+"""The parameters that the files of an old sparse checkpoint hold.
 
 Nothing here is trusted: shapes and dtypes are checked from the headers before a tensor is read,
 contents right after. The parts of a weight may lie in different files.
@@ -14,7 +14,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ...core.errors import CheckpointError
-from ...core.json_records import read_json
 from ..headers import LARGEST_SIDE
 from .parameters import (
     BITMASK,
@@ -27,44 +26,17 @@ from .parameters import (
     tensor_bytes,
 )
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
 # What only a weight in parts has; `shape` alone may be the end of any name.
 _TELLING = ("compressed", "bitmask", "row_offsets")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MOST_DIMENSIONS = 8
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint in their order, as its index or its one file says.
-
-    Raises:
-        CheckpointError: there are none, the index can't be read or names what is no file here.
-    """
-    index, single = folder / INDEX, folder / SINGLE
-    if not index.is_file():
-        if not single.is_file():
-            raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
-        return [single]
-    try:
-        names = read_json(index)["weight_map"].values()
-    except (CheckpointError, OSError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index}: it can't be read: {error!r}") from None
-    for name in names:
-        plain = isinstance(name, str) and Path(name).name == name
-        if not plain or not name.endswith(".safetensors") or not (folder / name).is_file():
-            raise CheckpointError(
-                f"{index}: it can't be read: it names {name!r}, which is no file beside it"
-            )
-    return [folder / name for name in sorted(set(names))]
-
-
 def read_parameters(files: Iterable[Path], structure: str) -> list[StoredParameter]:
     """All parameters of a checkpoint, from its files' headers, in the files' order.
 
     Args:
-        files: see `weight_files`.
+        files: the checkpoint's, see `weight_files`.
         structure: a key of PARTS.
 
     Raises:

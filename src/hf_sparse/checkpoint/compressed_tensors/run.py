@@ -9,9 +9,10 @@ from pathlib import Path
 
 from accelerate.utils import convert_file_size_to_int
 
-from ...core.errors import ConfigError, SaveError
+from ...core.errors import CheckpointError, ConfigError, SaveError
 from ..folder import write_folder
-from .files import read_parameters, weight_files
+from ..weight_files import INDEX, SINGLE, weight_files
+from .files import read_parameters
 from .plan import Number, plan
 from .skeleton import empty_model
 from .source import old_format, read_config, without_storage
@@ -20,7 +21,7 @@ from .write import copy_others, write_config, write_weights
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_checkpoint` did.
+    """What `convert` did.
 
     Attributes:
         layers: the format of each layer that is packed now, by name.
@@ -35,7 +36,7 @@ class Conversion:
     bytes_after: int
 
 
-def convert_checkpoint(
+def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     max_shard_size: int | str = "5GB",
@@ -65,6 +66,8 @@ def convert_checkpoint(
     config = read_config(folder)
     structure = old_format(config, str(folder))
     files = weight_files(folder)
+    if not files:
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
     parameters = read_parameters(files, structure)
     items = plan(folder, empty_model(without_storage(config), folder), parameters)
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...config.sparse_config import QUANT_METHOD
+from ...config.keys import QUANT_METHOD
 from ...core.errors import CheckpointError
 from ...core.json_records import read_json
+from ..weight_files import POINTER
 from .parameters import PARTS
 
 WRITER = "compressed-tensors"
@@ -64,5 +65,5 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def without_storage(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without a trace of how the weights were stored."""
-    return {key: value for key, value in config.items() if key not in _CONFIG_KEYS}
+    """The config without a trace of how, and where, the weights were stored."""
+    return {key: value for key, value in config.items() if key not in (*_CONFIG_KEYS, POINTER)}

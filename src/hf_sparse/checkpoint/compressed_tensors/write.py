@@ -14,7 +14,7 @@ from torch import Tensor
 from ...config.sparse_config import SparseConfig
 from ...core.logging import get_logger, progress_bar
 from ..headers import metadata
-from .files import INDEX, SINGLE
+from ..weight_files import INDEX, SINGLE
 from .plan import Item
 from .source import without_storage
 

@@ -14,7 +14,7 @@ from .point import ComparisonPoint
 def require_matplotlib() -> None:
     """Raise an EvaluationError unless matplotlib is installed."""
     if find_spec("matplotlib") is None:
-        raise EvaluationError("a plot needs matplotlib: pip install 'hf_sparse[bench]'")
+        raise EvaluationError("a plot needs matplotlib: pip install matplotlib")
 
 
 def draw(points: Sequence[ComparisonPoint], measure: str, dense: float) -> Any:

@@ -16,6 +16,7 @@ from ...core.untrusted_text import markdown_text, printable
 from .plot import draw, require_matplotlib
 from .point import ComparisonPoint
 
+VALUES = "comparison.json"
 PLOT = "comparison.png"
 
 
@@ -80,7 +81,7 @@ class Comparison:
 
         Args:
             folder: created if it isn't there.
-            plot: False leaves the picture out, and removes an older one.
+            plot: False leaves the picture out, and removes that of a comparison that was there.
 
         Raises:
             EvaluationError: the plot needs matplotlib, which isn't installed.
@@ -92,12 +93,13 @@ class Comparison:
         def write(staging: str) -> None:
             target = Path(staging)
             (target / "comparison.md").write_text(self.markdown(), encoding="utf-8")
-            (target / "comparison.json").write_text(self.to_json() + "\n", encoding="utf-8")
+            (target / VALUES).write_text(self.to_json() + "\n", encoding="utf-8")
             if plot:
                 self.plot().savefig(target / PLOT, dpi=120)
 
+        replaces = (Path(folder) / VALUES).is_file()
         write_folder(folder, write)
-        if not plot:
+        if replaces and not plot:
             (Path(folder) / PLOT).unlink(missing_ok=True)
 
     def __str__(self) -> str:

@@ -18,6 +18,7 @@ from ...config.sparse_config import SparseConfig
 from ...core.data_record import DataRecord
 from ...core.errors import ConfigError, EvaluationError, HfSparseError
 from ...core.logging import get_logger, progress_bar
+from ...core.renamed import renamed_arguments
 from ...pruning.dense_measurements import DenseMeasurements
 from ...pruning.prune import measurements_of, prune_in_place, require_dense
 from ..data import evaluating, load_data
@@ -36,14 +37,15 @@ Evaluate = Callable[[nn.Module], float]
 Methods = Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 
+@renamed_arguments(evaluation_data="eval_dataset", evaluation_samples="eval_samples")
 def compare(
     model: nn.Module | Callable[[], nn.Module],
     methods: Methods,
     sparsities: Sequence[float | str],
-    evaluation_data: Any = None,
+    eval_dataset: Any = None,
     *,
     evaluate: Evaluate | None = None,
-    evaluation_samples: int | None = None,
+    eval_samples: int | None = None,
     **settings: Any,
 ) -> Comparison:
     """Prune a model by each method at each sparsity and put perplexity, time and bytes in a table.
@@ -55,11 +57,11 @@ def compare(
         methods: names of recipes or plain methods, or `{label: arguments of SparseConfig}`, e.g.
             `{"wanda + refit": {"method": "wanda", "refit": 10}}`.
         sparsities: fractions of zeros, or n:m patterns such as "2:4".
-        evaluation_data: perplexity is measured on them; as `SparseConfig.dataset`, packed to
+        eval_dataset: perplexity is measured on them; as `SparseConfig.dataset`, packed to
             `seq_len`, and joined with `join_documents`, like the calibration data.
         evaluate: measures a model, dense or pruned, in place of perplexity; called in eval mode
             without gradients. It must not change the model. Its name heads the column.
-        evaluation_samples: sequences of `evaluation_data` to use at most. Default all.
+        eval_samples: sequences of `eval_dataset` to use at most. Default all.
         settings: arguments of `SparseConfig` for all runs: dataset, num_samples, bits, ...
 
     Returns:
@@ -69,15 +71,15 @@ def compare(
     Raises:
         ConfigError: a method, sparsity or setting is unknown or contradicts another, or the model
             is sparse already; all before the first run.
-        EvaluationError: neither or both of evaluation_data and evaluate, or the model can't be
+        EvaluationError: neither or both of eval_dataset and evaluate, or the model can't be
             evaluated.
         CalibrationError: the data are unusable.
         HfSparseError: that of the first run, if every run failed.
     """
     runs = _plan(methods, sparsities, settings)
-    if (evaluation_data is None) == (evaluate is None):
+    if (eval_dataset is None) == (evaluate is None):
         raise EvaluationError(
-            "compare needs either evaluation_data, for perplexity, or evaluate, a function that "
+            "compare needs either eval_dataset, for perplexity, or evaluate, a function that "
             "takes a model and gives a number"
         )
     load = _loader(model)
@@ -87,7 +89,7 @@ def compare(
         config = runs[0].config
         measurements, record = measurements_of(dense, config), None
         if evaluate is None:
-            evaluate, record = _perplexity(dense, config, evaluation_data, evaluation_samples)
+            evaluate, record = _perplexity(dense, config, eval_dataset, eval_samples)
         score = _score(evaluate, dense)
         name = getattr(dense, "name_or_path", None) or type(dense).__name__
         device = next(dense.parameters()).device

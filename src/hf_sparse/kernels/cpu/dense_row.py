@@ -15,10 +15,11 @@ from torch import Tensor
 
 from .. import timing
 from ..operator import define, transformed
-from ..token_classes import TokenClass
+from ..token_classes import DENSE, TokenClass, over
 from . import library
-from .speed import COLD_ROUNDS, machine
+from .speed import machine
 
+MEASURED_BYTES = 64 << 20  # of the weight's first rows
 ONE_TOKEN = TokenClass("1", 1, 1, ("native",))
 
 
@@ -44,17 +45,17 @@ def over_dense(weight: Float[Tensor, "out in"]) -> float | None:
     return found[ONE_TOKEN.name]["native"] if found else None
 
 
-def _measure(weight: Tensor, tokens: TokenClass) -> timing.Speeds:
+def _measure(weight: Tensor, tokens: TokenClass) -> timing.Measured | None:
     x = torch.randn(tokens.measured, weight.shape[1], device="cpu").to(weight.dtype)
     # A head is larger than the private caches: it needs no copies to be cold.
+    rows = [weight[: max(1, MEASURED_BYTES // (weight.shape[1] * weight.itemsize))]]
     seconds = timing.compare(
         {
-            "native": (lambda matrix: dense_row(x, matrix), [weight]),
-            "dense": (lambda matrix: F.linear(x, matrix), [weight]),
-        },
-        COLD_ROUNDS,
+            **{way: (functools.partial(dense_row, x), rows) for way in tokens.ways},
+            DENSE: (functools.partial(F.linear, x), rows),
+        }
     )
-    return {"native": seconds["dense"] / seconds["native"]}
+    return None if seconds is None else over(seconds)
 
 
 def product(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:

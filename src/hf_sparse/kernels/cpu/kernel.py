@@ -17,7 +17,7 @@ from ...formats.bitmask import Bitmask
 from ..base import Considered, Stored, Verdict
 from ..codes import more_than_8_bits
 from ..operator import AliveWeights, PackedKernel, define_product
-from ..token_classes import fastest, in_words
+from ..token_classes import fastest, in_words, over
 from . import library, speed
 from .decode import dense
 from .pack import narrow, pack, pack_dense, unpack
@@ -73,7 +73,7 @@ class TileKernel(PackedKernel):
     def consider(cls, stored: Stored) -> Considered:
         reason = cls._obstacle(stored)
         if reason is not None:
-            if not library.available():
+            if not library.available() and stored.form != "dense":
                 _warn_once(reason)
             return Considered(Verdict(cls.name, False, reason))
         if isinstance(stored.format, Quantized):
@@ -87,17 +87,17 @@ class TileKernel(PackedKernel):
             weight = pack(mask, values, stored.shape)
         else:
             weight = pack_dense(stored.dense(stored.values_dtype))
-        ways = fastest(speed.over_dense(weight, stored.dtype), CLASSES)
-        speedup = ways[0].speedup
-        if speedup is not None and speedup < 1:
-            reason = f"measured {speedup:.2f} of the dense product's speed at one token"
-            return Considered(Verdict(cls.name, False, reason, speedup))
+        seconds = speed.estimate(weight, stored.dtype)
+        ways = fastest({name: over(times) for name, times in seconds.items()}, CLASSES)
         reason = f"{list(library.paths())[-1]}, {in_words(ways)}"
-        verdict = Verdict(cls.name, True, reason, speedup, ways)
+        one = seconds.get(CLASSES[0].name, {}).get(ways[0].name)
+        verdict = Verdict(cls.name, True, reason, ways[0].speedup, ways, one)
         return Considered(verdict, cls(Product(weight, ways), stored.tensors.get("weight_zeros")))
 
     @staticmethod
     def _obstacle(stored: Stored) -> str | None:
+        if stored.form == "dense":
+            return "a dense weight is preferred"
         if stored.device.type != "cpu":
             return f"runs on CPUs, the weight is on {stored.device}"
         if (grid := stored.format.grid) is not None:

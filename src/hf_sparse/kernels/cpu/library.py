@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 ABI_VERSION = 4
 MAX_DIM = 1 << 27
+LAST_PATH = "HF_SPARSE_PATH"  # names the path behind which none is used
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALVES)
@@ -110,6 +112,9 @@ def _load() -> ctypes.CDLL | str:
     version = library.tile_abi_version()
     if version != ABI_VERSION:
         return f"{found[0]} has ABI version {version}, this package needs {ABI_VERSION}"
+    named = {library.tile_path_name(i).decode() for i in range(library.tile_path_count())}
+    if (last := os.environ.get(LAST_PATH)) is not None and last not in named:
+        return f"{LAST_PATH}={last} names no path: there are {', '.join(sorted(named))}"
     return library
 
 

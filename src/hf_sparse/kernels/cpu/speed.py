@@ -1,17 +1,21 @@
-"""Is the sparse product faster than the dense one here? Measured once per shape and machine.
+"""How long products with a packed weight take here, and with the dense one: a model of the cost.
 
-For each class of products (`product.CLASSES`) each way is timed against `F.linear` of the dense
-weight, interleaved, and medians are compared. Few tokens are timed on copies that together exceed
-the last private cache, so that the weights come from memory as they do when a model decodes; many
-tokens, where arithmetic is what takes time, on the first rows of the weight. What is slower than
-dense at one token stays dense, so the other classes are then left out. `timing` keeps the result.
+A product's time is a call's plus so much for each weight. Both come from two shapes, a small one
+that its call decides and a large one that its weights decide, timed for each kind of weight (dtype,
+groups, share of kept values in quarters) and class of tokens, interleaved with `F.linear` of the
+dense weight. So a machine is measured once, in a second or two, whatever shapes its models have.
+
+A token is timed on copies that together exceed the private caches, so that the weights come from
+memory as they do when a model decodes; many tokens, where arithmetic is what takes time, on one
+weight. `timing` keeps the results.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +23,59 @@ from torch import Tensor
 
 from .. import timing
 from ..machine import processor
-from ..timing import Speeds, compare
-from ..token_classes import TokenClass
+from ..timing import Measured, compare
+from ..token_classes import DENSE, TokenClass, over
 from . import library
 from .decode import decode
+from .pack import narrow, pack_dense
 from .product import CLASSES, WAYS
-from .weight import ROWS, TileWeight
+from .weight import TileWeight
 
-COLD_BYTES = 16 << 20
-COLD_TOKENS = 32  # up to so many the weight's way from memory counts
-WARM_WEIGHTS = 1 << 21  # of a thread, beyond
-COLD_ROUNDS, WARM_ROUNDS = 8, 3
+SMALL, LARGE = (256, 256), (2048, 2048)
+LARGE_MANY = (512, 2048)  # of many tokens
+COLD_BYTES = 48 << 20
+MOST_COPIES = 48
+ABSURD = 100  # times as fast, or as slow, as dense: no kernel is
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a product's time depends on, beside shape and tokens.
+
+    Attributes:
+        values: dtype of the kept values.
+        group_size: columns that share a scale; 0 if there is none, or one for a row.
+        kept: share of the values that are kept, in quarters.
+        dtype: of x and of the dense weight.
+    """
+
+    values: torch.dtype
+    group_size: int
+    kept: float
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weight: TileWeight, dtype: torch.dtype) -> Kind:
+        """That of a weight, multiplied with x of a dtype."""
+        n, k = weight.shape
+        groups = weight.scales is not None and weight.group_size < k
+        quarters = max(1, round(4 * weight.count / (n * k)))
+        return cls(weight.dtype, weight.group_size if groups else 0, quarters / 4, dtype)
+
+    def sample(self, shape: tuple[int, int]) -> TileWeight:
+        """A weight of this kind, with random values."""
+        n, k = shape
+        random = torch.Generator("cpu").manual_seed(0)
+        kept = torch.rand(n, k, generator=random, device="cpu") < self.kept
+        if self.values not in library.INTEGERS:
+            weight = torch.randn(n, k, generator=random, device="cpu")
+            return pack_dense((weight * kept).to(self.values))
+        codes = torch.randint(1, 8, (n, k), generator=random, dtype=torch.int8, device="cpu")
+        group = self.group_size or k
+        packed = pack_dense(codes * kept, torch.ones(n, -(-k // group), device="cpu"), group)
+        return packed if self.values == torch.int8 else narrow(packed)
 
 
 def machine() -> str:
@@ -38,43 +84,66 @@ def machine() -> str:
     return f"{processor()}, {torch.get_num_threads()} threads, {path}"
 
 
-def over_dense(weight: TileWeight, dtype: torch.dtype) -> dict[str, Speeds]:
-    """Speed over the dense product with x of `dtype`, by class and way; empty if switched off."""
-    sparsity = round(20 * (1 - weight.count / (weight.shape[0] * weight.shape[1]))) * 5
-    group = weight.group_size if weight.scales is not None else 0
-    values = f"{weight.dtype} values" + (f" in groups of {group}" if group else "")
-    what = f"{values}, {sparsity} %"
-    measure = functools.partial(_measure, weight, dtype)
-    return timing.over_dense(weight.shape, dtype, what, machine(), CLASSES, measure)
+def estimate(weight: TileWeight, dtype: torch.dtype) -> dict[str, Measured]:
+    """Seconds of a product with x of `dtype`, by class of tokens and way, and for the dense weight.
+
+    Classes that could not be measured are missing; all are if measuring is switched off.
+    """
+    if not timing.enabled():
+        return {}
+    kind, weights = Kind.of(weight, dtype), weight.shape[0] * weight.shape[1]
+    found: dict[str, Measured] = {}
+    for tokens in CLASSES:
+        shapes = SMALL, LARGE if tokens.measured == 1 else LARGE_MANY
+        small, large = (_times(kind, tokens, shape) for shape in shapes)
+        if small is not None and large is not None:
+            sizes = [rows * columns for rows, columns in shapes]
+            found[tokens.name] = {
+                way: _line(sizes, (small[way], large[way]), weights) for way in large
+            }
+    return found
 
 
-def copies_of(nbytes: int) -> int:
-    """How many of that size exceed the private caches."""
-    return max(2, min(16, -(-COLD_BYTES // nbytes)))
+def _line(sizes: list[int], seconds: tuple[float, float], at: int) -> float:
+    """The time of a weight of that size, from those of two: neither part is below zero."""
+    rate = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]))
+    rate = min(rate, seconds[1] / sizes[1])
+    return seconds[1] + rate * (at - sizes[1])
 
 
-def _measure(weight: TileWeight, dtype: torch.dtype, tokens: TokenClass) -> Speeds:
-    """Speed over dense of each way that the class may take."""
-    cold = tokens.measured <= COLD_TOKENS
-    if not cold:
-        weight = _first_rows(weight, WARM_WEIGHTS * torch.get_num_threads())
-    dense = decode(weight).to(dtype)
-    x = torch.randn(tokens.measured, weight.shape[1], device="cpu").to(dtype)
-    copies = copies_of(dense.nbytes) if cold else 1
-    weights = [weight, *(_copy(weight) for _ in range(copies - 1))]
-    matrices = [dense, *(dense.clone() for _ in range(copies - 1))]
+def _times(kind: Kind, tokens: TokenClass, shape: tuple[int, int]) -> Measured | None:
+    """Seconds by way, and of the dense product, for one shape."""
+    groups = f" in groups of {kind.group_size}" if kind.group_size else ""
+    what = f"{kind.values} values{groups}, {kind.kept:.0%} kept"
+    place = f"{shape[0]}x{shape[1]}, {kind.dtype}, {what}, seconds of {tokens.measured} tokens"
+    measure = functools.partial(_measure, kind, tokens, shape)
+    return timing.remembered(f"{machine()}, {place}", (*tokens.ways, DENSE), measure)
+
+
+def _measure(kind: Kind, tokens: TokenClass, shape: tuple[int, int]) -> Measured | None:
+    weight = kind.sample(shape)
+    dense = decode(weight).to(kind.dtype)
+    x = torch.randn(tokens.measured, shape[1], device="cpu").to(kind.dtype)
+    copies = max(2, min(MOST_COPIES, COLD_BYTES // dense.nbytes)) if tokens.measured == 1 else 1
+    weights = _copies(weight, _copy, copies)
     seconds = compare(
         {
             **{way: (functools.partial(_call, WAYS[way], x), weights) for way in tokens.ways},
-            "dense": (lambda matrix: F.linear(x, matrix), matrices),
-        },
-        COLD_ROUNDS if cold else WARM_ROUNDS,
+            DENSE: (functools.partial(F.linear, x), _copies(dense, torch.clone, copies)),
+        }
     )
-    return {way: seconds["dense"] / seconds[way] for way in tokens.ways}
+    if seconds is None:
+        return None
+    sane = all(1 / ABSURD < speedup < ABSURD for speedup in over(seconds).values())
+    return seconds if sane else None
 
 
 def _call(way: Callable[..., Tensor], x: Tensor, weight: TileWeight) -> Tensor:
     return way(x, weight, None)
+
+
+def _copies(first: Item, copy: Callable[[Item], Item], number: int) -> list[Item]:
+    return [first, *(copy(first) for _ in range(number - 1))]
 
 
 def _copy(weight: TileWeight) -> TileWeight:
@@ -84,20 +153,4 @@ def _copy(weight: TileWeight) -> TileWeight:
         tile_base=weight.tile_base.clone(),
         block_off=weight.block_off.clone(),
         values=weight.values.clone(),
-    )
-
-
-def _first_rows(weight: TileWeight, weights: int) -> TileWeight:
-    """A view of the first tiles with about that many weights."""
-    rows, columns = weight.shape
-    tiles = max(1, weights // (columns * ROWS))
-    if tiles * ROWS >= rows:
-        return weight
-    return replace(
-        weight,
-        shape=(tiles * ROWS, columns),
-        masks=weight.masks[:tiles],
-        tile_base=weight.tile_base[: tiles + 1],
-        block_off=weight.block_off[:tiles],
-        scales=None if weight.scales is None else weight.scales[:tiles],
     )

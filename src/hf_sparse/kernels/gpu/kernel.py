@@ -73,7 +73,7 @@ class SlicedKernel(PackedKernel):
         ways = fastest(speedups, CLASSES)
         speedup = ways[0].speedup
         reason = in_words(ways)
-        if speedup is not None and speedup < 1:
+        if speedup is not None and speedup < 1 and stored.form != "packed":
             cost = dense_cost(stored)
             if cost is None:
                 return Considered(Verdict(cls.name, False, reason, speedup))

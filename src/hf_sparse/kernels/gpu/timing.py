@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import timing
-from ..timing import Speeds
+from ..timing import Measured
 from ..token_classes import TokenClass
 
 COLD_BYTES = 256 << 20
@@ -44,7 +44,7 @@ def gpu() -> str:
 
 def over_dense(
     dense: Tensor, weight: Weight, ways: Mapping[str, Way], classes: Sequence[TokenClass], what: str
-) -> dict[str, Speeds]:
+) -> dict[str, Measured]:
     """Speed over `F.linear` of a dense weight, by class and way; empty if switched off, or if the
     GPU has no room for it.
 
@@ -61,7 +61,9 @@ def over_dense(
         return {}
 
 
-def _measure(dense: Tensor, weight: Weight, ways: Mapping[str, Way], tokens: TokenClass) -> Speeds:
+def _measure(
+    dense: Tensor, weight: Weight, ways: Mapping[str, Way], tokens: TokenClass
+) -> Measured:
     x = torch.randn(tokens.measured, dense.shape[1], dtype=dense.dtype, device=dense.device)
     matrices = cold_copies(dense, torch.clone, dense.nbytes)
     weights = cold_copies(weight, lambda own: own.copy(), weight.nbytes)

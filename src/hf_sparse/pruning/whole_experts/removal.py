@@ -68,9 +68,8 @@ class Removal:
         kept: Mapping[str, Sequence[int]],
     ) -> None:
         """Let all experts go but those numbered in `kept`, in place."""
-        for name, (mixture, axis) in self.entries.items():
-            numbers = kept[mixture]
-            _shorten(model, name, axis, numbers, len(mixtures[mixture].experts))
+        for name, (owner, axis) in self.entries.items():
+            _shorten(model, name, axis, kept[owner], len(mixtures[owner].experts))
         for name, mixture in mixtures.items():
             mixture.keep(kept[name])
         for (name, attribute), value in self.attributes.items():
@@ -98,8 +97,8 @@ def _entries(
     experts = tuple(f"{name}." for name in mixtures)
     tensors = {n: t for n, t in tensors_of(model).items() if not n.startswith(experts)}
     for name, tensor in tensors.items():
-        beside = name.startswith(tuple(m.home for m in mixtures.values()))
-        if beside and tensor.ndim and not tensor.is_floating_point():
+        near = name.startswith(tuple(m.home for m in mixtures.values()))
+        if near and tensor.ndim and not tensor.is_floating_point():
             raise ConfigError(
                 f"{name} holds whole numbers, which may be those of experts: a router that looks "
                 "experts up can't do without some, so leave experts out"

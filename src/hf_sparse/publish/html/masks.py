@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ...checkpoint.headers import read_layers
+from ...checkpoint.headers import read_folder
 from ...core.logging import progress_bar
 from ...layers import SparseLinear, sparse_layers
 from ..counted import unpacked
@@ -112,7 +111,7 @@ def _of_model(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 
 def _of_folder(folder: str | os.PathLike[str]) -> dict[str, Callable[[], Tensor]]:
-    layers = read_layers(sorted(Path(folder).glob("*.safetensors")))
+    _, layers = read_folder(folder)
     return {name: partial(unpacked, layer) for name, layer in layers.items()}
 
 

@@ -210,7 +210,7 @@ def _sizes(report: PruningReport) -> list[tuple[str, str, float]]:
 
 
 def _experts(mixtures: Sequence[MixtureReport]) -> Table:
-    rows = []
+    rows: list[Sequence[Cell]] = []
     for mixture in mixtures:
         each = zip(mixture.scores, mixture.shares, strict=True)
         for index, (score, share) in list(enumerate(each))[: max(0, ROWS - len(rows))]:

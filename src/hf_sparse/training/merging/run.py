@@ -24,6 +24,7 @@ from ...calibration.tokenizers import load_tokenizer
 from ...config.sparse_config import SparseConfig
 from ...core.errors import AdapterError, ConfigError, SolveError
 from ...core.logging import get_logger, progress_bar
+from ...core.renamed import renamed_arguments
 from ...core.torch_settings import own_settings
 from ...layers import SparseLinear
 from ...layers.blocks import find_blocks
@@ -41,6 +42,7 @@ POLICIES = ("masked", "resolve")
 NEVER_CALLED = "the model never called it on the data: masked"
 
 
+@renamed_arguments(damp_percent="damping")
 def merge_adapter(
     model: Any,
     policy: str = "masked",
@@ -51,7 +53,7 @@ def merge_adapter(
     seq_len: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
-    damp_percent: float = 0.01,
+    damping: float = 0.01,
     refit: int = 20,
 ) -> Any:
     """Merge the active adapters into a sparse model, which keeps its pattern to the last weight.
@@ -69,7 +71,7 @@ def merge_adapter(
         dataset: calibration data, as `SparseConfig.dataset`. "resolve" needs them; with "masked"
             they serve to measure alone.
         tokenizer, num_samples, seq_len, batch_size, seed: as `SparseConfig`'s.
-        damp_percent: added to the Hessian, as `SparseConfig.damp_percent`.
+        damping: added to the Hessian, as `SparseConfig.damping`.
         refit: steps of the least-squares refit of "resolve". Default 20.
 
     Returns:
@@ -83,7 +85,7 @@ def merge_adapter(
         SolveError: a layer can't be solved. On any error the model is as it was.
     """
     started = time.perf_counter()
-    config = _config(policy, dataset, damp_percent, refit, tokenizer=tokenizer,
+    config = _config(policy, dataset, damping, refit, tokenizer=tokenizer,
         num_samples=num_samples, seq_len=seq_len, batch_size=batch_size, seed=seed)  # fmt: skip
     adapted = find_adapted(model)
     adapters = tuple(model.base_model.active_adapters)
@@ -116,7 +118,7 @@ def _config(policy: str, dataset: Any, damp: float, refit: int, **data: Any) -> 
             f"policy={policy!r} is not known: pass {' or '.join(map(repr, POLICIES))}"
         )
     if policy == "masked":
-        return SparseConfig(method="wanda", dataset=dataset, damp_percent=damp, **data)
+        return SparseConfig(method="wanda", dataset=dataset, damping=damp, **data)
     if dataset is None:
         raise ConfigError(
             "policy='resolve' needs calibration data: pass dataset= a Hub id, the path of a text, "
@@ -126,7 +128,7 @@ def _config(policy: str, dataset: Any, damp: float, refit: int, **data: Any) -> 
     if refit < 1:
         raise ConfigError(f"refit={refit} must be at least 1: without steps pass policy='masked'")
     return SparseConfig(
-        method="sparsegpt", refit=refit, target="dense", dataset=dataset, damp_percent=damp, **data
+        method="sparsegpt", refit=refit, target="dense", dataset=dataset, damping=damp, **data
     )
 
 
@@ -207,7 +209,7 @@ class _Merge:
         self, sparse: SparseLinear, whole: Tensor, beside: Tensor, observed: Observed | None
     ) -> Solution:
         """The packed part of a layer whose weight is to be `whole`, low-rank part included."""
-        wanted, hessian, damp = whole, None, self._config.damp_percent
+        wanted, hessian, damp = whole, None, self._config.damping
         if observed is not None and self._config.refit:
             hessian = observed.statistics.damped_hessian(damp)
             wanted = dense_target(whole, observed.statistics, damp, observed.residual)
