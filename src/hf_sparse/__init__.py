@@ -49,7 +49,7 @@ from .layers import SparseExperts, SparseLinear
 from .layers.explain import Explanation, explain
 from .pruning.report import LayerReport, PruningReport
 from .publish.html import write_report
-from .quantizer import SparseQuantizer, prefer, prune
+from .quantizer import SparseQuantizer, prefer, prune, round_activations
 from .training.lora_export import export_low_rank, split_low_rank
 from .training.merging import LayerMerge, MergeReport, merge_adapter
 
@@ -117,6 +117,7 @@ __all__ = [
     "register_format",
     "register_kernel",
     "register_solver",
+    "round_activations",
     "split_low_rank",
     "write_report",
 ]

@@ -23,6 +23,7 @@ from .checkpoint.headers import PackedLayer, read_layers
 from .checkpoint.load import build_layers, finish_layers
 from .checkpoint.save_id import check_single
 from .checkpoint.state_dict import ValuesRenaming, sparse_state_dict
+from .config.arguments import ARGUMENTS
 from .config.checks import choice
 from .config.keys import QUANT_METHOD
 from .config.sparse_config import SparseConfig
@@ -31,6 +32,7 @@ from .core.logging import get_logger
 from .core.preferences import PREFERENCES
 from .evaluation import Evaluation
 from .layers import SparseLinear, sparse_layers
+from .layers.activations import round_activations as layers_round_activations
 from .layers.conv import empty_dense_layer
 from .layers.counts import num_parameters
 from .layers.experts import SparseExperts, fuse
@@ -104,6 +106,26 @@ def prefer(model: nn.Module, what: str) -> None:
         quantizer.quantization_config.prefer = what
 
 
+def round_activations(model: nn.Module, to: str | None) -> None:
+    """Say what the quantised layers of a loaded model may round their inputs to on a CPU.
+
+    Args:
+        model: with sparse layers.
+        to: "int8", in blocks of 128 inputs or a group, with products of bytes, which are much
+            faster; None: nothing, what a model is loaded with unless its config says otherwise.
+            Weights stay what they are. A warning says so if no layer can be multiplied that way.
+
+    Raises:
+        ConfigError: `to` is neither.
+    """
+    ARGUMENTS["activations"].check("activations", to)
+    layers_round_activations(model, to)
+    quantizer = getattr(unwrapped(model), "hf_quantizer", None)
+    if isinstance(quantizer, SparseQuantizer):
+        quantizer.quantization_config.activations = to
+        prefer_form(model, quantizer.quantization_config.prefer)
+
+
 @register_quantizer(QUANT_METHOD)
 class SparseQuantizer(HfQuantizer):
     """Prunes dense checkpoints after they are loaded; builds sparse layers for sparse ones.
@@ -163,9 +185,13 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
+            activations = self.quantization_config.activations
+            for layer in sparse_layers(model).values():
+                layer.activations = activations
             finish_layers(model, self._layers)
             check_single(self._files)
             prefer_form(model, self.quantization_config.prefer)
+            layers_round_activations(model, activations)
             speed_up_head(model)
             _install(model)
         else:

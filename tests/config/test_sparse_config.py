@@ -69,6 +69,7 @@ def everything_set() -> SparseConfig:
         moe_min_tokens=17,
         calibrate_all_experts=True,
         format="bitmask",
+        activations="int8",
     )
 
 
@@ -106,6 +107,7 @@ def test_defaults_are_those_of_the_documentation():
         "calibrate_all_experts": False,
         "format": "auto",
         "prefer": "auto",
+        "activations": None,
     }
 
 

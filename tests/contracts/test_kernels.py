@@ -14,6 +14,7 @@ from hf_sparse.core.patterns import NM
 from hf_sparse.formats import Bitmask, Quantized
 from hf_sparse.formats.n_of_m import NMPacked
 from hf_sparse.kernels import KERNELS, Considered, Kernel, Stored, Verdict, choose
+from hf_sparse.kernels.cpu.integer.kernel import IntegerKernel
 from hf_sparse.kernels.gpu import product as gpu_product
 from hf_sparse.kernels.gpu.kernel import SlicedKernel
 
@@ -28,13 +29,17 @@ def normal(*shape, seed=0):
 
 
 def store(kind: str, shape=(33, 36)) -> Stored:
-    """A weight as the files keep it; floating-point ones leave every third input out."""
+    """A weight as the files keep it; floating-point ones leave every third input out.
+
+    Kernels may round the inputs of "rounded" ones; "whole" ones have no zeros.
+    """
     rows, columns = shape
     weight = normal(rows, columns, seed=rows)
     if kind.startswith("codes"):
-        bits, size, sym = {"codes8": (8, None, True), "codes4": (4, 16, False)}[kind]
+        bits, size, sym = {"codes8": (8, None, True), "codes4": (4, 16, False)}[kind[:6]]
         grid = Grid(bits, size, sym)
-        weight *= normal(rows, columns, seed=1) > 0
+        if "whole" not in kind:
+            weight *= normal(rows, columns, seed=1) > 0
         fmt, dtype = Quantized(grid, Bitmask()), torch.bfloat16
         stored = fmt.pack(grid.fit(weight, weight != 0).round(weight))
     else:
@@ -46,7 +51,7 @@ def store(kind: str, shape=(33, 36)) -> Stored:
             weight[:, ::3] = 0
         stored = fmt.pack(weight)
     tensors = {key: tensor.to(DEVICE) for key, tensor in stored.items()}
-    return Stored(fmt, tensors, shape, dtype)
+    return Stored(fmt, tensors, shape, dtype, "int8" if "rounded" in kind else None)
 
 
 KINDS = [
@@ -55,6 +60,9 @@ KINDS = [
     "2:4 bfloat16",
     "codes8",
     "codes4",
+    "codes8 rounded",
+    "codes4 rounded",
+    "codes8 whole, rounded",
 ]
 
 
@@ -71,6 +79,8 @@ def cases() -> list:
     for name in KERNELS:
         verdicts = {kind: made(name, store(kind)) for kind in KINDS}
         taken = [kind for kind, considered in verdicts.items() if considered.kernel is not None]
+        if name != IntegerKernel.name:  # the others round nothing
+            taken = [kind for kind in taken if "rounded" not in kind]
         found += [pytest.param(name, kind, id=f"{name}-{kind}") for kind in taken]
         if not taken:
             reasons = "; ".join(dict.fromkeys(c.verdict.reason for c in verdicts.values()))
@@ -105,7 +115,8 @@ def kernel_of(name, stored) -> Kernel:
 def assert_close(y, x, stored, bias=None):
     """Within two roundings to y's dtype (a product and a bias), and those of fp32 sums.
 
-    The weight may be rounded too, to x's dtype, and codes times scales to the layer's.
+    Rounded inputs are off by half a step, of which 127 make the largest. The weight may be rounded
+    too, to x's dtype, and codes times scales to the layer's.
     """
     weight = stored.dense(torch.float64)
     expected = x.double() @ weight.T
@@ -117,6 +128,9 @@ def assert_close(y, x, stored, bias=None):
     coarsest = max(torch.finfo(dtype).eps for dtype in (y.dtype, stored.dtype))
     if coded or coarsest > torch.finfo(stored.values_dtype).eps:
         sums += coarsest / 2 * size
+    if stored.activations == "int8":
+        step = x.double().abs().amax(dim=-1, keepdim=True) / 127
+        sums += 1.001 * step / 2 * weight.abs().sum(dim=1)
     least = 2 * torch.finfo(y.dtype).smallest_normal * torch.finfo(y.dtype).eps
     error = (y.double() - (expected + bias)).abs()
     assert y.shape == expected.shape

@@ -23,11 +23,10 @@ from torch import Tensor
 
 from hf_sparse.core.grids import Grid
 from hf_sparse.formats import Bitmask, Quantized
-from hf_sparse.kernels import Stored
+from hf_sparse.kernels import Stored, choose
 from hf_sparse.kernels.codes import more_than_8_bits
 from hf_sparse.kernels.cpu import library
 from hf_sparse.kernels.cpu.dense_row import dense_row
-from hf_sparse.kernels.cpu.kernel import TileKernel
 from hf_sparse.kernels.gpu.kernel import SlicedKernel
 from hf_sparse.kernels.gpu.semi_structured import semi_structured_linear
 
@@ -43,15 +42,17 @@ class WrongError(AssertionError):
     """A call gave something else than F.linear, or an error that says nothing."""
 
 
-def stored(random_: random.Random) -> Stored:
+def stored(random_: random.Random, coded: bool = False) -> Stored:
+    """A weight: of values or codes, or of codes whose inputs may be rounded."""
     rows, columns = random_.randint(1, 40), random_.randint(1, 70)
     weight = torch.randn(rows, columns) * (torch.rand(rows, columns) < random_.random())
-    kind = random_.randrange(4)
+    kind = 3 if coded else random_.randrange(4)
     if kind == 3:
         grid = Grid(random_.choice([8, 4]), random_.choice([None, 2, 16]), random_.random() < 0.5)
         fmt: Any = Quantized(grid, Bitmask())
         tensors = fmt.pack(grid.fit(weight, weight != 0).round(weight))
-        return Stored(fmt, tensors, (rows, columns), torch.float32)
+        rounded = "int8" if coded else None
+        return Stored(fmt, tensors, (rows, columns), torch.float32, rounded)
     weight = weight.to(DTYPES[kind])
     return Stored(Bitmask(), Bitmask().pack(weight), (rows, columns), weight.dtype)
 
@@ -118,10 +119,10 @@ def one_call(random_: random.Random) -> str:
         weight = torch.randn(32, 64)
         operands = [weight[:, :32].clone(), None, 32, 64]
     else:
-        made = stored(random_)
+        made = stored(random_, coded=which == 7)
         if made.format.name == "quantized" and more_than_8_bits(codes_of(made)) is not None:
             return "codes of 9 bits: no kernel's"
-        kernel: Any = SlicedKernel.of(made) if which < 4 else TileKernel.consider(made).kernel
+        kernel: Any = SlicedKernel.of(made) if which < 4 else choose(made).kernel
         back = random_.randrange(2)
         weight = made.dense(torch.float64)
         weight, operator = (
@@ -155,6 +156,9 @@ def one_call(random_: random.Random) -> str:
         expected = F.linear(x.double(), weight.double())
         size = F.linear(x.double().abs(), weight.double().abs())
         allowed = 2 * torch.finfo(y.dtype).eps * (expected.abs() + size) + 1e-5 * size + 1e-6
+        if name == "integer" and x.shape[-1]:  # x is rounded by up to half a step
+            step = x.double().abs().amax(dim=-1, keepdim=True) / 127
+            allowed += 0.501 * step * weight.double().abs().sum(dim=1)
         if y.shape != expected.shape or bool(((y.double() - expected).abs() > allowed).any()):
             raise WrongError(f"{name}: not F.linear for x {x.dtype} {tuple(x.shape)} {x.stride()}")
     for old, new in zip(before, operands, strict=True):

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "abi.h"
+#include "integer.h"
 
 using namespace tiles;
 
@@ -26,6 +27,13 @@ int32_t tile_linear(const Weight*, int32_t, const void*, int32_t, int64_t, int64
                     int32_t, void*, int32_t, int64_t, ParallelFor);
 int32_t tile_decode(const Weight*, int32_t, int64_t, int64_t, void*, int32_t, int64_t, int32_t,
                     ParallelFor);
+int32_t integer_measure(int64_t, int64_t, const int8_t*, int32_t, int32_t, uint64_t*, ParallelFor);
+int32_t integer_pack(int64_t, int64_t, const int8_t*, int32_t, int32_t, const uint64_t*, uint8_t*,
+                     uint8_t*, int64_t, ParallelFor);
+int32_t integer_unpack(const IntegerWeight*, int8_t*, ParallelFor);
+int32_t integer_check(const IntegerWeight*);
+int32_t integer_linear(const IntegerWeight*, int32_t, const void*, int32_t, int64_t, int64_t,
+                       const void*, int32_t, void*, int32_t, int64_t, ParallelFor);
 int32_t tile_dense_row(int64_t, int64_t, const void*, int32_t, int64_t, int32_t, const void*,
                        int32_t, void*, int32_t, ParallelFor);
 }
@@ -52,4 +60,51 @@ struct Bytes {
   ~Bytes() { std::free(data); }
   Bytes(const Bytes&) = delete;
   uint8_t* data;
+};
+
+// Random codes of 8 or 4 bits in the integer layout, in buffers of exact size.
+struct IntegerCase {
+  int64_t n, k;
+  int32_t bits = chance(0.5) ? kCodes8 : kCodes4;
+  int32_t kept = static_cast<int32_t>(chance(0.5) ? uniform(0, 8) : chance(0.5) ? 0 : 8);
+  int64_t group, tiles, units, groups, bytes;
+  Bytes codes, base, masks, values, scales;
+
+  IntegerCase(int64_t rows, int64_t columns)
+      : n(rows), k(columns), group(chance(0.3) ? k : 8 * uniform(1, 40)),
+        tiles(ceil_div(n, kOctet)), units(ceil_div(k, kOctet)), groups(ceil_div(k, group)),
+        codes(n * k), base((tiles + 1) * 8), masks(tiles * units * kOctet),
+        values(fill_and_measure()), scales(tiles * groups * kOctet * 2) {
+    auto* half = reinterpret_cast<uint16_t*>(scales.data);
+    for (int64_t i = 0; i < tiles * groups * kOctet; ++i) {
+      half[i] = static_cast<uint16_t>(0x3c00 + uniform(0, 200));  // 0.008 to 0.02
+    }
+    expect(integer_pack(n, k, code(0), bits, kept, bases(), masks.data, values.data, bytes,
+                        nullptr) == kOk,
+           "integer_pack");
+  }
+  int8_t* code(int64_t i) { return reinterpret_cast<int8_t*>(codes.data) + i; }
+  uint64_t* bases() { return reinterpret_cast<uint64_t*>(base.data); }
+  IntegerWeight weight() {
+    return {n, k, kept == kKeptAll ? nullptr : masks.data, bases(), values.data,
+            reinterpret_cast<uint16_t*>(scales.data), bytes, group, bits, kept};
+  }
+
+ private:
+  int64_t fill_and_measure() {
+    const int64_t top = bits == kCodes4 ? 7 : 127;
+    const double density = chance(0.2) ? 0.0 : 0.5;
+    for (int64_t r = 0; r < n; ++r) {
+      int64_t left = 0;
+      for (int64_t c = 0; c < k; ++c) {
+        if (c % kOctet == 0) left = kept == kKeptAny ? kOctet : kept;
+        const bool zero = left == 0 || !chance(kept == kKeptAny ? density : 0.9);
+        *code(r * k + c) = zero ? int8_t{0} : static_cast<int8_t>(uniform(-top - 1, top));
+        left -= *code(r * k + c) != 0;
+      }
+    }
+    expect(integer_measure(n, k, code(0), bits, kept, bases(), nullptr) == kOk, "integer_measure");
+    bytes = static_cast<int64_t>(bases()[tiles]) + kValuePadding;
+    return bytes;
+  }
 };

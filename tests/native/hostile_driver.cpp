@@ -4,6 +4,7 @@
 // What is changed is what the library can check: numbers, null pointers, and what a weight's arrays
 // hold. How long the arrays are is the caller's to check.
 #include <climits>
+#include <cmath>
 #include <cstring>
 #include <map>
 
@@ -128,6 +129,63 @@ void one_weight() {
   }
 }
 
+// The same for the integer layout.
+void one_integer_weight() {
+  IntegerCase made(uniform(1, 40), uniform(1, 300));
+  const int64_t usual_n = made.n, usual_k = made.k;
+  counted("integer_measure",
+          integer_measure(chance(0.9) ? usual_n : no_size(), chance(0.9) ? usual_k : no_size(),
+                          pointer(made.code(0)), dtype(made.bits), dtype(made.kept),
+                          pointer(made.bases()), nullptr));
+  if (chance(0.5)) made.bases()[uniform(0, made.tiles)] += static_cast<uint64_t>(number(1));
+  counted("integer_pack",
+          integer_pack(usual_n, usual_k, made.code(0), made.bits, made.kept, pointer(made.bases()),
+                       pointer(made.masks.data), pointer(made.values.data),
+                       chance(0.8) ? made.bytes : uniform(-9, made.bytes), nullptr));
+  expect(integer_measure(usual_n, usual_k, made.code(0), made.bits, made.kept, made.bases(),
+                         nullptr) == kOk, "integer_measure");
+  expect(integer_pack(usual_n, usual_k, made.code(0), made.bits, made.kept, made.bases(),
+                      made.masks.data, made.values.data, made.bytes, nullptr) == kOk,
+         "integer_pack");
+  IntegerWeight w = made.weight();
+  if (chance(0.1)) w.n = chance(0.5) ? uniform(1, usual_n) : no_size();
+  if (chance(0.1)) w.k = no_size();
+  if (chance(0.1)) w.value_bytes = uniform(-1, made.bytes);
+  if (chance(0.1)) w.bits = dtype(kCodes4);
+  if (chance(0.1)) w.kept = w.masks ? static_cast<int32_t>(uniform(-2, 10)) : made.kept;
+  // Groups may be larger than they were, not smaller: there are no more scales.
+  if (chance(0.2)) w.group_size = chance(0.5) ? made.group + number(8) : number(0);
+  if (w.group_size > 0 && w.group_size < made.group) w.group_size = made.group;
+  if (chance(0.1)) w.masks = pointer(w.masks);
+  if (chance(0.1)) w.scales = nullptr;
+  if (chance(0.3)) made.masks.data[uniform(0, made.tiles * made.units * 8 - 1)] ^= uint8_t{4};
+  if (chance(0.1)) made.bases()[uniform(0, made.tiles)] += static_cast<uint64_t>(number(1));
+  if (counted("integer_check", integer_check(&w)) != kOk) return;
+
+  const int64_t m = uniform(0, 12), x_stride = w.k + uniform(0, 5), y_stride = w.n + uniform(0, 3);
+  const int32_t x_dtype = static_cast<int32_t>(uniform(0, 2));
+  Bytes x(m ? ((m - 1) * x_stride + w.k) * item_size(x_dtype) : 0);
+  Bytes y(m ? ((m - 1) * y_stride + w.n) * item_size(x_dtype) : 0);
+  Bytes bias(w.n * item_size(x_dtype)), codes(w.n * w.k);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t c = 0; c < w.k; ++c) {  // infinities and NaNs among them
+      store_from_float(x.data, i * x_stride + c, x_dtype, chance(0.01) ? INFINITY : 1.0f);
+    }
+  }
+  for (int64_t i = 0; i < w.n; ++i) store_from_float(bias.data, i, x_dtype, 1.0f);
+  counted("integer_unpack",
+          integer_unpack(&w, pointer(reinterpret_cast<int8_t*>(codes.data)), nullptr));
+  for (int32_t path = -3; path <= tile_path_count(); ++path) {
+    const int64_t wrong[] = {w.k - 1, 0, -1, INT64_MIN, kMaxStride + 1, INT64_MAX};
+    const int32_t own = chance(0.9) ? x_dtype : kI8;
+    counted("integer_linear",
+            integer_linear(&w, path, pointer(x.data), own, chance(0.9) ? m : no_size(),
+                           chance(0.9) ? x_stride : wrong[uniform(0, 5)],
+                           chance(0.5) ? bias.data : nullptr, own, pointer(y.data), own,
+                           chance(0.9) ? y_stride : w.n - 1, nullptr));
+  }
+}
+
 void one_dense_row() {
   const int64_t n = uniform(1, 30), k = uniform(1, 90), stride = k + uniform(0, 5);
   Bytes w(((n - 1) * stride + k) * 2), x(k * 4), y(n * 4);
@@ -147,6 +205,7 @@ void one_dense_row() {
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 300;
   for (int i = 0; i < cases; ++i) one_weight();
+  for (int i = 0; i < cases; ++i) one_integer_weight();
   for (int i = 0; i < cases; ++i) one_dense_row();
   int64_t calls = 0;
   for (const auto& [outcome, count] : outcomes) {

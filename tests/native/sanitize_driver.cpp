@@ -183,6 +183,54 @@ void one_case() {
   }
 }
 
+// Codes times rounded activations: the same in all paths but the scalar one, whose sums are not fused,
+// and within what rounding x may change.
+void one_integer_case() {
+  IntegerCase made(uniform(1, 70), uniform(1, 600));
+  const int64_t n = made.n, k = made.k, m = chance(0.3) ? 1 : uniform(1, 20);
+  const IntegerWeight w = made.weight();
+  expect(integer_check(&w) == kOk, "integer_check");
+  Bytes again(n * k);
+  expect(integer_unpack(&w, reinterpret_cast<int8_t*>(again.data), uneven) == kOk, "integer_unpack");
+  expect(std::memcmp(again.data, made.codes.data, static_cast<size_t>(n * k)) == 0,
+         "integers come back");
+  const int32_t x_dtype = static_cast<int32_t>(uniform(0, 2));
+  const int64_t x_stride = k + uniform(0, 5), y_stride = n + uniform(0, 3);
+  Bytes x(((m - 1) * x_stride + k) * item_size(x_dtype)), y(((m - 1) * y_stride + n) * 4);
+  for (int64_t i = 0; i < (m - 1) * x_stride + k; ++i) {
+    store_from_float(x.data, i, x_dtype, static_cast<float>(normal()));
+  }
+  for (int32_t path = 0; path < tile_path_count(); ++path) {
+    if (!tile_path_available(path)) continue;
+    const std::string name = tile_path_name(path);
+    expect(integer_linear(&w, path, x.data, x_dtype, m, x_stride, nullptr, 0, y.data, kF32, y_stride,
+                          chance(0.5) ? uneven : nullptr) == kOk,
+           name + ": integer_linear");
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t r = 0; r < n; ++r) {
+        double sum = 0, size = 0, allowed = 0;
+        for (int64_t first = 0; first < k; first += w.block_columns()) {
+          double largest = 0, weights = 0;
+          for (int64_t c = first; c < min64(k, first + w.block_columns()); ++c) {
+            const int64_t group = c / made.group;
+            const double weight =
+                *made.code(r * k + c) *
+                static_cast<double>(from_bf16(w.scales[(r / 8 * made.groups + group) * 8 + r % 8]));
+            const double input = load_as_float(x.data, i * x_stride + c, x_dtype);
+            sum += weight * input;
+            size += std::fabs(weight * input);
+            weights += std::fabs(weight);
+            largest = std::fmax(largest, std::fabs(input));
+          }
+          allowed += 0.5001 * largest / 127 * weights;
+        }
+        const double got = load_as_float(y.data, i * y_stride + r, kF32);
+        expect(std::fabs(got - sum) <= allowed + 1e-5 * size, name + ": integer_linear differs");
+      }
+    }
+  }
+}
+
 // A dense weight of 16-bit floats times one token.
 void one_dense_row() {
   const int64_t n = uniform(1, 70), k = uniform(1, 300), stride = k + uniform(0, 5);
@@ -226,6 +274,7 @@ int main(int argc, char** argv) {
   }
   std::printf("\n");
   for (int i = 0; i < cases; ++i) one_case();
+  for (int i = 0; i < cases; ++i) one_integer_case();
   for (int i = 0; i < cases; ++i) one_dense_row();
   std::printf("%d cases passed\n", cases);
 }

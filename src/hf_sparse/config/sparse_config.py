@@ -169,7 +169,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What holds of a config that is passed for a checkpoint that has its own."""
-        return {"prefer": self.prefer}
+        return {"prefer": self.prefer, "activations": self.activations}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the method's defaults, and always method, sparsity and pattern."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..core.errors import RegistrationError
 from ..core.registry import Registry
 from .base import Choice, Considered, Form, Kernel, Stored, Verdict
+from .cpu.integer.kernel import IntegerKernel
 from .cpu.kernel import TileKernel
 from .dense import DenseKernel
 from .gpu.kernel import SlicedKernel
@@ -20,7 +21,7 @@ REFERENCE = "reference"
 KERNELS: Registry[Kernel] = Registry(
     "kernel",
     Kernel,  # type: ignore[type-abstract]
-    (TileKernel, SemiStructuredKernel, SlicedKernel, DenseKernel),
+    (IntegerKernel, TileKernel, SemiStructuredKernel, SlicedKernel, DenseKernel),
     reserved=[REFERENCE],
 )
 

@@ -29,6 +29,7 @@ class Stored:
         dtype: dtype of the dense weight; that of the values may be narrower.
         form: what is wanted of a kernel of ours: a packed weight even if that is slower, on a CPU
             a dense one, or what it finds best.
+        activations: "int8" if a kernel may round its inputs to that; None: to nothing.
     """
 
     format: Format
@@ -36,6 +37,7 @@ class Stored:
     shape: tuple[int, int]
     dtype: torch.dtype
     form: Form = "any"
+    activations: str | None = None
 
     @property
     def device(self) -> torch.device:

@@ -34,6 +34,7 @@ class PackedModule(nn.Module):
         weight_dtype: of the dense weight; that of the values may be narrower.
         trace: which kernels were considered, and what came of it.
         form: the one that is wanted of a kernel.
+        activations: "int8" if a kernel may round its inputs to that, else None.
         written_over: the weight that was held before another one was written into the layer.
     """
 
@@ -43,6 +44,7 @@ class PackedModule(nn.Module):
     rank: int
     trace: tuple[Verdict, ...]
     form: Form = "any"
+    activations: str | None = None
     written_over: PackedWeight | None
     _held: Held
 
@@ -108,7 +110,10 @@ class PackedModule(nn.Module):
         packed = self.packed
         if any(tensor.is_meta for tensor in packed.values()):
             return
-        choice = choose(StoredWeight(self.format, packed, self.shape, self.weight_dtype, self.form))
+        stored = StoredWeight(
+            self.format, packed, self.shape, self.weight_dtype, self.form, self.activations
+        )
+        choice = choose(stored)
         self.trace = choice.trace
         if choice.kernel is not None:
             self.use(choice.kernel)
@@ -119,6 +124,14 @@ class PackedModule(nn.Module):
         if kernel is not None and isinstance(kernel, DenseKernel) != (form == "dense"):
             self.hold(self.stored)
             self.resolve()
+
+    def round_activations(self, to: str | None) -> None:
+        """Let kernels, now and later, round their inputs to "int8", or None: to nothing."""
+        if to != self.activations:
+            self.activations, self.form = to, "any"
+            if self.kernel is not None:
+                self.hold(self.stored)
+                self.resolve()
 
     def use(self, kernel: Kernel) -> None:
         """Let a kernel that has taken the weight over multiply."""

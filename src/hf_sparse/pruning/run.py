@@ -23,6 +23,7 @@ from ..core.errors import CalibrationError
 from ..core.logging import get_logger
 from ..kernels.machine import Environment
 from ..layers import sparse_layers
+from ..layers.activations import round_activations
 from ..layers.blocks import Block, find_blocks
 from ..layers.prefer import prefer
 from ..layers.select import select_targets
@@ -86,6 +87,7 @@ def run(
             if plans:
                 solver_run.prune(plans, blocks)
             _tell_unreached(solver_run.unreached, bool(solver_run.layers))
+    round_activations(model, config.activations)
     prefer(model, config.prefer)
     report = PruningReport(
         layers=tuple(_as_held(solver_run.layers, model)),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 MAX_DIM = 1 << 27
 LAST_PATH = "HF_SPARSE_PATH"  # names the path behind which none is used
 
@@ -24,6 +24,7 @@ HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALVES)
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # its name: torch computes nothing in it
 INTEGERS = (torch.int8, INT4)  # with scales
+PLAIN_PATH = "scalar"  # that every machine has
 # As `csrc/tiles.h` numbers them.
 NUMBERS = {dtype: number for number, dtype in enumerate((*FLOATS, *INTEGERS))}
 
@@ -54,12 +55,30 @@ class Weight(ctypes.Structure):
     ]
 
 
+class IntegerWeight(ctypes.Structure):
+    """`tiles::IntegerWeight`."""
+
+    _fields_ = [
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("masks", ctypes.c_void_p),
+        ("tile_base", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("value_bytes", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("kept", ctypes.c_int32),
+    ]
+
+
 _I32, _I64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tile_abi_version": (_I32, []),
     "tile_path_count": (_I32, []),
     "tile_path_name": (ctypes.c_char_p, [_I32]),
     "tile_path_available": (_I32, [_I32]),
+    "integer_path_name": (ctypes.c_char_p, [_I32]),
     "tile_message": (ctypes.c_char_p, [_I32]),
     "tile_count_dense": (_I64, [_I64, _I64, _PTR, _I64, _I32]),
     # n, k, bitmask, values, value_count, dtype, masks, tile_base, block_off, packed, bytes, pool
@@ -76,6 +95,17 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tile_check": (_I32, [_PTR]),
     # weight, path, x, dtype, m, stride, bias, dtype, y, dtype, stride, pool
     "tile_linear": (
+        _I32,
+        [_PTR, _I32, _PTR, _I32, _I64, _I64, _PTR, _I32, _PTR, _I32, _I64, _PTR],
+    ),
+    # n, k, codes, bits, kept, tile_base, pool
+    "integer_measure": (_I32, [_I64, _I64, _PTR, _I32, _I32, _PTR, _PTR]),
+    # n, k, codes, bits, kept, tile_base, masks, values, bytes, pool
+    "integer_pack": (_I32, [_I64, _I64, _PTR, _I32, _I32, _PTR, _PTR, _PTR, _I64, _PTR]),
+    "integer_unpack": (_I32, [_PTR, _PTR, _PTR]),
+    "integer_check": (_I32, [_PTR]),
+    # weight, path, x, dtype, m, stride, bias, dtype, y, dtype, stride, pool
+    "integer_linear": (
         _I32,
         [_PTR, _I32, _PTR, _I32, _I64, _I64, _PTR, _I32, _PTR, _I32, _I64, _PTR],
     ),
@@ -164,6 +194,13 @@ def paths() -> dict[str, int]:
         for i in range(lib.tile_path_count())
         if lib.tile_path_available(i)
     }
+
+
+@functools.cache
+def integer_path() -> str:
+    """The path whose integer products are the best here."""
+    name: bytes = library().integer_path_name(-1)
+    return name.decode()
 
 
 def describe() -> str:

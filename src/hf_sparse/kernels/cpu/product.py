@@ -23,6 +23,7 @@ from ..operator import check_input
 from ..token_classes import TokenClass, Way, class_of, fastest
 from . import library
 from .decode import decode, dense
+from .rows import as_rows
 from .weight import ROWS, TileWeight
 
 BLOCK_BYTES = 4 << 20  # of a decoded block
@@ -38,18 +39,10 @@ def packed_linear(
     """
     n, k = weight.shape
     x = library.checked(x, "x", library.FLOATS)
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {k})")
+    rows, stride = as_rows(x, k)
     if bias is not None:
         bias = library.checked(bias, "bias", library.FLOATS)
         library.check_shape(bias, "bias", (n,))
-    m = math.prod(x.shape[:-1])
-    rows = x if x.dim() == 2 else x.reshape(m, k)
-    stride = rows.stride(0)
-    # A single row has no stride to speak of, and torch reports any number for it.
-    if (k > 1 and rows.stride(1) != 1) or (m > 1 and stride < k):
-        rows = rows.contiguous()
-        stride = k
     y = x.new_empty(*x.shape[:-1], n)
     dtype = library.NUMBERS[x.dtype]
     code = library.library().tile_linear(
@@ -57,8 +50,8 @@ def packed_linear(
         library.path_number(path),
         rows.data_ptr(),
         dtype,
-        m,
-        max(stride, k),
+        math.prod(x.shape[:-1]),
+        stride,
         bias.data_ptr() if bias is not None else None,
         library.NUMBERS[bias.dtype] if bias is not None else 0,
         y.data_ptr(),

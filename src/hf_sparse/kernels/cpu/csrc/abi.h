@@ -25,6 +25,7 @@ enum Code : int32_t {
   kNoMemory,
   kPoolFailed,       // the thread pool reported an error
   kNoArray,          // a pointer is null
+  kBadOctets,        // group_size isn't positive, or below K no multiple of 8
 };
 
 // libtorch's torch_parallel_for, or null to stay on the calling thread.
@@ -48,6 +49,17 @@ int32_t run(ParallelFor pool, int64_t count, int64_t grain, F& body) {
 // The numbers of a weight and its pointers; tile_check says whether the arrays are sound.
 int32_t check_shape(const Weight& w);
 
+// The path whose integer products serve a path's number, or -1 for the best: itself, or the next lower
+// one that has them. Null if the CPU can't run that path.
+const Path* integer_path(int32_t path);
+
+// A bias as fp32[padded], zeros from n on; null if there is no memory. Valid until the thread's next.
+const float* padded_bias(const void* bias, int32_t dtype, int64_t n, int64_t padded);
+
+// How often a kernel had no memory, so far: callers compare it before and after.
+uint64_t count_memory_failures();
+
+inline bool is_float(int32_t dtype) { return dtype == kF32 || dtype == kBF16 || dtype == kF16; }
 inline bool is_dim(int64_t size) { return size >= 1 && size <= kMaxDim; }
 // Can rows of that many columns lie a stride apart?
 inline bool is_stride(int64_t stride, int64_t columns) {

@@ -8,6 +8,7 @@
 
 #include "byte_tables.h"
 #include "convert.h"
+#include "integer.h"
 #include "tiles.h"
 #include "target.h"
 
@@ -129,6 +130,12 @@ struct Isa : IsaDefaults, ByteShuffle {
   }
 };
 
+#include "integer_dots.h"
+#include "integer_round.h"
+#include "integer_walk.h"
+
+constexpr IntegerPath kInteger = {round_x<Isa>, IntegerWalk<ByteProducts>::multiply};
+
 bool available() {
   // clang's __builtin_cpu_supports doesn't know F16C: bit 29 of leaf 1's ecx.
   unsigned a, b, c, d;
@@ -138,7 +145,7 @@ bool available() {
 
 }  // namespace
 
-constexpr Path kAvx2Path = path_of<Isa>("avx2", available);
+constexpr Path kAvx2Path = path_of<Isa>("avx2", available, &kInteger);
 
 }  // namespace tiles
 TILE_TARGET_END

@@ -14,6 +14,10 @@ struct ByteTables {
   alignas(64) uint8_t columns[256][16];  // 8 words, column 0's four rows first, then column 1's
   alignas(64) uint8_t bytes[256][8];     // 8 bytes, in the order of the bits
   alignas(64) uint8_t dwords[16][16];    // 4 dwords, for a mask of 4 bits
+  // Of two masks, the entry of the first plus that of the second expands 16 bytes: the first one's 8
+  // and its count 8 times, and zeros and the second one's 8.
+  alignas(64) uint8_t first[256][16];
+  alignas(64) uint8_t second[256][16];
 };
 
 constexpr ByteTables make_byte_tables() {
@@ -34,8 +38,10 @@ constexpr ByteTables make_byte_tables() {
           t.dwords[mask][bit * 4 + b] = static_cast<uint8_t>(kept ? next * 4 + b : 0x80);
         }
       }
+      t.first[mask][bit] = t.second[mask][8 + bit] = t.bytes[mask][bit];
       if (kept) ++next;
     }
+    for (int bit = 0; bit < 8; ++bit) t.first[mask][8 + bit] = static_cast<uint8_t>(next);
   }
   return t;
 }

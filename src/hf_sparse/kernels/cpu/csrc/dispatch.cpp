@@ -65,8 +65,6 @@ struct Buffer {
 // another's failure away.
 std::atomic<uint64_t> memory_failures{0};
 
-bool float_dtype(int32_t dtype) { return dtype == kF32 || dtype == kBF16 || dtype == kF16; }
-
 // Below this many multiplications waking the pool costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 16;
 // And below this many items of x, packing it on one thread costs less than a second barrier, which on
@@ -88,17 +86,39 @@ void* scratch(ScratchSlot slot, int64_t bytes) {
 }
 
 void report_no_memory() { memory_failures.fetch_add(1); }
+uint64_t count_memory_failures() { return memory_failures.load(); }
+
+const float* padded_bias(const void* bias, int32_t dtype, int64_t n, int64_t padded) {
+  float* copy = scratch_of<float>(kScratchBias, padded);
+  if (!copy) return nullptr;
+  for (int64_t i = 0; i < n; ++i) copy[i] = load_as_float(bias, i, dtype);
+  std::memset(copy + n, 0, static_cast<size_t>(padded - n) * sizeof(float));
+  return copy;
+}
+
+const Path* integer_path(int32_t path) {
+  if (path == kAnyPath) path = best_path();
+  if (!available(path)) return nullptr;
+  while (!available(path) || !kPaths[path]->integer) --path;  // the scalar path always has them
+  return kPaths[path];
+}
 
 }  // namespace tiles
 
 using namespace tiles;
 
-TILE_EXPORT int32_t tile_abi_version() { return 4; }
+TILE_EXPORT int32_t tile_abi_version() { return 5; }
 
 TILE_EXPORT int32_t tile_path_count() { return kPathCount; }
 
 TILE_EXPORT const char* tile_path_name(int32_t path) {
   return path >= 0 && path < kPathCount ? kPaths[path]->name : nullptr;
+}
+
+// Of the path whose integer products a call with `path` gets; null if the CPU can't run that.
+TILE_EXPORT const char* integer_path_name(int32_t path) {
+  const Path* found = integer_path(path);
+  return found ? found->name : nullptr;
 }
 
 TILE_EXPORT int32_t tile_path_available(int32_t path) { return available(path) ? 1 : 0; }
@@ -117,6 +137,7 @@ TILE_EXPORT const char* tile_message(int32_t code) {
     case kNoMemory: return "out of memory";
     case kPoolFailed: return "the thread pool reported an error";
     case kNoArray: return "an array is missing";
+    case kBadOctets: return "group_size must be a multiple of 8 unless it covers a whole row";
     default: return "unknown error";
   }
 }
@@ -131,8 +152,8 @@ TILE_EXPORT int32_t tile_linear(const Weight* weight, int32_t path, const void* 
   if (m < 0 || m > kMaxDim || !is_stride(x_stride, w.k) || !is_stride(y_stride, w.n)) {
     return kBadSize;
   }
-  if (!float_dtype(x_dtype) || !float_dtype(y_dtype)) return kBadDType;
-  if (bias && !float_dtype(bias_dtype)) return kBadDType;
+  if (!is_float(x_dtype) || !is_float(y_dtype)) return kBadDType;
+  if (bias && !is_float(bias_dtype)) return kBadDType;
   if (m == 0) return kOk;
   if (!x || !y) return kNoArray;
 
@@ -140,14 +161,11 @@ TILE_EXPORT int32_t tile_linear(const Weight* weight, int32_t path, const void* 
   if (path == kAnyPath) path = choose(p);
   if (!available(path) || !kPaths[path]->fits(p)) return kBadPath;
   const Path& way = *kPaths[path];
-  const uint64_t failures = memory_failures.load();
+  const uint64_t failures = count_memory_failures();
 
   if (bias) {
-    float* copy = scratch_of<float>(kScratchBias, w.tiles() * kRows);
-    if (!copy) return kNoMemory;
-    for (int64_t i = 0; i < w.n; ++i) copy[i] = load_as_float(bias, i, bias_dtype);
-    std::memset(copy + w.n, 0, static_cast<size_t>(w.tiles() * kRows - w.n) * sizeof(float));
-    p.bias = copy;
+    p.bias = padded_bias(bias, bias_dtype, w.n, w.tiles() * kRows);
+    if (!p.bias) return kNoMemory;
   }
   const int64_t packed_bytes = way.plan(p);
   if (w.n * w.k < kSerialWork / m) pool = nullptr;
@@ -162,7 +180,7 @@ TILE_EXPORT int32_t tile_linear(const Weight* weight, int32_t path, const void* 
   auto multiply = [&](int64_t begin, int64_t end) { way.multiply(p, begin, end); };
   const int32_t multiplied = run(pool, w.tiles(), way.grain(p), multiply);
   if (multiplied != kOk) return multiplied;
-  return memory_failures.load() == failures ? kOk : kNoMemory;
+  return count_memory_failures() == failures ? kOk : kNoMemory;
 }
 
 // Dense rows of the tiles [begin, end) to out[rows][stride], or transposed to out[K][stride]. The
@@ -176,11 +194,11 @@ TILE_EXPORT int32_t tile_decode(const Weight* weight, int32_t path, int64_t tile
   if (tile_begin < 0 || tile_end < tile_begin || tile_end > w.tiles()) return kBadSize;
   const int64_t rows = min64(w.n, tile_end * kRows) - tile_begin * kRows;
   if (!is_stride(stride, transposed ? rows : w.k)) return kBadSize;
-  if (!float_dtype(out_dtype)) return kBadDType;
+  if (!is_float(out_dtype)) return kBadDType;
   if (!out && rows > 0) return kNoArray;
   if (path == kAnyPath) path = best_path();
   if (!available(path)) return kBadPath;
-  const uint64_t failures = memory_failures.load();
+  const uint64_t failures = count_memory_failures();
   auto body = [&](int64_t begin, int64_t end) {
     const int64_t items = begin * kRows * (transposed ? 1 : stride);
     auto* at = static_cast<uint8_t*>(out) + items * item_size(out_dtype);
@@ -189,7 +207,7 @@ TILE_EXPORT int32_t tile_decode(const Weight* weight, int32_t path, int64_t tile
   };
   const int32_t decoded = run(pool, tile_end - tile_begin, 1, body);
   if (decoded != kOk) return decoded;
-  return memory_failures.load() == failures ? kOk : kNoMemory;
+  return count_memory_failures() == failures ? kOk : kNoMemory;
 }
 
 // y[N] = W x for a dense W[N][K] of bf16 or fp16.
@@ -198,7 +216,7 @@ TILE_EXPORT int32_t tile_dense_row(int64_t n, int64_t k, const void* w, int32_t 
                                  void* y, int32_t y_dtype, ParallelFor pool) {
   if (!is_dim(n) || !is_dim(k) || !is_stride(w_stride, k)) return kBadSize;
   if (w_dtype != kBF16 && w_dtype != kF16) return kBadDType;
-  if (!float_dtype(x_dtype) || !float_dtype(y_dtype)) return kBadDType;
+  if (!is_float(x_dtype) || !is_float(y_dtype)) return kBadDType;
   if (path == kAnyPath) path = best_path();
   if (!available(path)) return kBadPath;
   if (!w || !x || !y) return kNoArray;

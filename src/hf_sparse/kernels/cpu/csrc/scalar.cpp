@@ -3,7 +3,10 @@
 //
 // The tile is expanded to 16 weights per column, zeros included, so that infinities and NaNs in x
 // meet the pruned weights as they do in a dense product.
+#include <cstring>
+
 #include "convert.h"
+#include "integer.h"
 #include "tiles.h"
 
 namespace tiles {
@@ -91,9 +94,53 @@ void dense_row(const DenseProduct& p, int64_t begin, int64_t end) {
   }
 }
 
+#include "integer_round.h"
+
+void round_x(const IntegerProduct& p, int64_t begin, int64_t end) {
+  round_tokens(p, begin, end, [](const void* x, int64_t at, int32_t dtype, float* out) {
+    for (int64_t i = 0; i < 16; ++i) out[i] = load_as_float(x, at + i, dtype);
+  });
+}
+
+// A block's exact sums of one step, for the rows of a tile.
+void add_step(const int8_t* codes, const int8_t* q, int64_t first_row, int32_t* sums) {
+  for (int64_t i = 0; i < kStepCodes; ++i) sums[first_row + i / 8] += codes[i] * q[i % 8];
+}
+
+void multiply_integers(const IntegerProduct& p, int64_t tile_begin, int64_t tile_end) {
+  const IntegerWeight& w = *p.weight;
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    for (int64_t m = 0; m < p.m; ++m) {
+      const uint8_t* values = w.tile_values(tile);
+      float total[kOctet] = {};
+      for (int64_t block = 0; block < w.blocks(); ++block) {
+        int32_t sums[kOctet] = {};
+        const int64_t first = block * w.block_units(), units = min64(w.block_units(), w.units() - first);
+        for (int64_t i = 0; i < 2 * units; ++i) {
+          const int64_t at = (first + i / 2) * kOctet + i % 2 * 4;
+          int8_t codes[kStepCodes];
+          values = decode_step(w, values, w.kept == kKeptAll ? values : w.tile_masks(tile) + at, codes);
+          add_step(codes, p.block_q(block) + m * w.block_columns() + i / 2 * kOctet, i % 2 * 4, sums);
+        }
+        const uint16_t* scales = w.block_scales(tile, block);
+        for (int64_t r = 0; r < kOctet; ++r) {
+          total[r] += static_cast<float>(sums[r]) * (from_bf16(scales[r]) * p.steps[block * p.m + m]);
+        }
+      }
+      for (int64_t r = 0; r < min64(kOctet, w.n - tile * kOctet); ++r) {
+        const int64_t column = tile * kOctet + r;
+        const float bias = p.bias ? p.bias[column] : 0.0f;
+        store_from_float(p.y, m * p.y_stride + column, p.y_dtype, total[r] + bias);
+      }
+    }
+  }
+}
+
+constexpr IntegerPath kInteger = {round_x, multiply_integers};
+
 }  // namespace
 
 const Path kScalarPath = {"scalar", available, fits,     plan,   pack_units,
-                          pack_x,   grain,     multiply, decode, dense_row};
+                          pack_x,   grain,     multiply, decode, dense_row, &kInteger};
 
 }  // namespace tiles

@@ -143,6 +143,8 @@ struct DenseProduct {
   int32_t y_dtype;
 };
 
+struct IntegerPath;
+
 // A path is one instruction set's way through the product. Work is split over token chunks while x
 // is packed and over tiles of outputs afterwards, never along K, so that the sum that makes an
 // output doesn't depend on the number of threads.
@@ -163,6 +165,8 @@ struct Path {
                  int64_t stride, bool transposed);
   // Rows [begin, end) of a dense product.
   void (*dense_row)(const DenseProduct&, int64_t begin, int64_t end);
+  // Products of codes and rounded activations, see integer.h; null: as the next lower path.
+  const IntegerPath* integer;
 };
 
 extern const Path kScalarPath, kAvx2Path, kAvx512Path, kAvx512Vbmi2Path, kAmxPath, kNeonPath;

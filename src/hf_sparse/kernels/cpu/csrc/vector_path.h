@@ -375,8 +375,10 @@ struct VectorPath {
 #include "dense_row.h"
 
 template <class Isa>
-constexpr Path path_of(const char* name, bool (*available)()) {
+constexpr Path path_of(const char* name, bool (*available)(),
+                       const IntegerPath* integer = nullptr) {
   using Walk = VectorPath<Isa>;
   return {name,         available,  Walk::fits,     Walk::plan,           Walk::pack_units,
-          Walk::pack_x, Walk::grain, Walk::multiply, Decoder<Isa>::decode, DenseRow<Isa>::multiply};
+          Walk::pack_x, Walk::grain, Walk::multiply, Decoder<Isa>::decode, DenseRow<Isa>::multiply,
+          integer};
 }

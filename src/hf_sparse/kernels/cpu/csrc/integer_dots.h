@@ -1,0 +1,85 @@
+// How 256-bit instruction sets decode a step of the integer layout and multiply it, see
+// integer_walk.h. Included inside an anonymous namespace, after vector_path.h.
+
+struct ByteProducts {
+  using I = __m256i;
+
+  // Codes of 4 bits become 0 to 15, and the sum of a pair's products fits 16 bits 8 times over. Those
+  // of 8 bits keep their sign, which is handed to x.
+  template <int32_t B>
+  static constexpr int32_t offset = B == kCodes4 ? 8 : 0;
+
+  template <int32_t B>
+  struct Sum {
+    I wide, narrow;
+
+    // Said, because GCC gives an implied one no target.
+    TILE_INLINE Sum() : wide(_mm256_setzero_si256()), narrow(_mm256_setzero_si256()) {}
+    static TILE_INLINE I widened(I pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+    TILE_INLINE void add(I codes, I x) {
+      if constexpr (B == kCodes4) {
+        narrow = in_turn(_mm256_add_epi16(narrow, _mm256_maddubs_epi16(codes, x)));
+      } else {
+        const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
+        wide = in_turn(_mm256_add_epi32(wide, widened(pairs)));
+      }
+    }
+    // Has the compiler add one product after another: in a tree, they would wait on the stack.
+    static TILE_INLINE I in_turn(I sum) {
+      asm("" : "+x"(sum));
+      return sum;
+    }
+    TILE_INLINE void flush() {
+      if constexpr (B == kCodes4) {
+        wide = _mm256_add_epi32(wide, widened(narrow));
+        narrow = _mm256_setzero_si256();
+      }
+    }
+  };
+
+  static TILE_INLINE __m128i load128(const void* p) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  }
+  static TILE_INLINE I join(const void* low, const void* high) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(load128(low)), load128(high), 1);
+  }
+  // The low nibbles of 16 bytes, then the high ones.
+  static TILE_INLINE I nibbles(const uint8_t* values) {
+    const I shifts = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+    const I twice = _mm256_broadcastsi128_si256(load128(values));
+    return _mm256_and_si256(_mm256_srlv_epi32(twice, shifts), _mm256_set1_epi8(15));
+  }
+  template <int32_t B>
+  static TILE_INLINE I unsigned_codes(I codes) {
+    return offset<B> == 0 ? codes : _mm256_xor_si256(codes, _mm256_set1_epi8(offset<B>));
+  }
+
+  // Codes kept in the first two octets of a step, and in the others.
+  struct Count {
+    int64_t low, high;
+  };
+  template <int32_t K>
+  static TILE_INLINE Count count(const uint8_t* masks, int64_t kept) {
+    if (K == kKeptFixed) return {2 * kept, 2 * kept};
+    uint16_t low, high;
+    std::memcpy(&low, masks, 2);
+    std::memcpy(&high, masks + 2, 2);
+    return {__builtin_popcount(low), __builtin_popcount(high)};
+  }
+
+  template <int32_t B, int32_t K>
+  static TILE_INLINE I next(const uint8_t*& values, const uint8_t* masks, int64_t kept) {
+    const uint8_t* from = values;
+    if constexpr (K == kKeptAll) {
+      values += B == kCodes8 ? 32 : 16;
+      return unsigned_codes<B>(B == kCodes8 ? join(from, from + 16) : nibbles(from));
+    } else {
+      const Count n = count<K>(masks, kept);
+      values += step_bytes(B, n.low, n.high);
+      const I packed = B == kCodes8 ? join(from, from + n.low) : nibbles(from);
+      const I shuffle = _mm256_add_epi8(join(kTables.first[masks[0]], kTables.first[masks[2]]),
+                                        join(kTables.second[masks[1]], kTables.second[masks[3]]));
+      return unsigned_codes<B>(_mm256_shuffle_epi8(packed, shuffle));
+    }
+  }
+};
