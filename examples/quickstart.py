@@ -39,7 +39,10 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     config = SparseConfig(
-        sparsity=arguments.sparsity, dataset=str(HERE / "data" / "calibration.txt"), seq_len=256
+        sparsity=arguments.sparsity,
+        dataset=str(HERE / "data" / "calibration.txt"),
+        num_samples=32,
+        seq_len=256,
     )
     pruned = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
     print(pruned.hf_quantizer.report.summary())

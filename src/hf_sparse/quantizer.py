@@ -18,11 +18,13 @@ from transformers.quantizers import (
     register_quantizer,
 )
 
+from .calibration.sources import check_source
 from .checkpoint.commit import PAGE_FILE
 from .checkpoint.headers import PackedLayer, read_layers
 from .checkpoint.load import build_layers, finish_layers
 from .checkpoint.save_id import check_single
 from .checkpoint.state_dict import ValuesRenaming, sparse_state_dict
+from .checkpoint.weight_files import GUARD, POINTER
 from .config.arguments import ARGUMENTS
 from .config.checks import choice
 from .config.keys import QUANT_METHOD
@@ -39,7 +41,8 @@ from .layers.experts import SparseExperts, fuse
 from .layers.head import restore_head, speed_up_head
 from .layers.prefer import prefer as prefer_form
 from .layers.replace import ModuleParents, unpack_linear
-from .pruning.prune import prune_in_place, require_dense
+from .pruning.dense_measurements import DenseMeasurements
+from .pruning.prune import check_before_loading, prune_in_place, require_dense
 from .pruning.report import PruningReport
 from .pruning.saved_report import saved_report
 from .pruning.wrappers import unwrapped
@@ -144,6 +147,7 @@ class SparseQuantizer(HfQuantizer):
         self.report: PruningReport | None = None
         self.evaluation: Evaluation | None = None
         self.trains_values = False
+        self._measurements: DenseMeasurements | None = None
         self._files: Sequence[str] = ()
         self._layers: dict[str, PackedLayer] = {}
         self._renamed: frozenset[str] = frozenset()
@@ -152,6 +156,16 @@ class SparseQuantizer(HfQuantizer):
         """Before anything is downloaded: is what the method needs there?"""
         if not self.pre_quantized:
             self.quantization_config.check_data()
+            check_source(self.quantization_config.dataset)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The last that transformers asks before it looks for files: the guard has done its work,
+        they have their usual names."""
+        if getattr(config, POINTER, None) == GUARD:
+            delattr(config, POINTER)
+        return config
+
+    update_tp_plan = update_attn_implementation  # what transformers asks last before 5.24
 
     def _process_model_before_weight_loading(
         self,
@@ -161,6 +175,7 @@ class SparseQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         if not self.pre_quantized:
+            self._measurements = check_before_loading(model, self.quantization_config)
             return
         if not checkpoint_files:
             raise CheckpointError(
@@ -202,7 +217,8 @@ class SparseQuantizer(HfQuantizer):
 
         A model that has only lost experts is an ordinary one still, and saved as such.
         """
-        self.report = prune_in_place(model, self.quantization_config)
+        measurements, self._measurements = self._measurements, None
+        self.report = prune_in_place(model, self.quantization_config, measurements)
         if self.report.data is not None:
             self.quantization_config = self.quantization_config.replaced(dataset=self.report.data)
         if self.report.experts and not sparse_layers(model):

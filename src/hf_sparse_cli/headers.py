@@ -184,7 +184,7 @@ def _layers(where: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if version != VERSION:
         raise Failure(
             f"{where}: format version {version!r} is not known, this hf-sparse reads {VERSION}; "
-            "pip install -U hf-sparse may help"
+            "a newer one may help"
         )
     return dict(layers)
 

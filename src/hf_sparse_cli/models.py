@@ -95,7 +95,7 @@ def read_dense_config(model: str, revision: str | None, gguf_file: str | None) -
     if gguf_file is None:
         return read_config(model, revision)
     if find_spec("gguf") is None:
-        raise Failure("--gguf-file needs the package gguf: pip install 'hf_sparse[gguf]'")
+        raise Failure("--gguf-file needs the package gguf: pip install gguf")
     path = Path(model).expanduser()
     if (path.is_dir() or looks_local(model)) and not (path / gguf_file).is_file():
         raise Failure(f"there is no file {gguf_file} in the folder {model}")

@@ -241,6 +241,34 @@ def test_a_table_of_token_ids_gives_a_batch_a_row():
     assert ids_of(make(table.with_format("torch"))) == [[5, 6], [7, 8]]
 
 
+def test_text_beside_the_ids_that_were_made_of_it_is_left_out():
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "input_ids": [[5, 6], [7, 8]]})
+    data = make(table)
+    assert [list(batch) for batch in data.batches] == [["input_ids"], ["input_ids"]]
+    assert ids_of(data) == [[5, 6], [7, 8]]
+
+
+class Listed(torch.utils.data.Dataset):
+    """Has a length and places, and no iterator."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def test_a_data_set_of_torch_is_as_a_list_of_its_items():
+    items = [torch.tensor([5, 6]), torch.tensor([7, 8])]
+    assert ids_of(make(Listed(items))) == [[5, 6], [7, 8]]
+    assert ids_of(make(torch.utils.data.TensorDataset(torch.stack(items)))) == [[5, 6], [7, 8]]
+    texts = ["5 6 5 6 5 6", "7 8 7 8 7 8"]
+    assert ids_of(make(Listed(texts), Decoder())) == ids_of(make(texts, Decoder()))
+
+
 def test_dicts_are_limited_to_the_samples_wanted():
     items = [{"input_ids": [i]} for i in range(9)]
     assert ids_of(make(iter(items), num_samples=2)) == [[0], [1]]
@@ -531,6 +559,9 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path, name):
 def test_a_folder_is_an_error(tmp_path):
     with pytest.raises(CalibrationError, match="is a folder: pass one file"):
         make(tmp_path, Decoder())
+    datasets.Dataset.from_dict({"text": ["5"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(CalibrationError, match=r"is a folder: pass datasets\.load_from_disk"):
+        make(tmp_path / "saved", Decoder())
 
 
 def test_lines_that_are_not_json_are_an_error_that_names_the_file(tmp_path):
@@ -616,7 +647,7 @@ def test_an_item_that_is_no_sequence_of_ids_is_an_error_that_describes_it(item, 
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"input_ids": [5], "name": "x"}, "holds 'name'"),
+        ({"input_ids": [5], "name": ["x"]}, "holds 'name'"),
         ({"input_ids": None}, "holds 'input_ids'"),
         ({"input_ids": 5}, "holds 'input_ids'"),
         ({"input_ids": [[5], [6, 7]]}, "holds 'input_ids'"),

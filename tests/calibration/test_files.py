@@ -1,7 +1,10 @@
 """Files of each type give what they hold, in rows; broken ones an error that names them."""
 
+import bz2
 import codecs
+import gzip
 import json
+import lzma
 
 import datasets
 import pyarrow
@@ -40,11 +43,41 @@ ROWS = [{"text": "5 6", "n": 1}, {"text": "7, 8", "n": 2}]
         ("a.csv", "text;n\r\n5 6;1\r\n7, 8;2\r\n"),
         ("a.tsv", "text\tn\n5 6\t1\n7, 8\t2\n"),
         ("a.CSV", 'text,n\n5 6,1\n"7, 8",2\n'),
+        ("a.csv", "text|n\n5 6|1\n7, 8|2\n"),
+        ("a.json", json.dumps({"version": "1.0", "data": ROWS})),
     ],
 )
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["", "BOM"])
 def test_rows_are_the_same_in_every_type_of_file(tmp_path, name, content, mark):
     assert rows_of(tmp_path / name, mark + content.encode()) == ROWS
+
+
+@pytest.mark.parametrize("packed", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", "\n".join(map(json.dumps, ROWS)), ROWS),
+        ("a.json", json.dumps(ROWS), ROWS),
+        ("a.csv", 'text,n\n5 6,1\n"7, 8",2\n', ROWS),
+        ("a.TXT", "5 6", ["5 6"]),
+    ],
+)
+def test_a_compressed_file_has_the_rows_of_the_file_in_it(
+    tmp_path, packed, name, content, expected
+):
+    end = {gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz"}[packed]
+    assert rows_of(tmp_path / f"{name}{end}", packed(content.encode())) == expected
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.bz2", "a.txt.xz", "a.txt.gz", "a.json.zst"])
+def test_what_is_not_compressed_as_its_name_says_is_one_sentence(tmp_path, name):
+    with pytest.raises(CalibrationError, match=rf"{name}\W.*can't be read"):
+        rows_of(tmp_path / name, '{"text": "5 6"}')
+
+
+def test_an_object_with_several_arrays_or_a_text_is_one_value(tmp_path):
+    for value in ({"a": ["5"], "b": ["6"]}, {"text": "5", "tags": ["6"]}, {"input_ids": [5, 6]}):
+        assert rows_of(tmp_path / "a.json", json.dumps(value)) == [value]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
@@ -135,6 +168,6 @@ def test_a_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError("not yours")
 
-    monkeypatch.setattr(type(tmp_path), "read_text", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(CalibrationError, match=r"a\.txt' can't be read: not yours"):
         read_file(tmp_path / "a.txt")

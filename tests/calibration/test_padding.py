@@ -8,12 +8,16 @@ from transformers import (
     HubertForCTC,
     Speech2TextConfig,
     Speech2TextForConditionalGeneration,
+    ViltConfig,
+    ViltModel,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
 )
 
+from hf_sparse.calibration.batches import make_batches
 from hf_sparse.calibration.block_walk import BlockWalk
 from hf_sparse.calibration.layer_statistics import collect_statistics
+from hf_sparse.calibration.token_masks import token_mask
 from hf_sparse.core.statistics import Needs
 from hf_sparse.layers.blocks import find_blocks
 
@@ -113,12 +117,87 @@ def test_without_padding_no_further_pass_is_made(mask):
     assert len(passes) == 2  # one to look at the blocks, one to stop in front of them
 
 
-@pytest.mark.parametrize("mask", [MASK[:, None, None], MASK.repeat(1, 3)], ids=["4-D", "longer"])
+@pytest.mark.parametrize(
+    "mask", [MASK.repeat(1, 3), torch.ones(2, 1, 3, 4).tril()], ids=["longer", "queries"]
+)
 def test_a_mask_that_no_layer_s_rows_are_of_is_told_once(mask, caplog):
     batch = {"input_ids": IDS, "attention_mask": mask, "decoder_input_ids": DECODER}
     assert tokens(Translator(), [batch, batch])["encoder.0.own"] == 16
     (message,) = caplog.messages
     assert message.startswith("attention_mask of the calibration data may mark padding")
+
+
+CAUSAL = torch.ones(4, 4, dtype=torch.bool).tril()
+LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
+FORMS = {
+    "of keys": (MASK, MASK.bool()[:, None, None]),
+    "causal": (MASK, CAUSAL & MASK.bool()[:, None, None]),
+    "causal without heads": (MASK, CAUSAL & MASK.bool()[:, None]),
+    "in both directions": (MASK, MASK.bool()[:, None, None].expand(2, 1, 4, 4)),
+    "with rows for padding": (LEFT, (CAUSAL & LEFT[:, None, None]) | torch.eye(4).bool()),
+    "with full rows for padding": (LEFT, CAUSAL & LEFT[:, None, None] | ~LEFT[:, None, :, None]),
+    "packed": (torch.ones(2, 4), torch.block_diag(*[CAUSAL[:2, :2]] * 2).expand(2, 1, 4, 4)),
+    "one token": (torch.ones(2, 1), torch.ones(2, 1, 1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["boolean", "ones", "added", "added -10000"])
+def test_the_tokens_of_a_mask_are_told_in_every_form(form, kind):
+    expected, mask = FORMS[form]
+    if kind == "ones":
+        mask = mask.float()
+    elif kind.startswith("added"):
+        lowest = -10000.0 if "-" in kind else torch.finfo(torch.float32).min
+        mask = torch.zeros(mask.shape).masked_fill(~mask.bool(), lowest)
+    assert torch.equal(token_mask(mask), expected.bool())
+
+
+def test_a_mask_of_pairs_drops_the_rows_of_padding_and_counts_the_tokens(caplog):
+    mask = CAUSAL & MASK.bool()[:, None, None]
+    batch = {"input_ids": IDS, "attention_mask": mask, "decoder_input_ids": DECODER}
+    found = tokens(Translator(), [batch])
+    assert found == {"encoder.0.own": 6, "decoder.0.own": 8, "decoder.0.cross": 6}
+    assert not caplog.messages
+    data = make_batches([batch], lambda: None, num_samples=1, seq_len=4, batch_size=1, seed=0,
+                        vocab_size=9)  # fmt: skip
+    assert data.record.tokens == 6
+
+
+def test_patches_behind_text_are_told_by_the_mask_that_the_blocks_are_handed(caplog):
+    torch.manual_seed(0)
+    config = ViltConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        image_size=32, patch_size=8, vocab_size=9,
+    )  # fmt: skip
+    model, pixels = ViltModel(config).eval(), torch.zeros(2, 32, 32, dtype=torch.long)
+    pixels[0], pixels[1, :16, :24] = 1, 1
+    batch = {
+        "input_ids": IDS,
+        "attention_mask": MASK,
+        "pixel_values": torch.randn(2, 3, 32, 32),
+        "pixel_mask": pixels,
+    }
+    names = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+    found = tokens(model, [batch], names)
+    pooled = found.pop("pooler.dense")
+    # Text, the class token, and patches of 8 x 8: 4 x 4 of them, and 2 x 3.
+    assert (set(found.values()), pooled) == ({4 + 1 + 16 + 2 + 1 + 6}, 2)
+    assert not caplog.messages
+
+
+def test_layers_whose_padding_can_not_be_told_are_named(caplog):
+    class Folded(Translator):
+        def forward(self, input_ids, attention_mask):
+            x = self.encoder[0](self.embed(input_ids))
+            return self.decoder[0](torch.cat([x, x]))
+
+    batch = {"input_ids": IDS, "attention_mask": MASK}
+    found = tokens(Folded(), [batch], ["encoder.0.own", "decoder.0.own"])
+    assert found == {"encoder.0.own": 6, "decoder.0.own": 16}
+    (message,) = caplog.messages
+    assert "which rows of 1 layers are padding" in message
+    assert "decoder.0.own" in message
 
 
 def speech(cls, config) -> nn.Module:

@@ -227,6 +227,9 @@ class Roles(Tokenizer):
         return " ".join(f"{known[m['role']]} {m['content']}" for m in messages)
 
 
+PART = {"type": "text", "text": "5"}
+
+
 @pytest.mark.parametrize(
     ("row", "ids"),
     [
@@ -237,13 +240,30 @@ class Roles(Tokenizer):
         (ALPACA | {"input": ""}, [3, 5, 4, 7]),
         ({"instruction": "5", "output": "7"}, [3, 5, 4, 7]),
         ({"prompt": "5", "completion": "7", "source": "z"}, [3, 5, 4, 7]),
+        ({"prompt": "5", "response": "7"}, [3, 5, 4, 7]),
+        ({"instruction": "5", "context": "6", "response": "7", "category": "z"}, [3, 5, 6, 4, 7]),
         (ALPACA | {"text": "9 9"}, [9, 9]),
+        ({"messages": [{"role": "user", "content": [PART, PART]}]}, [3, 55]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_conversations_of_every_make_go_through_the_template(row, ids):
     found = batches([row], Roles(), seq_len=len(ids) + 1)
     assert found[0]["input_ids"].tolist() == [[1, *ids]]
+
+
+def test_a_part_that_a_tokenizer_s_template_can_not_take_is_an_error():
+    row = {"messages": [{"role": "user", "content": [PART, {"type": "image"}]}]}
+    with pytest.raises(
+        CalibrationError, match=r"item 0.*type 'image' is no text: pass a processor"
+    ):
+        batches([row], Roles())
+
+
+def test_a_row_without_the_first_one_s_column_is_named_and_not_left_out_as_blank():
+    rows = [{"messages": [{"role": "user", "content": "5"}]}, {"text": "6 7 8"}]
+    with pytest.raises(CalibrationError, match=r"item 1 of the dataset has .* 'messages'"):
+        batches(rows, Roles(), seq_len=3)
 
 
 def test_a_dialogue_without_a_template_is_its_parts_in_a_row():

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
-from hf_sparse import CheckpointError, convert_checkpoint
+from hf_sparse import CheckpointError, convert
 from hf_sparse.checkpoint.compressed_tensors.files import read_parameters
 from hf_sparse.checkpoint.compressed_tensors.parameters import BITMASK, BITMASK_24
 from hf_sparse.checkpoint.weight_files import weight_files
@@ -168,7 +168,7 @@ def test_an_index_that_is_none_is_refused(content, words, tmp_path):
 def test_a_folder_without_weights_is_refused(tmp_path):
     shutil.copy(DATA / "bitmask-0.8.1" / "config.json", tmp_path)
     with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
-        convert_checkpoint(tmp_path, tmp_path.parent / "out")
+        convert(tmp_path, tmp_path.parent / "out")
 
 
 def test_parts_may_lie_in_different_files(tmp_path):

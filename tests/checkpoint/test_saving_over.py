@@ -17,6 +17,7 @@ from hf_sparse import CheckpointError, SaveError, SparseConfig
 from hf_sparse.checkpoint import commit, staging
 from hf_sparse.checkpoint.folder import write_file, write_folder
 from hf_sparse.checkpoint.state_dict import sparse_state_dict
+from hf_sparse.checkpoint.weight_files import GUARD, pointer
 from hf_sparse.layers import sparse_layers
 from hf_sparse.training.masks import Masks
 from hf_sparse_cli.failures import Failure
@@ -142,7 +143,8 @@ def test_a_save_over_one_that_died_half_way_is_whole_too(models, tmp_path):
     models[0].save_pretrained(tmp_path)
     assert which(tmp_path, models) == [0]
     assert hidden(tmp_path) == []
-    assert "transformers_weights" not in json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["transformers_weights"] == GUARD
 
 
 def test_processes_that_save_at_once_leave_the_checkpoint_of_one(models, tmp_path):
@@ -284,7 +286,7 @@ def killed(models, tmp_path_factory):
     for step in range(1, 100):
         dead = shutil.copytree(folder / "old", folder / str(step))
         dying_at(step, lambda to=dead: models[1].save_pretrained(to, **SHARDED))
-        if "transformers_weights" in json.loads((dead / "config.json").read_text()):
+        if pointer(dead):
             return dead, folder / "new"
     raise AssertionError("no death left the weights where they were staged")
 

@@ -1,11 +1,11 @@
-"""The README's table of arguments; `python tests/helpers/argument_table.py` writes it anew."""
+"""docs/arguments.md's table; `python tests/helpers/argument_table.py` writes it anew."""
 
 import re
 from pathlib import Path
 
-from hf_sparse.config.arguments import ARGUMENTS
+from hf_sparse_cli.plain import ARGUMENTS
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "arguments.md"
 HEAD = "| argument | default | meaning |\n|---|---|---|\n"
 
 
@@ -25,6 +25,6 @@ def _first_sentence(text: str) -> str:
 
 
 if __name__ == "__main__":
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     old = re.search(re.escape(HEAD) + r"(?:\|.*\n)*", text)
-    README.write_text(text.replace(old[0], argument_table()), encoding="utf-8")
+    PAGE.write_text(text.replace(old[0], argument_table()), encoding="utf-8")

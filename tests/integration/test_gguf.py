@@ -114,6 +114,13 @@ def test_the_command_line_prunes_and_measures_a_gguf_file(folder, tmp_path, cli)
         code, said, error = cli("eval", *arguments, "--dataset", text, *data)
         assert code == 0, error
         assert "perplexity" in said
+    dense = ["--dense", folder, "--dense-gguf-file", name]
+    code, said, error = cli("eval", out, "--dataset", text, *data, *dense)
+    assert code == 0, error
+    assert "dense: perplexity" in said
+    code, _, error = cli("eval", out, "--dataset", text, "--dense-gguf-file", name)
+    assert code == 1
+    assert "pass that, too" in error
     compared = ["--methods", "magnitude", "--sparsities", "0.5", "--dataset", text, "--no-plot"]
     code, said, error = cli(
         *(

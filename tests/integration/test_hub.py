@@ -181,23 +181,20 @@ results = [
 
 
 @pytest.mark.usefixtures("logits")
-def test_without_hf_sparse_loading_fails_on_the_sizes_and_the_log_names_hf_sparse(
+def test_without_hf_sparse_loading_fails_whatever_is_ignored_and_the_log_names_hf_sparse(
     client: Client,
 ) -> None:
     code = """
 import sys
 sys.modules["hf_sparse"] = None  # an import of it fails, as if it were not installed
 from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained("me/tiny-sparse")
+AutoModelForCausalLM.from_pretrained("me/tiny-sparse", ignore_mismatched_sizes=True)
 """
     done = client.run(code)
     assert done.returncode != 0
     lines = done.stderr.splitlines()
     assert any("quantization type" in line and "hf_sparse" in line for line in lines)
-    mismatched = [line for line in lines if "size mismatch" in line]
-    for layer in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
-        assert any(f"{layer}.weight " in line for line in mismatched)
-    assert lines[-1].startswith("RuntimeError")
+    assert lines[-1].startswith("OSError: me/tiny-sparse does not appear to have a file named")
 
 
 def test_save_pretrained_with_push_to_hub_saves_and_pushes_the_same_files(

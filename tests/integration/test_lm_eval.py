@@ -86,12 +86,20 @@ def test_eval_runs_a_task_on_a_sparse_checkpoint(sparse, task, capsys):
     assert found["versions"] == {"questions": 7}
 
 
-def test_the_stock_program_runs_it_once_hf_sparse_is_imported(sparse, task, tmp_path):
-    code = "import hf_sparse; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-    arguments = ["run", "--model", "hf", "--model_args", f"pretrained={sparse}", "--device", "cpu"]
+def test_the_stock_program_runs_it_through_hf_sparse_run(sparse, task, tmp_path):
+    arguments = [
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={sparse}",
+        "--device",
+        "cpu",
+    ]
     where = ["--tasks", "questions", "--include_path", task, "--output_path", tmp_path / "results"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, [*arguments, *where])],
+        [sys.executable, "-m", "hf_sparse_cli", "run", *map(str, [*arguments, *where])],
         capture_output=True,
         text=True,
         check=False,

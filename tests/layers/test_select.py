@@ -375,6 +375,25 @@ def test_routers_stay_dense_by_default_and_other_layers_beside_experts_do_not(mo
     assert kept.left_dense == {**routers, **fused, "mlp.latent": "in modules_to_not_convert"}
 
 
+@pytest.mark.parametrize("held", ["experts", "mlps", "ffns"])
+@pytest.mark.parametrize("router", ["router", "gate", "gating", "switch_net", "wg"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_routers_are_told_by_their_names_and_scores_whatever_holds_the_experts(held, router, deep):
+    parts = {str(i): nn.Linear(4, 4) for i in range(3)}
+    model = nn.Module()
+    model.mlp = nn.Module()
+    setattr(model.mlp, held, nn.ModuleDict(parts) if deep else nn.ModuleList(parts.values()))
+    scores = nn.Linear(4, 3)
+    setattr(
+        model.mlp, router, nn.Sequential(nn.Linear(4, 4), nn.ReLU(), scores) if deep else scores
+    )
+    model.mlp.gate_proj, model.mlp.other = nn.Linear(4, 3), nn.Linear(4, 2)
+    found = [f"mlp.{router}.0", f"mlp.{router}.2"] if deep else [f"mlp.{router}"]
+    if held == "experts":  # then every layer that gives a score for each is one
+        found.append("mlp.gate_proj")
+    assert find_routers(model) == dict.fromkeys(found, f"it routes tokens to mlp.{held}")
+
+
 def test_fused_experts_with_one_weight_between_them_are_left_dense_as_tied():
     model = nn.ModuleDict({name: Mixture(Fused()) for name in "abc"})
     model["b"].experts.gate_up_proj = model["a"].experts.gate_up_proj

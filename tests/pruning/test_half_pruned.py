@@ -63,6 +63,46 @@ def test_an_interrupt_says_so_too_and_leaves_no_hook(tiny, token_ids):
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize(
+    "place", ["run.PruningReport", "run.log_to_current_run", "prune.speed_up_head"]
+)
+def test_an_interrupt_behind_the_last_block_leaves_no_model_that_saves_without_its_config(
+    tiny, token_ids, tmp_path, monkeypatch, place
+):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    model = copy.deepcopy(tiny)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"hf_sparse.pruning.{place}", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="2 of 2 blocks were done"):
+            hf_sparse.prune(model, config(token_ids))
+    with pytest.raises(SaveError, match="half pruned"):
+        model.save_pretrained(tmp_path / "out")
+
+
+def test_what_is_inside_a_half_pruned_model_is_refused_as_well(broken, token_ids, tmp_path):
+    with pytest.raises(HfSparseError):
+        hf_sparse.prune(torch.nn.DataParallel(broken), config(token_ids))
+    with pytest.raises(SaveError, match="1 of 2 blocks"):
+        broken.model.save_pretrained(tmp_path / "out")
+    with pytest.raises(SolveError, match="half pruned"):
+        broken.model(token_ids)
+    with pytest.raises(ConfigError, match="half pruned"):
+        hf_sparse.prune(broken.model, config(token_ids))
+
+
+def test_an_error_with_a_message_of_its_own_making_gets_a_note(tiny, token_ids, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_sparse.pruning.prune.speed_up_head", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        hf_sparse.prune(copy.deepcopy(tiny), config(token_ids))
+    assert caught.value.errno == 28
+    assert "2 of 2 blocks were done" in caught.value.__notes__[0]
+
+
 def test_an_error_before_the_first_layer_is_written_leaves_the_model_as_it_was(tiny, token_ids):
     model = copy.deepcopy(tiny)
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: 1 / 0)

@@ -32,6 +32,7 @@ from .items import Item, Kind
 from .packing import Texts, make_samples
 from .processor_rows import RowReader
 from .sources import open_source
+from .token_masks import token_mask
 
 Batch = dict[str, Tensor]
 
@@ -159,7 +160,9 @@ def _joined(samples: list[Batch]) -> Batch:
 
 
 def _as_ids(item: Item) -> Tensor:
-    ids = _as_tensor(item.value)
+    value = item.value
+    alone = isinstance(value, tuple) and len(value) == 1  # as torch's TensorDataset has them
+    ids = _as_tensor(value[0] if alone else value)
     if ids is not None and ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]
     if ids is None or ids.ndim != 1 or ids.dtype.is_floating_point or ids.numel() == 0:
@@ -179,7 +182,10 @@ def _as_inputs(item: Item, keep_labels: bool) -> Batch:
             "a dict: pass items of one kind"
         )
     needed = keep_labels and "decoder_input_ids" not in item.value
-    batch = {k: _as_tensor(value) for k, value in item.value.items() if needed or k != "labels"}
+    left_out = {"labels"} if not needed else set()
+    if "input_ids" in item.value:  # the text that these were made of
+        left_out |= {key for key, value in item.value.items() if isinstance(value, str)}
+    batch = {k: _as_tensor(value) for k, value in item.value.items() if k not in left_out}
     wrong = [key for key, value in batch.items() if value is None or value.ndim == 0]
     if wrong or not batch:
         raise CalibrationError(
@@ -228,8 +234,9 @@ def _check_vocabulary(batches: Iterable[Batch], vocab_size: int) -> None:
 
 
 def _token_count(batch: Batch) -> int:
-    if "attention_mask" in batch:
-        return int(batch["attention_mask"].sum())
+    mask = token_mask(batch.get("attention_mask"))
+    if mask is not None:
+        return int(mask.sum())
     return batch["input_ids"].numel() if "input_ids" in batch else 0
 
 

@@ -102,8 +102,7 @@ class BlockWalk:
             survey = Survey.of(self._model, self._blocks, self._batches)
             if self._carry_dense:
                 _check_followable(survey)
-            told = survey.mask_owners, survey.frame_masks
-            self._paddings = [Padding.of(batch, *told) for batch in self._batches]
+            self._paddings = [Padding.of(batch, survey.told) for batch in self._batches]
             self._waiting = {block.module: block for block in survey.blocks}
             passes = Passes(self._forward, self._batches)
             dense = Passes(self._forward, self._batches if self._carry_dense else ())
@@ -155,7 +154,7 @@ class BlockWalk:
         if self._running_block or module not in self._waiting:
             return
         batch = self._batch_of[greenlet.getcurrent()]
-        padding = self._paddings[batch]
+        padding = self._paddings[batch].in_call(module, args, kwargs)
         if self._scouted is None:
             parked = Parked((args, kwargs), self._own)
             wait(self._waiting[module], Call(batch, args, kwargs, padding, parked))

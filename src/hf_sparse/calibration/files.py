@@ -1,49 +1,67 @@
 """Calibration data in files: text, JSON, csv and parquet.
 
 Nothing is read whole that needn't be: the values of JSON lines are parsed when they are asked for,
-tables are what `datasets` makes of them, memory-mapped.
+tables and compressed JSON are what `datasets` makes of them, memory-mapped.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import lzma
 import re
+import zlib
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
 from ..core.errors import CalibrationError
 
 JSON_TYPES = (".jsonl", ".ndjson", ".json")
 TABLE_TYPES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 FILE_TYPES = (".txt", ".text", ".md", *JSON_TYPES, *TABLE_TYPES)
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def file_type(path: Path) -> str:
+    """The end of a file's name that tells what it is, in lower case, before that of compression."""
+    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return plain.suffix.lower()
 
 
 def read_file(path: Path) -> Sequence[Any]:
     """What a file consists of; of any other type than `FILE_TYPES`, it is read as text.
 
     - text: documents, separated by lines that hold only a NUL byte;
-    - JSON: the value of each line, or the values of one array;
-    - csv (separated by commas, semicolons or tabs) and parquet: rows.
+    - JSON: the value of each line, or the values of one array, which may be the only one of an
+      object;
+    - csv (separated by commas, semicolons, tabs or bars) and parquet: rows.
+
+    Any of them may be compressed, as its name's end says (`COMPRESSED`).
 
     Raises:
         CalibrationError: it isn't what its name says, or can't be read; names the file.
     """
     try:
-        if path.suffix.lower() in JSON_TYPES:
-            return _read_json(path)
-        if path.suffix.lower() in TABLE_TYPES:
-            return _read_table(path)
-        text = path.read_text(encoding="utf-8-sig")
+        kind, compressed = file_type(path), path.suffix.lower() in COMPRESSED
+        if kind in TABLE_TYPES:
+            return _read_table(path, TABLE_TYPES[kind])
+        if kind in JSON_TYPES:
+            return _read_table(path, "json") if compressed else _read_json(path)
+        with _opened(path) as file:
+            text = file.read()
         return [page for page in re.split(r"\n?\n\0\n", text) if page.strip()]
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"dataset {path.name} is not UTF-8 text: {error}. Files may be text, JSON, csv or "
             f"parquet, and are told apart by their names: {', '.join(FILE_TYPES)}"
         ) from None
-    except OSError as error:
+    except CalibrationError:
+        raise
+    except (OSError, ValueError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise CalibrationError(f"dataset {str(path)!r} can't be read: {error}") from None
 
 
@@ -88,6 +106,10 @@ def _read_json(path: Path) -> Sequence[Any]:
         raise CalibrationError(
             f"{path.name} is not JSON lines, nor one JSON array: {error}"
         ) from None
+    if isinstance(whole, dict):
+        arrays = [value for value in whole.values() if isinstance(value, list)]
+        rows = len(arrays) == 1 and all(isinstance(row, dict | str) for row in arrays[0])
+        whole = arrays[0] if rows and "text" not in whole else whole
     one_sample = bool(whole) and all(isinstance(value, int) for value in whole)
     return whole if isinstance(whole, list) and not one_sample else [whole]
 
@@ -108,20 +130,28 @@ def _parsed(text: bytes) -> Any:
         raise ValueError("its values are nested too deeply") from None
 
 
-def _read_table(path: Path) -> Sequence[Any]:
+def _opened(path: Path) -> Any:
+    """A file as text, without a byte order mark."""
+    compression = "infer" if path.suffix.lower() in COMPRESSED else None
+    return LocalFileSystem().open(
+        str(path.absolute()), "rt", compression=compression, encoding="utf-8-sig"
+    )
+
+
+def _read_table(path: Path, kind: str) -> Sequence[Any]:
+    """A csv, parquet or compressed JSON file, by `datasets`."""
     try:
         import datasets
     except ImportError:
         raise CalibrationError(
-            f"reading {path.name} needs the package datasets: pip install 'hf_sparse[datasets]'"
+            f"reading {path.name} needs the package datasets: pip install datasets"
         ) from None
-    kind = TABLE_TYPES[path.suffix.lower()]
     settings: dict[str, Any] = {}
     if kind == "parquet":
         settings["batch_size"] = 1000  # else a whole row group at once
-    else:
-        with path.open(encoding="utf-8-sig") as file:
-            settings["sep"] = max(",;\t", key=file.readline().count)
+    elif kind == "csv":
+        with _opened(path) as file:
+            settings["sep"] = max(",;\t|", key=file.readline().count)
     try:
         table: Sequence[Any] = datasets.load_dataset(
             kind, data_files=str(path), split="train", **settings

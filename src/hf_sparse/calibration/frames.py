@@ -14,9 +14,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ..core.errors import CalibrationError
 from .batches import Batch
-from .padding import count_rows, is_padded, without_last
+from .padding import count_rows, count_rows_without, is_padded, shape_of
 
 MASK = "attention_mask"
 METHOD = "_get_feature_vector_attention_mask"
@@ -46,14 +45,13 @@ def frame_masks(
     if not any(hasattr(module, METHOD) for module in model.modules()):
         return found
     for batch in {frozenset(b): b for b in batches if is_padded(b.get(MASK))}.values():
-        items, samples = batch[MASK].shape
+        items, samples = shape_of(batch, MASK)
         with _asked_for(model) as asked:
             rows = count_rows(run, batch, modules)
         with _asked_for(model) as asked_shorter:
-            try:
-                fewer = count_rows(run, without_last(batch, MASK, samples // 4), modules)
-            except CalibrationError:
-                fewer, asked_shorter = rows, asked
+            fewer = count_rows_without(run, batch, MASK, samples // 4, modules)
+        if fewer is None:
+            fewer, asked_shorter = rows, asked
         pairs = list(zip(asked, asked_shorter, strict=False))
         for module in modules:
             counts = list(zip(rows[module], fewer[module], strict=False))

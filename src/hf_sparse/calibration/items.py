@@ -24,7 +24,12 @@ Row = Mapping[str, Any]
 
 SAYS = ({"role", "content"}, {"from", "value"})
 # A row with these columns is a conversation of two: what is asked (and more of it), what is said.
-DIALOGUES = (("instruction", "input", "output"), ("prompt", "completion"))
+DIALOGUES = (
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+)
 
 
 class Kind(Enum):

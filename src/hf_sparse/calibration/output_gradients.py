@@ -32,6 +32,7 @@ from .batches import Batch
 from .forward import call_model, plain_outputs
 from .hooks import hooked
 from .residual_stream import stream_input
+from .token_masks import token_mask
 
 # Of the calibration batches; the gradients' second moments settle early.
 SHARE = 0.125
@@ -107,7 +108,7 @@ def _backward(model: nn.Module, batch: Batch, generator: torch.Generator) -> Non
     output = call_model(model, batch)
     # An encoder-decoder's logits are its decoder's.
     decodes = "decoder_input_ids" in batch
-    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+    mask = token_mask(batch.get("decoder_attention_mask" if decodes else "attention_mask"))
     scores, gradients = [], []
     for values, gradient in _label_gradients(output, generator):
         if mask is not None and mask.shape == values.shape[:-1]:

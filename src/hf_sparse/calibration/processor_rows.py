@@ -4,8 +4,8 @@ The model's processor makes them of images in RGB, of sound, of text, and of con
 chat template writes them. What a processor takes is told by the parts that it was made of (an image
 processor, a feature extractor, a tokenizer), or by the first parameter of its call if it is itself
 one of these. Each of its inputs gets the one column of that kind; of several the one that is called
-like the input. A conversation goes before a text; so do columns that make one, "instruction" (with
-"input") and "output", or "prompt" and "completion". Other columns are left out.
+like the input. A conversation goes before a text; so do columns that make one, as "instruction"
+(with "input") and "output" (`items.DIALOGUES`). Other columns are left out.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ class RowReader:
     def _text(self, row: Item) -> str:
         if self.dialogue:
             return self._dialogue(row)
-        if isinstance(row.value, Mapping) and row.value.get(self.columns["text"]) in (None, "", []):
+        empty = isinstance(row.value, Mapping) and self.columns["text"] in row.value
+        if empty and row.value[self.columns["text"]] in (None, "", []):
             return ""
         value = self._value(row, "text")
         return self._rendered(value, row.index) if self.chat else str(value)
@@ -205,9 +206,12 @@ class RowReader:
 
     def _rendered(self, messages: list[Row], index: int) -> str:
         """A conversation as the chat template writes it."""
-        messages = [_openai(message) for message in messages]
+        renderer = self._renderer()
         try:
-            text = self._renderer().apply_chat_template(messages, tokenize=False)
+            messages = [_openai(message) for message in messages]
+            if renderer is self._tokenizer():
+                messages = [_joined_parts(message) for message in messages]
+            text = renderer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # a template's code may raise whatever it likes
             raise CalibrationError(
                 f"item {index} of the dataset is a conversation, which "
@@ -222,6 +226,21 @@ def _openai(message: Row) -> Row:
     if "role" in message:
         return message
     return {"role": ROLES.get(message["from"], message["from"]), "content": message["value"]}
+
+
+def _joined_parts(message: Row) -> Row:
+    """A message whose content is one text: a tokenizer's template knows no parts.
+
+    Raises:
+        ValueError: a part is no text.
+    """
+    content = message["content"]
+    if not isinstance(content, list):
+        return message
+    for part in content:
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"a part of type {part.get('type')!r} is no text: pass a processor")
+    return {**message, "content": "".join(part["text"] for part in content)}
 
 
 def inputs_of(processor: Any) -> list[str]:

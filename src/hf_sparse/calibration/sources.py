@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..core.errors import CalibrationError
-from .files import FILE_TYPES, read_file, root_cause
+from .files import FILE_TYPES, file_type, read_file, root_cause
 from .items import Item, Kind, kind_of
 
 # The names that the field's papers use, and where these data live on the Hub.
@@ -38,7 +38,7 @@ def open_source(
             return _numbered(_read_hub(str(dataset), split)), str(dataset)
         pages = read_file(path)
         return _drawn(pages, None if in_order else seed, None), path.name
-    if not isinstance(dataset, Iterable):
+    if not _has_places(dataset) and not isinstance(dataset, Iterable):
         raise CalibrationError(
             f"dataset of type {type(dataset).__name__} can't be iterated: pass a Hub id, a path, "
             "or an iterable of strings, token ids or dicts of model inputs"
@@ -51,7 +51,7 @@ def open_source(
         )
     if isinstance(dataset, Mapping):
         dataset = _one_split(dataset, split) or _rows_of(dataset)
-    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+    if not _has_places(dataset):
         return _numbered(dataset), source
     every = (Item(i, dataset[i]) for i in range(len(dataset)))
     first = next((item for item in every if item.kind is not Kind.BLANK), None)
@@ -59,6 +59,17 @@ def open_source(
         return _drawn(dataset, seed, num_samples), source
     _check_no_file_name(first.value)
     return _drawn(dataset, None if in_order else seed, None), source
+
+
+def check_source(dataset: Any) -> None:
+    """Raise a CalibrationError if data that are named can't be there, before anything is read."""
+    if isinstance(dataset, str | Path) and _existing_file(dataset) is None:
+        _require_datasets(str(dataset))
+
+
+def _has_places(dataset: Any) -> bool:
+    """Can its items be drawn by number, as those of a list, or of one of torch's data sets?"""
+    return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
 
 
 def _existing_file(name: str | Path) -> Path | None:
@@ -73,12 +84,15 @@ def _existing_file(name: str | Path) -> Path | None:
     except (OSError, RuntimeError, ValueError):  # no path could be called that
         path, is_folder, exists = Path(), False, False
     if is_folder:
-        raise CalibrationError(f"dataset {str(path)!r} is a folder: pass one file of it")
+        saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        what = "datasets.load_from_disk(...) of it" if saved else "one file of it"
+        raise CalibrationError(f"dataset {str(name)!r} is a folder: pass {what}")
     if exists:
         return path
     name = str(name)
-    known_type = path.suffix.lower() in FILE_TYPES
-    if HUB_ID.fullmatch(name) and not known_type:
+    known_type = file_type(path) in FILE_TYPES
+    in_folder = path.parent != Path() and path.parent.is_dir()
+    if HUB_ID.fullmatch(name) and not known_type and not in_folder:
         return None
     if known_type or not re.search(r"\s", name):
         raise CalibrationError(f"dataset {name!r}: there is no such file")
@@ -89,7 +103,7 @@ def _existing_file(name: str | Path) -> Path | None:
 
 
 def _check_no_file_name(text: Any) -> None:
-    if isinstance(text, str) and re.fullmatch(r"\S+", text) and text.endswith(FILE_TYPES):
+    if isinstance(text, str) and re.fullmatch(r"\S+", text) and file_type(Path(text)) in FILE_TYPES:
         raise CalibrationError(
             f"the dataset's texts are names of files, such as {text!r}: pass the path of one file, "
             "or what the files hold"
@@ -134,13 +148,7 @@ def _drawn(items: Any, seed: int | None, limit: int | None) -> Iterator[Item]:
 
 def _read_hub(name: str, split: str) -> Iterator[Any]:
     """A split of a Hub data set, streamed; "id:config" picks a configuration."""
-    try:
-        import datasets
-    except ImportError:
-        raise CalibrationError(
-            f"dataset={name!r} is no file, so it is looked up on the Hub, which needs the package "
-            "datasets: pip install 'hf_sparse[datasets]'"
-        ) from None
+    datasets = _require_datasets(name)
     repository, _, configuration = name.partition(":")
     repository, configuration = HUB_NAMES.get(name, (repository, configuration))
     try:
@@ -153,6 +161,17 @@ def _read_hub(name: str, split: str) -> Iterator[Any]:
             f"the Hub gave: {root_cause(error)}"
         ) from error
     return _rows(stream, name)
+
+
+def _require_datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise CalibrationError(
+            f"dataset={name!r} is no file, so it is looked up on the Hub, which needs the package "
+            "datasets: pip install datasets"
+        ) from None
+    return datasets
 
 
 def _rows(stream: Iterable[Any], name: str) -> Iterator[Any]:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import partial
 
 from torch import nn
 
@@ -14,9 +13,9 @@ from ..layers import SparseExperts
 from ..layers.blocks import Block
 from .batches import Batch
 from .forward import call_model
-from .frames import MASK, FrameMask, frame_masks
 from .hooks import hooked
-from .padding import mask_owners, warn_of_unused_masks
+from .padded_rows import find_told
+from .padding import Told
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,12 @@ class Survey:
         blocks: with the layers of a block that the model doesn't call as a module, but by its
             `forward`, in the block's place.
         repeated: the blocks' modules that one pass calls more than once.
-        mask_owners: the modules whose rows are the tokens of each mask.
-        frame_masks: for modules whose rows are frames of sound, what makes their mask.
+        told: by what it is told which rows of each layer are padding.
     """
 
     blocks: tuple[Block, ...]
     repeated: AbstractSet[nn.Module]
-    mask_owners: Mapping[str, AbstractSet[nn.Module]]
-    frame_masks: Mapping[nn.Module, FrameMask]
+    told: Told
 
     @classmethod
     def of(cls, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> Survey:
@@ -51,13 +48,9 @@ class Survey:
                 most |= counts
                 counts.clear()
         experts = [m for m in model.modules() if isinstance(m, SparseExperts)]
-        run, rows_of = partial(call_model, model), [*layers.values(), *experts]
-        owners = mask_owners(run, batches, rows_of)
-        frames = frame_masks(model, run, batches, rows_of)
-        used = {name for name, modules in owners.items() if modules}
-        warn_of_unused_masks(batches, used | ({MASK} if frames else set()))
+        told = find_told(model, blocks, batches, layers, experts)
         called = tuple(part for block in blocks for part in _callable(block, layers, most))
-        return cls(called, {b.module for b in called if most[b.module] > 1}, owners, frames)
+        return cls(called, {b.module for b in called if most[b.module] > 1}, told)
 
 
 def _callable(

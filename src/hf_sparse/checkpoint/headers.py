@@ -203,7 +203,7 @@ def _parse(path: str, text: str | None) -> dict[str, dict[str, Any]]:
         raise _damaged(
             path,
             f"format version {version!r} is not known, this hf_sparse reads version {VERSION}; "
-            "pip install -U hf-sparse may help",
+            "a newer one may help",
         )
     layers = content.get("layers")
     if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):

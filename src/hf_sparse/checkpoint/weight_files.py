@@ -14,6 +14,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # The key of config.json in which transformers looks for the name of the weights' file.
 POINTER = "transformers_weights"
+# What a sparse checkpoint says there: the name of no file. A transformers that knows nothing of
+# hf_sparse stops at it, whatever it is told to ignore; otherwise it would leave the layers random.
+GUARD = "import-hf_sparse-first.safetensors"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -44,9 +47,10 @@ def saved_in(folder: Path) -> Path:
 
 
 def pointer(folder: Path) -> str | None:
-    """The file in which config.json says that the weights are, relative to the folder."""
+    """The file in which config.json says that the weights are, relative to the folder; None if it
+    doesn't say, or only keeps others away."""
     named = read_object(folder / CONFIG_FILE).get(POINTER)
-    return named if isinstance(named, str) else None
+    return named if isinstance(named, str) and named != GUARD else None
 
 
 def check_distinct(files: Mapping[str, Iterable[str]]) -> None:

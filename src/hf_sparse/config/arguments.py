@@ -1,7 +1,7 @@
 """The arguments of `SparseConfig`, each declared once: here, and in `layer_arguments`.
 
 The signature, the checks of single values, the docstring, the command line's options and the
-README's table are made from these lines. Nothing here needs torch: the command line reads it for a
+docs' table are made from these lines. Nothing here needs torch: the command line reads it for a
 mere `--help`.
 """
 

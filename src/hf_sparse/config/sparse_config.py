@@ -152,7 +152,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         if unknown := sorted(set(arguments) - set(ARGUMENTS)):
             raise unknown_arguments(
                 unknown,
-                ". A newer hf_sparse may have written this config: pip install -U hf-sparse",
+                ". A newer hf_sparse may have written this config: update it",
             )
         config = cls(**arguments | {k: v for k, v in kwargs.items() if k in ARGUMENTS})
         unused = {k: v for k, v in kwargs.items() if k not in ARGUMENTS}

@@ -1,4 +1,4 @@
-"""Benchmarks of the package lm-eval on a model that is loaded; needs `hf_sparse[eval]`."""
+"""Benchmarks of the package lm-eval on a model that is loaded; needs lm-eval."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def evaluate_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise EvaluationError(
-            "tasks are run by lm-eval, which is not installed: pip install 'hf_sparse[eval]'"
+            "tasks are run by lm-eval, which is not installed: pip install lm-eval"
         ) from None
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in tasks if not manager.match_tasks([task])]

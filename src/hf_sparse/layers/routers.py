@@ -10,6 +10,7 @@ from .axes import Axes
 from .experts import SparseExperts
 from .prunable import is_prunable
 
+ROUTER_NAME = re.compile(r"rout|gate$|gating|switch|^wg$", re.IGNORECASE)
 ROUTER_CLASS = re.compile(r"Router|TopK(Gate|Gating)|MoE\w*Gate|Moe\w*Gate")
 
 
@@ -17,7 +18,9 @@ def find_routers(model: nn.Module) -> dict[str, str]:
     """Layers that send tokens to experts, with the reason to leave them dense.
 
     A router is a layer below a module whose class says so, or one that stands beside a module with
-    "expert" in its name and gives a score for each expert in there, or one gate for all.
+    "expert" in its name and gives a score for each expert in there, or one gate for all. Where the
+    experts are called otherwise it is told by its own name, and a score for each of several modules
+    in a list or dict. It may be a layer, or some that end in one.
     """
     found: dict[str, str] = {}
     for parent_name, parent in model.named_modules():
@@ -27,20 +30,27 @@ def find_routers(model: nn.Module) -> dict[str, str]:
                 if is_prunable(module):
                     found[(prefix + name).rstrip(".")] = f"it is part of the router {parent_name}"
         for child, experts in parent.named_children():
-            if "expert" not in child.lower():
-                continue
-            scores = _numbers_of_experts(experts)
+            named = "expert" in child.lower()
+            scores = _numbers_of_experts(experts) if named else _lengths(experts) - {1}
             for name, module in parent.named_children():
-                if module is not experts and is_prunable(module) and _outputs(module) in scores:
-                    found[prefix + name] = f"it routes tokens to {prefix}{child}"
+                told = ROUTER_NAME.search(name) or (named and is_prunable(module))
+                if module is experts or not told:
+                    continue
+                layers = {n: m for n, m in module.named_modules(prefix=name) if is_prunable(m)}
+                if layers and _outputs(list(layers.values())[-1]) in scores:
+                    found |= {prefix + n: f"it routes tokens to {prefix}{child}" for n in layers}
     return found
 
 
 def _numbers_of_experts(experts: nn.Module) -> set[int]:
     """How many scores a router of these experts may give; 1 is a gate for all."""
-    scores = {1, *(len(p) for p in experts.parameters() if p.ndim == 3)}
-    scores |= {len(m) for m in experts.modules() if isinstance(m, nn.ModuleList)}
+    scores = {1, *(len(p) for p in experts.parameters() if p.ndim == 3)} | _lengths(experts)
     return scores | {m.num_experts for m in experts.modules() if isinstance(m, SparseExperts)}
+
+
+def _lengths(module: nn.Module) -> set[int]:
+    """Of the lists and dicts of modules in it."""
+    return {len(m) for m in module.modules() if isinstance(m, nn.ModuleList | nn.ModuleDict)}
 
 
 def _outputs(module: nn.Module) -> int:

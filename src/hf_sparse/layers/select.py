@@ -84,16 +84,9 @@ def select_targets(
         TargetError: a regex matches nothing, selects a tied weight, or nothing is left to prune.
         ConfigError: an adapter is merged into its layer.
     """
-    ties, routers, adapters = tied_parameters(model), find_routers(model), find_adapters(model)
-    layers: dict[str, nn.Module] = {}
-    left_dense = _fused_experts(model, ties)
-    for name, module in model.named_modules():
-        if multiplies(module):
-            reason = adapters.get(name) or why_not_prunable(module)
-            if reason is None:
-                layers[name] = module
-            else:
-                left_dense[name] = reason
+    ties, routers = tied_parameters(model), find_routers(model)
+    layers, reasons = _linear_layers(model)
+    left_dense = _fused_experts(model, ties) | reasons
     for pattern in (*(targets or ()), *(modules_to_not_convert or ())):
         require_match(pattern, layers, left_dense)
     chosen: list[Target] = []
@@ -128,6 +121,32 @@ def select_targets(
         raise TargetError(f"nothing to prune in {type(model).__name__} ({why})")
     _tell_exposed(exposed)
     return Selection(tuple(chosen), left_dense)
+
+
+def check_patterns(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Raise a TargetError if a regex matches no layer of a model, which may have no weights yet.
+
+    Experts that are fused have no layers yet: where there are any, nothing can be said.
+    """
+    layers, reasons = _linear_layers(model)
+    if not _fused_experts(model, {}):
+        for pattern in patterns:
+            require_match(pattern, layers, reasons)
+
+
+def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """What can be pruned, and by name why the other layers that multiply can't be."""
+    adapters = find_adapters(model)
+    layers: dict[str, nn.Module] = {}
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if multiplies(module):
+            reason = adapters.get(name) or why_not_prunable(module)
+            if reason is None:
+                layers[name] = module
+            else:
+                reasons[name] = reason
+    return layers, reasons
 
 
 def _tell_exposed(exposed: Mapping[str, str]) -> None:

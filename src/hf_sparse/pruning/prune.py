@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,8 +19,9 @@ from ..core.torch_settings import own_settings
 from ..layers.default_dense import default_dense
 from ..layers.experts import unfused_experts
 from ..layers.head import speed_up_head
+from ..layers.select import check_patterns
 from .dense_measurements import DenseMeasurements
-from .half_pruned import check_not_half_pruned
+from .half_pruned import check_not_half_pruned, marked_if_broken_off
 from .report import PruningReport
 from .run import run
 from .wrappers import make_ordinary
@@ -40,7 +42,7 @@ def prune_in_place(
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
         HfSparseError: see `core.errors`.
     """
-    with own_settings(input_device(model)):
+    with own_settings(input_device(model)), marked_if_broken_off(model) as progress:
         make_ordinary(model)
         with _marked_quantized(model), unfused_experts(model):
             report = run(
@@ -48,9 +50,10 @@ def prune_in_place(
                 config,
                 lambda: load_tokenizer(config.tokenizer, model),
                 default_dense(model),
+                progress,
                 measurements,
             )
-    speed_up_head(model)
+        speed_up_head(model)
     return report
 
 
@@ -84,6 +87,27 @@ def _is_unpacked_gguf(model: nn.Module, quantizer: Any) -> bool:
         f"{type(model).__name__} has its weights in the blocks of a GGUF file: load it with "
         "quantization_config=transformers.GgufConfig(dequantize=True)"
     )
+
+
+def check_before_loading(model: nn.Module, config: SparseConfig) -> DenseMeasurements:
+    """What can be wrong with the data or with names of layers, found before weights are loaded.
+
+    Args:
+        model: as its config describes it, on the meta device.
+        config: what is to be done with it.
+
+    Returns:
+        The calibration data, for `prune_in_place`.
+
+    Raises:
+        HfSparseError: a regex matches no layer, or the data can't be used.
+    """
+    sparsities = config.sparsity if isinstance(config.sparsity, dict) else {}
+    check_patterns(
+        model, [*(config.targets or ()), *(config.modules_to_not_convert or ()), *sparsities]
+    )
+    with own_settings(torch.device("cpu")):
+        return measurements_of(model, config)
 
 
 def measurements_of(model: nn.Module, config: SparseConfig) -> DenseMeasurements:

@@ -188,7 +188,7 @@ class PruningReport:
         try:
             import pandas
         except ImportError:
-            raise PackageError("to_pandas needs pandas: pip install 'hf_sparse[pandas]'") from None
+            raise PackageError("to_pandas needs pandas: pip install pandas") from None
         return pandas.DataFrame(self.rows())
 
     def log_to(self, writer: Any) -> None:

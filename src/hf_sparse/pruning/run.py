@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..layers.prefer import prefer
 from ..layers.select import select_targets
 from ..solvers import make_solver
 from .dense_measurements import DenseMeasurements
-from .half_pruned import refused_if_broken
+from .half_pruned import Progress
 from .plan import check_plans, plan_layers, renamed
 from .report import LayerReport, PruningReport
 from .solve_blocks import BlockSolver
@@ -44,6 +44,7 @@ def run(
     config: SparseConfig,
     load_tokenizer: Callable[[], Any],
     default_dense: Mapping[str, str],
+    progress: Progress,
     measurements: DenseMeasurements | None = None,
 ) -> PruningReport:
     """Prune a model in place and replace its pruned layers by sparse ones.
@@ -53,6 +54,7 @@ def run(
         config: what to do.
         load_tokenizer: called if the dataset is text.
         default_dense: layers that stay dense unless the config asks for them, with the reason.
+        progress: is told what is done.
         measurements: the calibration data, and what other runs over copies of this model have
             measured on them; None to load the config's data.
 
@@ -73,20 +75,20 @@ def run(
     _tell_no_blocks(model, blocks, config)
     if measurements is None:
         measurements = DenseMeasurements(load_calibration(model, config, load_tokenizer))
-    record = measurements.data.record if measurements.data else None
     with _evaluating(model):
         choice = experts.choose(measurements) if experts else None
-        with refused_if_broken(model, len(blocks)) if choice else nullcontext():
-            if experts and choice:
-                before = dict(model.named_modules())
-                experts.carry_out(choice)
-                plans, left_dense = renamed(model, before, plans, left_dense)
-                blocks = find_blocks(model, [plan.target.name for plan in plans], config.blocks)
-                measurements = DenseMeasurements(measurements.data)  # it is another dense model
-            solver_run = BlockSolver(model, config, solver, measurements)
-            if plans:
-                solver_run.prune(plans, blocks)
-            _tell_unreached(solver_run.unreached, bool(solver_run.layers))
+        if experts and choice:
+            before = dict(model.named_modules())
+            progress.solved |= choice.kept.keys()  # from here on the model is touched
+            experts.carry_out(choice)
+            plans, left_dense = renamed(model, before, plans, left_dense)
+            blocks = find_blocks(model, [plan.target.name for plan in plans], config.blocks)
+            measurements = DenseMeasurements(measurements.data)  # it is another dense model
+        solver_run = BlockSolver(model, config, solver, measurements, progress)
+        if plans:
+            solver_run.prune(plans, blocks)
+    _tell_unreached(solver_run.unreached, bool(solver_run.layers))
+    record = measurements.data.record if measurements.data else None
     round_activations(model, config.activations)
     prefer(model, config.prefer)
     report = PruningReport(

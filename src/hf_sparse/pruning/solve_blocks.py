@@ -21,7 +21,7 @@ from ..layers.replace import ModuleParents, write_weight
 from ..solvers import Solver
 from ..solvers.layer_solver import LayerSolver
 from .dense_measurements import DenseMeasurements
-from .half_pruned import mark_half_pruned
+from .half_pruned import Progress
 from .one_layer import PrunedLayer, solve_layer
 from .plan import LayerPlan
 from .report import LayerReport
@@ -39,6 +39,7 @@ class BlockSolver:
         config: what to do.
         solver: its method.
         measurements: the data, and what is known of the dense model.
+        progress: is told of each layer that is about to change.
 
     Attributes:
         layers: reports of the layers that are packed, in the order of solving.
@@ -52,8 +53,10 @@ class BlockSolver:
         config: SparseConfig,
         solver: Solver,
         measurements: DenseMeasurements,
+        progress: Progress,
     ) -> None:
         self._model, self._config, self._measurements = model, config, measurements
+        self._progress = progress
         self._parents = ModuleParents(model)
         self._solver = LayerSolver(
             solver, config.refit, config.damping, config.grid, config.low_rank
@@ -69,26 +72,19 @@ class BlockSolver:
         """Solve all layers and replace them.
 
         Raises:
-            HfSparseError: a layer can't be solved. If others have been by then, the model is marked
-                as half pruned; so it is after any other exception.
+            HfSparseError: a layer can't be solved.
         """
+        self._progress.blocks = blocks
         self._blocks = {name: block.name for block in blocks for name in block.targets}
         plans = self._prepared(plans, blocks)
         self._clock = time.perf_counter()
-        try:
-            steps = closing(self._solve_all(plans, blocks))
-            with progress_bar(len(plans), "Pruning") as bar, steps as layers:
-                for label, layer in layers:
-                    bar.set_description(f"Pruning: {label}", refresh=False)
-                    bar.set_postfix_str(layer.brief(), refresh=False)
-                    bar.update()
-            self._pack()
-        except BaseException as error:
-            solved = self._solved()
-            if solved:
-                done = [block.name for block in blocks if solved.issuperset(block.targets)]
-                mark_half_pruned(self._model, error, done, len(blocks))
-            raise
+        steps = closing(self._solve_all(plans, blocks))
+        with progress_bar(len(plans), "Pruning") as bar, steps as layers:
+            for label, layer in layers:
+                bar.set_description(f"Pruning: {label}", refresh=False)
+                bar.set_postfix_str(layer.brief(), refresh=False)
+                bar.update()
+        self._pack()
 
     def _prepared(self, plans: Sequence[LayerPlan], blocks: Sequence[Block]) -> Sequence[LayerPlan]:
         """What has to be known of the whole model before the first layer is touched."""
@@ -130,17 +126,12 @@ class BlockSolver:
                     yield f"block {done} of {len(blocks)}", self._solve(by_name[name], observed)
                     del observed
                 self._count_seconds(block.name)
-        solved = self._solved()
         given = {key for batch in batches for key in batch}
         for name in by_name:
-            if name not in solved:
+            if name not in self._progress.solved:
                 missing = missing_input(self._model, name, given)
                 has = f", the data have {', '.join(sorted(given))}"
                 self.unreached[name] = f"{NO_TOKEN}: {missing}{has}" if missing else NO_TOKEN
-
-    def _solved(self) -> set[str]:
-        """Names of the layers that have their pruned weights."""
-        return {layer.name for layer in self.layers} | set(self._pruned)
 
     def _count_seconds(self, block: str) -> None:
         """All time since the last call was a block's."""
@@ -170,7 +161,8 @@ class BlockSolver:
         report = replace(pruned.report, block=self._blocks[name])
         if self._config.metric == "fisher" and metric is None:
             report = replace(report, notes=(*report.notes, NO_GRADIENT))
-        self._pruned[name] = replace(pruned, report=report)  # first: from here on it is touched
+        self._pruned[name] = replace(pruned, report=report)
+        self._progress.solved.add(name)
         write_weight(plan.target.module, weight)
         return report
 

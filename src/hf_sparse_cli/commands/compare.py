@@ -108,7 +108,11 @@ def compare(
     if plot is None and not drawable:
         note("comparison.png is left out: it needs matplotlib, pip install matplotlib")
     import hf_sparse
+    from hf_sparse.calibration.sources import check_source
     from hf_sparse.calibration.tokenizers import find_tokenizer
+
+    for named in (arguments.get("dataset"), eval_dataset):
+        check_source(named)
 
     if gguf_file is not None:
         arguments.setdefault("tokenizer", find_tokenizer(model, revision, gguf_file))

@@ -22,7 +22,6 @@ from ..models import (
     Seed,
     Split,
     load,
-    read_config,
     read_dense_config,
 )
 from ..sections import DATA, MEASUREMENTS
@@ -67,6 +66,14 @@ def evaluate(
         typer.Option(
             metavar="MODEL",
             help="Compare with this dense model: perplexity, KL divergence, top-1 agreement.",
+            rich_help_panel=MEASUREMENTS,
+        ),
+    ] = None,
+    dense_gguf_file: Annotated[
+        str | None,
+        typer.Option(
+            help="The GGUF file of the model of --dense.",
+            metavar="NAME",
             rich_help_panel=MEASUREMENTS,
         ),
     ] = None,
@@ -127,13 +134,17 @@ def evaluate(
     """
     if not (dataset or speed or tasks):
         raise Failure("nothing to measure: pass --dataset, --speed or --tasks")
+    if dense_gguf_file and not dense:
+        raise Failure("--dense-gguf-file names a file of the model of --dense: pass that, too")
     if dense and not dataset:
         raise Failure("--dense compares on text: pass --dataset, too")
     read_dense_config(model, revision, gguf_file)
     if dense:
-        read_config(dense, None)
+        read_dense_config(dense, None, dense_gguf_file)
     import hf_sparse
+    from hf_sparse.calibration.sources import check_source
 
+    check_source(dataset)
     loaded, tokenizer = load(model, revision, dtype, device_map, gguf_file, prefer)
     text: dict[str, Any] = {
         "dataset": dataset,
@@ -149,7 +160,7 @@ def evaluate(
     timed = hf_sparse.generation_speed(loaded) if speed else None
     dense_measured = agreed = None
     if dense:
-        other, _ = load(dense, None, dtype, device_map)
+        other, _ = load(dense, None, dtype, device_map, dense_gguf_file)
         dense_measured = hf_sparse.perplexity(other, tokenizer, stride=stride, **text)
         agreed = hf_sparse.agreement(loaded, other, tokenizer, **text)
     done = None

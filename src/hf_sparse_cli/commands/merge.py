@@ -110,8 +110,10 @@ def merge(
     from peft import PeftModel
 
     import hf_sparse
+    from hf_sparse.calibration.sources import check_source
     from hf_sparse.checkpoint.folder import write_folder
 
+    check_source(dataset)
     loaded, tokenizer = load(model, revision, dtype, device_map)
     merged = hf_sparse.merge_adapter(
         PeftModel.from_pretrained(loaded, adapter),

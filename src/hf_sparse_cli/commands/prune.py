@@ -99,6 +99,9 @@ def prune(
     sparse_config = make_config(settings, config)
     sparse_config.check_data()
     check_dtype(dtype)
+    from hf_sparse.calibration.sources import check_source
+
+    check_source(sparse_config.dataset)
     from hf_sparse import prune as prune_loaded
     from hf_sparse.calibration.tokenizers import find_processor
     from hf_sparse.checkpoint.folder import write_folder

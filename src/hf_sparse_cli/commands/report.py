@@ -118,7 +118,10 @@ def report(
     check_output_file(output, overwrite, PAGES)
     check_dtype(dtype)
     import hf_sparse
+    from hf_sparse.calibration.sources import check_source
     from hf_sparse.calibration.tokenizers import find_tokenizer
+
+    check_source(dataset)
 
     folder = _folder(model, revision)
     made = hf_sparse.PruningReport.from_folder(folder)

@@ -14,7 +14,7 @@ from ...pruning.expert_report import MixtureReport
 from ...pruning.report import LayerReport, PruningReport
 from .charts import Chart, line_chart
 from .masks import MaskView
-from .tables import Cell, HeatMap, Table, heat_map, number, text
+from .tables import Cell, HeatMap, Table, heat_map, number, text, without_empty_columns
 
 ROWS = 1000  # of a table at most
 MB = 1e6
@@ -52,15 +52,17 @@ def page_values(
 
 def _tiles(report: PruningReport, measured: Evaluation) -> list[tuple[str, str, str]]:
     """What one wants to know first: label, value, and what it is compared with."""
-    share = report.bytes_after / report.bytes_before if report.bytes_before else 1.0
-    tiles = [
-        ("sparsity", f"{report.sparsity:.2%}", f"of {len(report.layers)} layers"),
-        ("on disk", f"{share:.3f}", "of the dense weights' bytes"),
-    ]
+    tiles = [("sparsity", f"{report.sparsity:.2%}", f"of {len(report.layers)} layers")]
+    for label, form, share in _sizes(report)[1:]:
+        where = label.removeprefix("sparse, ")
+        tiles.append((where, form, f"{share:.3f} of the dense weights' bytes"))
     if measured.perplexity:
         before = measured.dense_perplexity
         dense = f"dense {before.perplexity:.3f}" if before else "dense not measured"
         tiles.append(("perplexity", f"{measured.perplexity.perplexity:.3f}", dense))
+    errors = [x.relative_error for x in report.layers if x.relative_error is not None]
+    if errors:
+        tiles.append(("relative error", f"{fmean(errors):.3f}", "of a layer's outputs, mean"))
     if measured.speed:
         timed = measured.dense_speed
         dense = f"dense {timed.tokens_per_second:.1f}" if timed else "dense not measured"
@@ -133,7 +135,8 @@ def _measures(measured: Evaluation) -> Table | None:
         )
         for label, before, after, spec, unit in rows
     ]
-    return Table("measures", "Measured", ("", "dense", "sparse", "sparse / dense"), cells)
+    headings = ("", "dense", "sparse", "sparse / dense")
+    return without_empty_columns(Table("measures", "Measured", headings, cells))
 
 
 def _measured_on(measured: Evaluation) -> list[str]:
@@ -248,7 +251,8 @@ def _layers(layers: Sequence[LayerReport]) -> Table:
         )
         for layer in kept
     ]
-    return Table("layers", "Pruned layers", headings, rows, len(layers) - len(kept))
+    left_out = len(layers) - len(kept)
+    return without_empty_columns(Table("layers", "Pruned layers", headings, rows, left_out))
 
 
 def _blocks(report: PruningReport) -> Table:
@@ -271,7 +275,8 @@ def _blocks(report: PruningReport) -> Table:
             )
         )
     headings = ("block", "layers", "sparsity", "mean error", "seconds", "MB before", "MB on disk")
-    return Table("blocks", "Blocks", headings, rows, len(grouped) - len(rows))
+    left_out = len(grouped) - len(rows)
+    return without_empty_columns(Table("blocks", "Blocks", headings, rows, left_out))
 
 
 def _left_dense(reasons: Mapping[str, str]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 STEPS = 10  # shades of a heat map
@@ -51,6 +51,18 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     left_out: int = 0
+
+
+def without_empty_columns(table: Table) -> Table:
+    """A table without the columns, but for the first, in which no row has anything to say."""
+    kept = [
+        i
+        for i in range(len(table.headings))
+        if i == 0 or any(row[i].text not in ("", "-") for row in table.rows)
+    ]
+    headings = [table.headings[i] for i in kept]
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return replace(table, headings=headings, rows=rows)
 
 
 @dataclass(frozen=True)

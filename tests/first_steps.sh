@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# What the README and docs/index.md say, done by a newcomer in a fresh environment: each command and
+# block as it stands there, and what it has to print. `--here` takes the environment that is active.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+if [ "${1:-}" != --here ]; then
+  python3 -m venv "$work/venv"
+  . "$work/venv/bin/activate"
+  pip install -q -c constraints.txt .
+fi
+export HF_HUB_OFFLINE=1
+ln -s "$root/examples" "$work/examples"
+cd "$work"
+
+# blocks PAGE LANGUAGE: the code blocks of a page, one after the other.
+blocks() { awk -v begin="\`\`\`$2" '$0 == begin {on = 1; next} /^```/ {on = 0} on' "$root/$1"; }
+
+# says TEXT...: the output of the last step has each of these.
+says() {
+  for text in "$@"; do
+    grep -qF -- "$text" out || { echo "first_steps: no '$text' in:"; cat out; exit 1; }
+  done
+}
+
+started=$SECONDS
+hf-sparse --version >out
+says "hf-sparse "
+blocks README.md sh | sed -n '/^python3 -m venv.*quickstart/s/.*&& //p' >first
+sh -e first >out
+says "sparsity" "dense   perplexity" "sparse  perplexity" "MB on disk" "tokens/s"
+echo "first_steps: the README's first command took $((SECONDS - started)) s"
+
+blocks README.md sh | sed -n '/^hf-sparse/,/[^\\]$/p' >commands
+sh -e commands >out 2>err || { cat out err; exit 1; }
+says "saved in tiny-sparse" "packed layers" "perplexity" "agreement with the dense model" \
+  "tiny-sparse as dense:"
+
+blocks docs/index.md python >block.py
+python block.py >out 2>err || { cat out err; exit 1; }
+says "dense perplexity" "sparse perplexity" "agreement with the dense model"
+
+if hf-sparse prune examples/models/tiny-llama-docs --method magnitude \
+  --output examples/models/tiny-llama-docs 2>out; then
+  echo "first_steps: a model was overwritten"
+  exit 1
+fi
+says "itself: pass another folder"
+echo "first_steps: all of it in $((SECONDS - started)) s"
