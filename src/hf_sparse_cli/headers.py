@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,19 +14,17 @@ from .failures import Failure, sentence
 from .plain import (
     SAVE_KEY,
     CheckpointError,
+    Header,
+    HeaderTensor,
     check_distinct,
     check_ids,
     check_one_save,
     check_single,
-    parse_json,
+    read_header,
     weight_files,
 )
 
-# As hf_sparse.checkpoint.headers has them.
-METADATA_KEY = "hf_sparse"
-VERSION = 1
-
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def read_headers(model: str, revision: str | None, config: Mapping[str, Any]) ->
 
     folder = Path(model).expanduser()
     described: dict[str, Any] = {}
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, HeaderTensor] = {}
     try:
         if not folder.is_dir() and constants.HF_HUB_OFFLINE:
             folder = Path(huggingface_hub.snapshot_download(model, revision=revision))
@@ -108,8 +105,8 @@ def read_headers(model: str, revision: str | None, config: Mapping[str, Any]) ->
         if not files:
             raise errors.NotASafetensorsRepoError
         check_distinct({path: file.tensors for path, file in files.items()})
-        for path, file in files.items():
-            described |= _layers(path, file.metadata)
+        for file in files.values():
+            described |= file.layers()
             tensors |= file.tensors
     except errors.NotASafetensorsRepoError:
         where = " in the cache, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
@@ -120,7 +117,7 @@ def read_headers(model: str, revision: str | None, config: Mapping[str, Any]) ->
         raise Failure(f"{model}: {error}") from None
     except OSError as error:
         raise Failure(f"the files of {model} can't be read: {sentence(error)}") from error
-    packed: dict[str, dict[str, Any]] = {name: {} for name in described}
+    packed: dict[str, dict[str, HeaderTensor]] = {name: {} for name in described}
     for key, tensor in tensors.items():
         module, _, local = key.rpartition(".")
         if module in packed and local.startswith("weight"):
@@ -130,66 +127,33 @@ def read_headers(model: str, revision: str | None, config: Mapping[str, Any]) ->
         check_single(files if folder.is_dir() else ())
     except CheckpointError as error:
         raise Failure(str(error)) from None
-    return Headers(layers, len(tensors), len(files), sum(map(_bytes, tensors.values())))
+    return Headers(layers, len(tensors), len(files), sum(t.bytes for t in tensors.values()))
 
 
-def _local(folder: Path) -> dict[str, Any]:
-    """The parsed header of each file of a folder's checkpoint, by path."""
-    from huggingface_hub import hf_api
-
-    parse = hf_api.parse_local_safetensors_file_metadata
-    files = {path: parse(path) for path in weight_files(folder)}
-    for path, file in files.items():
-        _check_size(path, file)
-    check_one_save({str(path): _save_id(file) for path, file in files.items()})
-    return {str(path): file for path, file in files.items()}
+def _local(folder: Path) -> dict[str, Header]:
+    """The header of each file of a folder's checkpoint, by path."""
+    headers = {str(path): read_header(path) for path in weight_files(folder)}
+    check_one_save({path: header.metadata.get(SAVE_KEY) for path, header in headers.items()})
+    return headers
 
 
-def _remote(model: str, revision: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
+def _remote(model: str, revision: str | None, config: Mapping[str, Any]) -> dict[str, Header]:
     """The same on the Hub."""
     import huggingface_hub
 
     found = huggingface_hub.get_safetensors_metadata(model, revision=revision)
-    files = {f"{model}/{name}": file for name, file in found.files_metadata.items()}
+    headers = {}
+    for name, file in found.files_metadata.items():
+        tensors = {k: HeaderTensor(tuple(t.shape), t.dtype) for k, t in file.tensors.items()}
+        path = f"{model}/{name}"
+        headers[path] = Header(path, file.metadata or {}, tensors)
     if found.sharded:  # the id of a single file is taken of its content
-        ids = {path: _save_id(file) for path, file in files.items()}
+        ids = {path: header.metadata.get(SAVE_KEY) for path, header in headers.items()}
         check_ids(ids, config, {"metadata": found.metadata})
-    return files
+    return headers
 
 
-def _save_id(file: Any) -> str | None:
-    return (file.metadata or {}).get(SAVE_KEY)
-
-
-def _check_size(path: Path, file: Any) -> None:
-    """A file that was cut short has whole headers: compare its size with what they promise."""
-    with path.open("rb") as stream:
-        (header,) = struct.unpack("<Q", stream.read(8))
-    end = max((tensor.data_offsets[1] for tensor in file.tensors.values()), default=0)
-    expected, found = 8 + header + end, path.stat().st_size
-    if found != expected:
-        raise Failure(f"{path} has {found} bytes, its header tells of {expected}: it is damaged")
-
-
-def _layers(where: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """The packed layers that one file's metadata describe."""
-    text = (metadata or {}).get(METADATA_KEY)
-    if text is None:
-        raise Failure(f"{where} has no hf_sparse metadata: was it rewritten by another tool?")
-    content = parse_json(text, f"{where}: its hf_sparse metadata", Failure)
-    try:
-        version, layers = content["version"], content["layers"].items()
-    except (TypeError, KeyError, AttributeError):
-        raise Failure(f"{where}: its hf_sparse metadata are damaged") from None
-    if version != VERSION:
-        raise Failure(
-            f"{where}: format version {version!r} is not known, this hf-sparse reads {VERSION}; "
-            "a newer one may help"
-        )
-    return dict(layers)
-
-
-def _layer(model: str, name: str, entry: Any, tensors: Mapping[str, Any]) -> StoredLayer:
+def _layer(model: str, name: str, entry: Any, tensors: Mapping[str, HeaderTensor]) -> StoredLayer:
     try:
         (rows, columns), values = entry["shape"], tensors["weight"]
         parameters = [f"{k} {v}" for k, v in sorted(entry.items()) if k not in ("format", "shape")]
@@ -205,11 +169,6 @@ def _layer(model: str, name: str, entry: Any, tensors: Mapping[str, Any]) -> Sto
         shape=(rows, columns),
         dtype=values.dtype,
         sparsity=1 - math.prod(values.shape) / dense if plain else None,
-        bytes=sum(map(_bytes, tensors.values())),
-        bytes_dense=dense * _FLOATS[values.dtype] if plain else None,
+        bytes=sum(tensor.bytes for tensor in tensors.values()),
+        bytes_dense=HeaderTensor((rows, columns), values.dtype).bytes if plain else None,
     )
-
-
-def _bytes(tensor: Any) -> int:
-    begin, end = tensor.data_offsets
-    return int(end - begin)

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
@@ -67,6 +68,12 @@ FORMS = {
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
+@pytest.fixture
+def tiny():
+    """One block: adapters know nothing of each other."""
+    return tiny_llama(num_hidden_layers=1)
+
+
 def pruned(model, form="unstructured"):
     hf_sparse.prune(model, SparseConfig(method="magnitude", **FORMS[form]))
     return model
@@ -89,7 +96,7 @@ def adapt(base, config):
     return get_peft_model(base, config).eval()
 
 
-def train(model, ids, steps=6):
+def train(model, ids, steps=3):
     """A few steps on all of the data; returns the losses before and after."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -1,10 +1,11 @@
-"""Python code in processes of their own, forked from one that has imported torch and no more.
+"""Python code in processes of their own, forked from one that has imported what takes long.
 
-Importing torch takes longer than most of what they do. As a program, this is that process: it reads
-jobs as lines of JSON and answers each with the exit status.
+That is torch and no more, or hf_sparse and transformers, too. As a program, this is that process:
+it reads jobs as lines of JSON and answers each with the exit status.
 """
 
 import atexit
+import importlib
 import json
 import os
 import signal
@@ -15,15 +16,20 @@ from functools import cache
 from pathlib import Path
 
 LIMIT = 300  # seconds
+BARE = "torch._dynamo"
+LOADED = "hf_sparse"
 
 
-def run(code: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def run(
+    code: str, *args: object, env: dict[str, str] | None = None, imported: str = BARE
+) -> subprocess.CompletedProcess:
     """What `python -c code args` would be, as subprocess.run with text captured.
 
     Args:
         code: is run as the main module.
         args: sys.argv[1:].
         env: the whole environment; that of this process if None.
+        imported: BARE or LOADED, what the process has imported before.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -33,7 +39,7 @@ def run(code: str, *args: object, env: dict[str, str] | None = None) -> subproce
             "env": dict(os.environ) if env is None else env,
             "files": [str(out), str(err)],
         }
-        server = _server()
+        server = _server(imported)
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         status = int(server.stdout.readline())
@@ -41,11 +47,10 @@ def run(code: str, *args: object, env: dict[str, str] | None = None) -> subproce
 
 
 @cache
-def _server() -> subprocess.Popen:
+def _server(imported: str) -> subprocess.Popen:
     """Ends with this process: when its input is closed."""
-    server = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, __file__, imported]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)
     return server
 
@@ -61,15 +66,24 @@ def _next_job() -> dict:
     sys.exit()
 
 
-if __name__ == "__main__":
-    import torch._dynamo  # noqa: F401
+def _read_hub_settings() -> None:
+    """huggingface_hub reads the environment when it is imported."""
+    from huggingface_hub import constants, hf_api
 
+    importlib.reload(constants)
+    hf_api.api.endpoint = constants.ENDPOINT
+
+
+if __name__ == "__main__":
+    importlib.import_module(sys.argv[1])
     job = _next_job()
     signal.alarm(LIMIT)
     for stream, path in zip((1, 2), job["files"], strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     os.environ.clear()
     os.environ.update(job["env"])
+    if "huggingface_hub" in sys.modules:
+        _read_hub_settings()
     sys.argv = ["-c", *job["args"]]
     sys.path[0] = ""
     exec(job["code"], {"__name__": "__main__"})

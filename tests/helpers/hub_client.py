@@ -1,7 +1,7 @@
 """A user of the Hub in `hub_server`.
 
-huggingface_hub reads HF_ENDPOINT when it is imported, so each client is a new process; its proxy
-settings let it reach no other server than the test's.
+huggingface_hub reads HF_ENDPOINT once, so each client is a new process; its proxy settings let it
+reach no other server than the test's.
 """
 
 import json
@@ -40,7 +40,9 @@ class Client:
     hub: Hub
     home: Path
 
-    def run(self, code: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, code: str, *args: object, imported: str = fresh.LOADED, **env: str
+    ) -> subprocess.CompletedProcess[str]:
         """The finished process; whether it failed is for the caller to say."""
         nowhere = "http://127.0.0.1:9"
         settings = {
@@ -64,7 +66,7 @@ class Client:
             for key, value in os.environ.items()
             if not key.startswith(foreign) and not key.upper().endswith("_PROXY")
         }
-        done = fresh.run(code, *args, env=inherited | settings | env)
+        done = fresh.run(code, *args, env=inherited | settings | env, imported=imported)
         assert not self.hub.unanswered, self.hub.unanswered
         return done
 

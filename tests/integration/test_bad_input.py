@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import struct
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
@@ -23,11 +25,20 @@ from hf_sparse import (
 LAYER = "model.layers.0.mlp.up_proj"
 
 
-@pytest.fixture(params=["unstructured", "2:4"])
-def checkpoint(request, tiny, tmp_path):
-    hf_sparse.prune(tiny, SparseConfig(method="magnitude", pattern=request.param))
-    tiny.save_pretrained(tmp_path / "model")
-    return tmp_path / "model", request.param
+@pytest.fixture(scope="module", params=["unstructured", "2:4"])
+def saved(request, tmp_path_factory):
+    """A checkpoint as it was saved, and its pattern."""
+    model, folder = tiny_llama(), tmp_path_factory.mktemp("saved")
+    hf_sparse.prune(model, SparseConfig(method="magnitude", pattern=request.param))
+    model.save_pretrained(folder)
+    return folder, request.param
+
+
+@pytest.fixture
+def checkpoint(saved, tmp_path):
+    """A copy to be damaged."""
+    folder, pattern = saved
+    return shutil.copytree(folder, tmp_path / "model"), pattern
 
 
 def rewrite(folder, change=lambda tensors: None, change_metadata=lambda metadata: None):

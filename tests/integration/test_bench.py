@@ -29,7 +29,7 @@ def bench(cli, tmp_path):
 
 def test_layers_are_measured_against_every_dense_rival(bench):
     results = bench(
-        "layers", "--shapes", "64x96,48x40", "--sparsity", "0.5,0.8", "--rows", "1,5",
+        "layers", "--shapes", "96x208,176x120", "--sparsity", "0.5,0.8", "--rows", "1,5",
         "--values", "bf16,int8,int4", "--group-size", "16", "--cold-mb", "1", "--rounds", "5",
         "--seconds", "0",
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_help_names_all_that_an_option_takes(command, option, known, cli):
 
 
 def test_figures_alone_are_printed_as_json(cli, tmp_path):
-    arguments = ("--shapes", "16x16", "--sparsity", "0.5", "--rows", "1", "--cold-mb", "1")
+    arguments = ("--shapes", "96x208", "--sparsity", "0.5", "--rows", "1", "--cold-mb", "1")
     settings = ("--rounds", "1", "--seconds", "0", "--output", tmp_path, "--json")
     code, out, _ = cli("bench", "layers", *arguments, *settings)
     assert code == 0
@@ -88,7 +88,7 @@ def test_figures_alone_are_printed_as_json(cli, tmp_path):
 
 
 def test_a_model_is_measured_end_to_end(bench):
-    results = bench("model", "--presets", "tiny", "--prompt", "8", "--tokens", "2")
+    results = bench("model", "--presets", "tiny", "--prompt", "8", "--tokens", "2", "--rounds", "1")
     assert [point["dtype"] for point in results["speed"]] == ["fp32", "bf16"]
     for point in results["speed"]:
         assert point["decode_ratio"] > 0

@@ -342,7 +342,7 @@ def test_compare_writes_what_the_function_finds(cli, dense, text, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "compared"
     code, printed, _ = cli(
-        "compare", dense, "--methods", "wanda,fast", "--sparsities", "0.5,2:4",
+        "compare", dense, "--methods", "magnitude,wanda", "--sparsities", "0.5,2:4",
         *compare_options(text), "--bits", 8, "--output", out, "--json",
     )  # fmt: skip
     assert code == 0
@@ -352,8 +352,8 @@ def test_compare_writes_what_the_function_finds(cli, dense, text, tmp_path):
     }  # fmt: skip
     assert json.loads((out / "comparison.json").read_text()) | {"output": str(out)} == values
     expected = hf_sparse.compare(
-        AutoModelForCausalLM.from_pretrained(dense), ["wanda", "fast"], [0.5, "2:4"], str(text),
-        eval_samples=3, dataset=str(text), num_samples=4, seq_len=32, bits=8,
+        AutoModelForCausalLM.from_pretrained(dense), ["magnitude", "wanda"], [0.5, "2:4"],
+        str(text), eval_samples=3, dataset=str(text), num_samples=4, seq_len=32, bits=8,
     )  # fmt: skip
     figures = ("method", "setting", "score", "bytes_stored", "bytes_resident", "error")
     for point, found in zip(expected.points, values["points"], strict=True):
@@ -379,7 +379,7 @@ def test_compare_leaves_the_plot_out_with_a_note_where_there_is_no_matplotlib(
 
 def test_bench_hands_its_options_on(cli, tmp_path):
     code, out, _ = cli(
-        "bench", "layers", "--shapes", "32x32", "--sparsity", "0.5", "--rows", "1", "--cold-mb",
+        "bench", "layers", "--shapes", "128x192", "--sparsity", "0.5", "--rows", "1", "--cold-mb",
         "1", "--rounds", "1", "--seconds", "0", "--json", "--output", tmp_path / "bench",
     )  # fmt: skip
     assert code == 0
@@ -510,7 +510,7 @@ def test_eval_says_what_is_missing(fails, sparse, dense, text):
 
 def test_a_bench_that_fails_says_so_in_a_sentence(fails, tmp_path):
     (tmp_path / "file").touch()
-    said = fails("bench", "layers", "--shapes", "32x32", "--sparsity", "0.5", "--rows", "1",
+    said = fails("bench", "layers", "--shapes", "128x192", "--sparsity", "0.5", "--rows", "1",
                  "--cold-mb", "1", "--rounds", "1", "--seconds", "0",
                  "--output", tmp_path / "file")  # fmt: skip
     assert "file is a file: pass a folder" in said

@@ -58,7 +58,8 @@ def test_a_model_is_pruned_to_the_hub_and_inspected_there(
     hub: Hub, dense: Path, tmp_path: Path
 ) -> None:
     client = Client(hub, tmp_path / "home")
-    prune = ["prune", str(dense), "--method", "magnitude", "--output", str(tmp_path / "out")]
+    out = str(tmp_path / "out")
+    prune = ["prune", str(dense), "--method", "magnitude", "--output", out, "--overwrite"]
     hub.repos["you/shared"] = Repo(private=False)
     hub.repos["you/shared"].commit("main", {})
     pushed, branch, proposed, seen, missing, revision, theirs = run(

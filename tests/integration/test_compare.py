@@ -8,11 +8,11 @@ import weakref
 
 import pytest
 import torch
+from tiny_models import tiny_llama
 from torch import nn
 from transformers.utils import logging
 
 import hf_sparse
-from conftest import ROOT
 from hf_sparse import (
     CalibrationError,
     ConfigError,
@@ -24,6 +24,12 @@ from hf_sparse import (
     prune,
 )
 from hf_sparse.pruning import dense_measurements
+
+
+@pytest.fixture
+def tiny():
+    """One block: what compare shares between runs does not depend on their number."""
+    return tiny_llama(num_hidden_layers=1)
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def alone(model, method, setting, settings, held_out):
 
 @pytest.mark.parametrize("as_function", [False, True])
 def test_figures_are_those_of_separate_runs(tiny, settings, held_out, as_function):
-    methods, sparsities = ["wanda", "balanced"], [0.5, 0.7, "2:4"]
+    methods, sparsities = ["wanda", "balanced"], [0.5, "2:4"]
     model = (lambda: copy.deepcopy(tiny)) if as_function else tiny
     result = compare(model, methods, sparsities, held_out, **settings)
     assert result.dense == perplexity(tiny, None, held_out, 16).perplexity
@@ -91,10 +97,9 @@ def test_of_loaded_models_only_one_is_in_memory_at_a_time(tiny, settings, held_o
         raise SolveError("it does not converge")
 
     monkeypatch.setattr(hf_sparse.solvers.SOLVERS["alps"], "solve", broken)
-    methods = ["alps", "fast", "balanced"]
-    result = compare(load, methods, [0.5, "2:4"], held_out, **settings)
-    assert len(loaded) == 7
-    assert [p.error is None for p in result.points] == [False, False, True, True, True, True]
+    result = compare(load, ["alps", "balanced"], [0.5, "2:4"], held_out, **settings)
+    assert len(loaded) == 5
+    assert [p.error is None for p in result.points] == [False, False, True, True]
 
 
 def counted(monkeypatch, name, calls):
@@ -270,16 +275,18 @@ def test_a_sparse_model_is_refused(tiny, settings, held_out):
 # --- the example ----------------------------------------------------------------------------
 
 
-def test_the_example_runs(model_path, data_path, tmp_path, monkeypatch, capsys):
+def test_the_example_runs(short_examples, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
+    data = short_examples / "data"
     arguments = [
-        str(model_path), "--calibration", str(data_path / "calibration.txt"),
-        "--evaluation", str(data_path / "evaluation.txt"), "--methods", "magnitude", "wanda",
+        str(short_examples / "models" / "tiny-llama-docs"),
+        "--calibration", str(data / "calibration.txt"),
+        "--evaluation", str(data / "evaluation.txt"), "--methods", "magnitude", "wanda",
         "--sparsities", "0.5", "2:4", "--num-samples", "2", "--evaluation-samples", "2",
         "--seq-len", "64", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["compare_methods.py", *arguments])
-    runpy.run_path(str(ROOT / "examples" / "compare_methods.py"), run_name="__main__")
+    runpy.run_path(str(short_examples / "compare_methods.py"), run_name="__main__")
     logging.disable_progress_bar()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:6]] == [

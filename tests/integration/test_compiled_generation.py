@@ -6,6 +6,7 @@ operator there, so that the graph is the same whatever computes it.
 
 import pytest
 import torch
+from tiny_models import tiny_llama
 from transformers import CompileConfig
 
 import hf_sparse
@@ -30,17 +31,20 @@ CODES = {"bits": 4, "group_size": 8}
     ("recipe", "kernel"),
     [
         ({}, as_chosen),
-        ({"pattern": "2:4"}, as_chosen),
+        pytest.param(
+            {"pattern": "2:4"}, as_chosen, marks=pytest.mark.slow
+        ),  # it packs values alike
         ({"low_rank": 2}, as_chosen),
         (CODES, as_chosen),
         ({}, sliced),
-        pytest.param({"pattern": "2:4"}, sliced, marks=pytest.mark.slow),  # it packs values alike
+        pytest.param({"pattern": "2:4"}, sliced, marks=pytest.mark.slow),  # likewise
         pytest.param({"low_rank": 2}, sliced, marks=pytest.mark.slow),  # the part is the layer's
         (CODES, sliced),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_a_step_is_one_graph(tiny, token_ids, recipe, kernel):
+def test_a_step_is_one_graph(token_ids, recipe, kernel):
+    tiny = tiny_llama(num_hidden_layers=1)
     data = {} if "low_rank" not in recipe else {"method": "sparsegpt", "dataset": list(token_ids)}
     hf_sparse.prune(tiny, SparseConfig(**{"method": "magnitude", **recipe, **data}))
     layers = [module for module in tiny.modules() if isinstance(module, SparseLinear)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from short_runs import arguments, rows_of
+from tiny_models import tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     LlamaForCausalLM,
@@ -24,6 +25,12 @@ CONFIGS = {
     "unstructured": SparseConfig(method="magnitude", sparsity=0.5),
     "2:4": SparseConfig(method="magnitude", pattern="2:4"),
 }
+
+
+@pytest.fixture
+def tiny():
+    """One block: values train layer by layer."""
+    return tiny_llama(num_hidden_layers=1)
 
 
 @pytest.fixture
@@ -252,7 +259,7 @@ class Breaks(TrainerCallback):
             self.what(kwargs["model"])
 
 
-NAME = "model.layers.1.mlp.up_proj"
+NAME = "model.layers.0.mlp.up_proj"
 
 
 def exchange_bits(model):
@@ -288,7 +295,7 @@ def test_a_layer_that_became_dense_is_found(sparse, token_ids, tmp_path):
     def fill(model):
         layer = model.get_submodule(NAME)
         dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
-        model.get_submodule("model.layers.1.mlp").up_proj = dense
+        model.get_submodule("model.layers.0.mlp").up_proj = dense
 
     with pytest.raises(TrainingError, match=rf"{NAME} has 480 weights outside of its mask"):
         train(sparse, token_ids, tmp_path, callbacks=[SparsityCallback(), Breaks(fill)])

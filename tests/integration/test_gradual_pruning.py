@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from short_runs import arguments, rows_of
-from tiny_models import tiny_gpt2
+from tiny_models import tiny_gpt2, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     Trainer,
@@ -23,6 +23,12 @@ from hf_sparse.training import SparsityCallback
 
 DEAD = torch.arange(8, 24)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def tiny():
+    """One block: a schedule counts each layer's zeros by themselves."""
+    return tiny_llama(num_hidden_layers=1)
 
 
 def train(model, token_ids, folder, *callbacks, resume=None, **changes):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from hub_client import LAYERS, Client
@@ -190,7 +191,7 @@ sys.modules["hf_sparse"] = None  # an import of it fails, as if it were not inst
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained("me/tiny-sparse", ignore_mismatched_sizes=True)
 """
-    done = client.run(code)
+    done = client.run(code, imported=fresh.BARE)
     assert done.returncode != 0
     lines = done.stderr.splitlines()
     assert any("quantization type" in line and "hf_sparse" in line for line in lines)

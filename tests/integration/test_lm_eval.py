@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 from hf_sparse import EvaluationError
@@ -39,12 +39,21 @@ metadata: {version: 7}
 """
 
 
-@pytest.fixture
-def sparse(trained, tokenizer, tmp_path):
-    hf_sparse.prune(trained, hf_sparse.SparseConfig(method="magnitude", sparsity=0.6))
-    trained.save_pretrained(tmp_path / "sparse")
-    tokenizer.save_pretrained(tmp_path / "sparse")
-    return tmp_path / "sparse"
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    """Nothing is left in the user's cache."""
+    config = pytest.importorskip("datasets").config
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def sparse(short_examples, tmp_path_factory):
+    path, folder = short_examples / "models" / "tiny-llama-docs", tmp_path_factory.mktemp("sparse")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    hf_sparse.prune(model, hf_sparse.SparseConfig(method="magnitude", sparsity=0.6))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    return folder
 
 
 def most_probable(model, tokenizer, question, choices) -> int:
@@ -58,18 +67,18 @@ def most_probable(model, tokenizer, question, choices) -> int:
     return sums.index(max(sums))
 
 
-@pytest.fixture
-def task(sparse, tokenizer, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def task(sparse, tmp_path_factory):
     """A folder with the task; the model answers three of its five questions right."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    model = AutoModelForCausalLM.from_pretrained(sparse)
+    model, tokenizer = (
+        auto.from_pretrained(sparse) for auto in (AutoModelForCausalLM, AutoTokenizer)
+    )
     rows = []
     for number, (question, choices) in enumerate(QUESTIONS.items()):
         chosen = most_probable(model, tokenizer, question, choices)
         answer = chosen if number < 3 else (chosen + 1) % 3
         rows.append({"question": question, "choices": choices, "answer": answer})
-    folder = tmp_path / "tasks"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("tasks")
     (folder / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "questions.yaml").write_text(TASK.replace("FILE", str(folder / "q.jsonl")))
     return folder
@@ -103,16 +112,15 @@ def test_the_stock_program_runs_it_through_hf_sparse_run(sparse, task, tmp_path)
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ,
+        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
     )
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "results").rglob("results*.json")
     assert json.loads(file.read_text())["results"]["questions"]["acc,none"] == 0.6
 
 
-def test_a_task_that_lm_eval_does_not_know_is_named(sparse, tokenizer, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(sparse)
+def test_a_task_that_lm_eval_does_not_know_is_named(trained, tokenizer, tmp_path):
     with pytest.raises(EvaluationError, match="lm-eval has no task 'no_such_task'"):
-        hf_sparse.evaluate_tasks(model, tokenizer, ["no_such_task"])
+        hf_sparse.evaluate_tasks(trained, tokenizer, ["no_such_task"])
     with pytest.raises(EvaluationError, match="nowhere' is no folder"):
-        hf_sparse.evaluate_tasks(model, tokenizer, ["x"], include_path=tmp_path / "nowhere")
+        hf_sparse.evaluate_tasks(trained, tokenizer, ["x"], include_path=tmp_path / "nowhere")

@@ -23,16 +23,23 @@ def resident(file: Path) -> int:
     return total
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is resident")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
-def test_a_layer_leaves_nothing_of_the_file_resident_behind_it(tmp_path, monkeypatch, dtype):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A sparse checkpoint of two blocks, 30 MB."""
     config = LlamaConfig(
         hidden_size=1024, intermediate_size=2048, num_hidden_layers=2, vocab_size=64
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     hf_sparse.prune(model, SparseConfig(method="magnitude"))
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
+    folder = tmp_path_factory.mktemp("sparse")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is resident")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+def test_a_layer_leaves_nothing_of_the_file_resident_behind_it(folder, monkeypatch, dtype):
+    file = folder / "model.safetensors"
     found = []
 
     def resolve(layer: SparseLinear) -> None:
@@ -41,7 +48,7 @@ def test_a_layer_leaves_nothing_of_the_file_resident_behind_it(tmp_path, monkeyp
 
     real = SparseLinear.resolve
     monkeypatch.setattr(SparseLinear, "resolve", resolve)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     assert len(found) == 2 * 7
     # Making a tensor of a mapped file reads around its first page, whatever is done with it later.
     assert max(found) < file.stat().st_size / 2

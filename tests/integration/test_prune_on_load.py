@@ -320,7 +320,7 @@ def test_methods_rank_as_in_their_papers_on_a_trained_model(
     trained, model_path, tokenizer, data_path
 ):
     pages = (data_path / "evaluation.txt").read_text().split("\n\n\0\n")
-    ids = torch.tensor(tokenizer("".join(pages))["input_ids"][: 12 * 256]).view(12, 256)
+    ids = torch.tensor(tokenizer("".join(pages))["input_ids"][: 12 * 128]).view(12, 128)
 
     def loss(model):
         with torch.no_grad():
@@ -332,15 +332,15 @@ def test_methods_rank_as_in_their_papers_on_a_trained_model(
             sparsity=0.6,
             method=method,
             dataset=str(data_path / "calibration.txt"),
-            num_samples=24,
-            seq_len=256,
+            num_samples=16,
+            seq_len=128,
             batch_size=4,
         )
         model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=torch.float32, quantization_config=config
         )
         record = model.config.quantization_config.dataset
-        assert (record.source, record.count, record.tokens) == ("calibration.txt", 24, 24 * 256)
+        assert (record.source, record.count, record.tokens) == ("calibration.txt", 16, 16 * 128)
         losses[method] = loss(model.dequantize())
     assert loss(trained) < losses["sparsegpt"] < losses["wanda"] < losses["magnitude"]
 

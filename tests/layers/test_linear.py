@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 
-import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -257,43 +256,6 @@ def test_copies_are_equal_and_independent(name, how):
         other.packed["weight"].zero_()
     assert torch.equal(layer.weight, weight)
     assert bool(layer.bias.any())
-
-
-COMPILED = """
-import torch
-from torch import nn
-from hf_sparse import SparseLinear
-from hf_sparse.formats import FORMATS
-from hf_sparse.core.patterns import NM
-
-weight = torch.randn(5, 11)
-weight[:, 0::4] = weight[:, 3::4] = 0
-for name, cls in FORMATS.items():
-    fmt = cls.fits(weight, NM(2, 4)).format
-    layer = SparseLinear(fmt, fmt.pack(weight), (5, 11), weight.dtype, nn.Parameter(torch.ones(5)))
-    torch.compiler.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for tokens in (3, 7):
-        x, reference = (torch.ones(tokens, 11).cumsum(1).requires_grad_() for _ in range(2))
-        layer.bias.grad = None
-        y = compiled(x)
-        y.square().sum().backward()
-        bias_grad, layer.bias.grad = layer.bias.grad, None
-        expected = layer(reference)
-        expected.square().sum().backward()
-        torch.testing.assert_close(y, expected)
-        torch.testing.assert_close(x.grad, reference.grad)
-        torch.testing.assert_close(bias_grad, layer.bias.grad)
-    print(name)
-"""
-
-
-def test_it_compiles_to_one_graph_in_every_format_with_the_same_results():
-    # In a process of its own: the checks of shapes that these tests install can't be traced.
-    # aot_eager traces forward and backward and needs no C++ compiler on the machine.
-    done = fresh.run(COMPILED)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == list(FORMATS)
 
 
 @every_format

@@ -3,7 +3,6 @@
 import copy
 import pickle
 
-import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -218,39 +217,3 @@ def test_without_the_library_the_codes_are_kept_beside_the_dense_weight(monkeypa
     assert layer.kernel.name == "dense"
     assert_same_tensors(layer.packed, layer.format.pack(weight))
     assert layer.resident_bytes() == 20 * 36 * 2 + sum(t.nbytes for t in layer.packed.values())
-
-
-COMPILED = """
-import torch
-from hf_sparse import SparseLinear
-from hf_sparse.formats import FORMATS, choose_format
-from hf_sparse.core.patterns import NM
-from hf_sparse.core.grids import Grid
-
-dense = torch.randn(5, 12)
-dense = dense.where(NM(2, 4).mask(dense.abs()), 0)
-for name in FORMATS:
-    for grid in (Grid(4, 4, True), Grid(3, 5, False)):
-        weight = grid.fit(dense).round(dense)
-        fmt = choose_format(weight, NM(2, 4), name)
-        for resolve in (False, True):
-            layer = SparseLinear(fmt, fmt.pack(weight), (5, 12), torch.float32)
-            if resolve:
-                layer.resolve()
-            torch.compiler.reset()
-            compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-            x = torch.ones(3, 12).cumsum(1).requires_grad_()
-            y = compiled(x)
-            y.square().sum().backward()
-            expected = torch.nn.functional.linear(x, weight.dequantize())
-            torch.testing.assert_close(y, expected)
-            torch.testing.assert_close(x.grad, 2 * expected @ weight.dequantize())
-    print(name)
-"""
-
-
-def test_it_compiles_to_one_graph_in_every_layout_with_the_same_results():
-    # In a process of its own: the checks of shapes that these tests install can't be traced.
-    done = fresh.run(COMPILED)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == list(FORMATS)

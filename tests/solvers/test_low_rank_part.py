@@ -4,7 +4,6 @@ import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
-import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -296,36 +295,3 @@ def test_resident_bytes_count_it_and_it_can_be_dropped(resolved):
     x = noise(3, 12, seed=5).float()
     torch.testing.assert_close(layer(x), F.linear(x, weight, layer.bias))
     assert set(layer.state_dict()) == {"bias", "weight_values", "weight_bitmask"}
-
-
-COMPILED = """
-import torch
-from torch import nn
-from hf_sparse import SparseLinear
-from hf_sparse.formats import Bitmask
-from hf_sparse.core.low_rank import LowRank
-
-weight = torch.randn(6, 12)
-weight[:, ::2] = 0
-low_rank = LowRank(torch.randn(6, 2), torch.randn(2, 12))
-for resolved in (False, True):
-    layer = SparseLinear(
-        Bitmask(), Bitmask().pack(weight), (6, 12), weight.dtype, low_rank=low_rank
-    )
-    if resolved:
-        layer.resolve()
-    torch.compiler.reset()
-    x = torch.randn(3, 12, requires_grad=True)
-    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    torch.testing.assert_close(y, layer(x))
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(grad, layer.weight.sum(0).expand(3, 12))
-print("done")
-"""
-
-
-def test_it_compiles_to_one_graph():
-    # In a process of its own: the checks of shapes that these tests install can't be traced.
-    done = fresh.run(COMPILED)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["done"]

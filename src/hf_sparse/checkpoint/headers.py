@@ -26,16 +26,14 @@ from torch import Tensor
 
 from ..config.keys import SAVE_KEY
 from ..core.errors import CheckpointError, FormatError
-from ..core.json_records import parse_json
 from ..core.low_rank import KEY_A, KEY_B, LowRank, check_low_rank_layout
 from ..formats import Format, format_from_spec
 from ..formats.base import check_layout, check_packed
 from ..layers.axes import Axes
+from .header import METADATA_KEY, VERSION, Header, read_header
 from .save_id import check_one_save, check_single
 from .weight_files import check_distinct, weight_files
 
-METADATA_KEY = "hf_sparse"
-VERSION = 1
 LARGEST_SIDE = 2**31 - 1
 
 # A module's bias and what starts with "weight": file, shape and dtype (None: an unusual one).
@@ -144,36 +142,28 @@ def read_layers(files: Iterable[str | os.PathLike[str]]) -> dict[str, PackedLaye
             metadata, tensors that contradict them, or is of another save than the others; names
             file and tensor.
     """
+    headers: dict[str, Header] = {}
     described: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, Found] = {}
-    keys: dict[str, list[str]] = {}
-    saves: dict[str, str | None] = {}
     for path in [os.fspath(file) for file in files]:
-        if saves and Path(path).parent != Path(next(iter(saves))).parent:
-            raise _damaged(path, f"it is in another folder than {next(iter(saves))}")
+        first = next(iter(headers), path)
+        if Path(path).parent != Path(first).parent:
+            raise _damaged(path, f"it is in another folder than {first}")
         if not path.endswith(".safetensors"):
             raise _damaged(path, "a sparse checkpoint is stored in safetensors files only")
-        try:
-            with safe_open(path, framework="pt") as file:
-                said = file.metadata() or {}
-                layers = _parse(path, said.get(METADATA_KEY))
-                if saves and layers != described:
-                    raise _damaged(
-                        path, f"its hf_sparse metadata differ from {next(iter(saves))}'s"
-                    )
-                described = layers
-                saves[path] = said.get(SAVE_KEY)
-                keys[path] = list(file.keys())
-                for key in keys[path]:
-                    part = file.get_slice(key)
-                    dtype = _DTYPES.get(part.get_dtype())
-                    module, _, local = key.rpartition(".")
-                    if local == "bias" or local.startswith("weight"):
-                        tensors.setdefault(module, {})[local] = path, tuple(part.get_shape()), dtype
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, f"it can't be read: {error}") from None
-    check_distinct(keys)
-    check_one_save(saves)
+        header = read_header(path)
+        layers = header.layers()
+        if headers and layers != described:
+            raise _damaged(path, f"its hf_sparse metadata differ from {first}'s")
+        headers[path], described = header, layers
+    check_distinct({path: header.tensors for path, header in headers.items()})
+    check_one_save({path: header.metadata.get(SAVE_KEY) for path, header in headers.items()})
+    tensors: dict[str, Found] = {}
+    for path, header in headers.items():
+        for key, tensor in header.tensors.items():
+            module, _, local = key.rpartition(".")
+            if local == "bias" or local.startswith("weight"):
+                found = path, tensor.shape, _DTYPES.get(tensor.dtype)
+                tensors.setdefault(module, {})[local] = found
     return {name: _describe(name, e, tensors.get(name, {})) for name, e in described.items()}
 
 
@@ -187,28 +177,6 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[list[Path], dict[str, P
     layers = read_layers(files)
     check_single(files)
     return files, layers
-
-
-def _parse(path: str, text: str | None) -> dict[str, dict[str, Any]]:
-    """The `layers` object of one file's metadata."""
-    if text is None:
-        raise _damaged(
-            path,
-            "it has no hf_sparse metadata: was it rewritten by another tool, or saved from a dense "
-            "model with the config of a sparse one? Then delete quantization_config in config.json",
-        )
-    content = parse_json(text, f"{path}: its hf_sparse metadata")
-    version = content.get("version") if isinstance(content, dict) else None
-    if version != VERSION:
-        raise _damaged(
-            path,
-            f"format version {version!r} is not known, this hf_sparse reads version {VERSION}; "
-            "a newer one may help",
-        )
-    layers = content.get("layers")
-    if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
-        raise _damaged(path, "its hf_sparse metadata have no object 'layers'")
-    return layers
 
 
 def _describe(name: str, entry: Mapping[str, Any], found: Found) -> PackedLayer:

@@ -99,7 +99,8 @@ class LayerArguments:
     )
     modules_to_not_convert: Names = Argument(
         None,
-        "Names or regexes of layers left dense.",
+        "Names or regexes of layers left dense, in place of the default; routers and gates of "
+        "mixtures stay dense whatever it says, unless targets names them.",
         WHAT,
         optional(regexes),
         "the output head, embeddings, and what the model ties or keeps in fp32",

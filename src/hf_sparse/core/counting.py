@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from .shapes import BLOCK_WEIGHTS, Mask
 
@@ -17,8 +17,9 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    """Can numpy read the tensor's memory?"""
-    return tensor.device.type == "cpu"
+    """Can numpy read the tensor's memory? While torch traces or fakes, there is none."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return plain and tensor.device.type == "cpu"
 
 
 def count_true(mask: Bool[Tensor, "..."]) -> int:

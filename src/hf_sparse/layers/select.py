@@ -70,8 +70,8 @@ def select_targets(
 ) -> Selection:
     """Choose the layers to prune.
 
-    Routers of mixtures stay dense unless a target matches them, and what belongs to a PEFT adapter
-    always does.
+    Routers and gates of mixtures stay dense unless a target matches them, whatever
+    `modules_to_not_convert` says; what belongs to a PEFT adapter always does.
 
     Args:
         model: the model to look through.

@@ -7,8 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import ModelCard, hf_hub_download, metadata_load
-from huggingface_hub.constants import ENDPOINT
+from huggingface_hub import ModelCard, constants, hf_hub_download, metadata_load
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HFValidationError,
     HTTPError,
@@ -79,7 +78,7 @@ def inherited(source: str) -> dict[str, Any]:
     found = {key: metadata.get(key) for key in (*INHERITED, "base_model")}
     link = found.get("license_link")
     if isinstance(link, str) and "://" not in link and hub_id(source):
-        found["license_link"] = f"{ENDPOINT}/{source}/blob/main/{link}"
+        found["license_link"] = f"{constants.ENDPOINT}/{source}/blob/main/{link}"
     return {key: value for key, value in found.items() if value and _is_text(value)}
 
 

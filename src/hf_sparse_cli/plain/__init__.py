@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hf_sparse.checkpoint.header import Header, HeaderTensor, read_header
     from hf_sparse.checkpoint.save_id import check_ids, check_one_save, check_single
     from hf_sparse.checkpoint.weight_files import check_distinct, weight_files
     from hf_sparse.config.argument import Argument
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from hf_sparse.core.untrusted_text import printable
 else:
     __path__ = find_spec("hf_sparse").submodule_search_locations
+    from .checkpoint.header import Header, HeaderTensor, read_header
     from .checkpoint.save_id import check_ids, check_one_save, check_single
     from .checkpoint.weight_files import check_distinct, weight_files
     from .config.argument import Argument
@@ -33,12 +35,15 @@ __all__ = [
     "SAVE_KEY",
     "Argument",
     "CheckpointError",
+    "Header",
+    "HeaderTensor",
     "check_distinct",
     "check_ids",
     "check_one_save",
     "check_single",
     "parse_json",
     "printable",
+    "read_header",
     "read_json",
     "unknown_arguments",
     "weight_files",

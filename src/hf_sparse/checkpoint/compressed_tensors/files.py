@@ -11,9 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from ...core.errors import CheckpointError
+from ..header import read_header
 from ..headers import LARGEST_SIDE
 from .parameters import (
     BITMASK,
@@ -23,7 +21,6 @@ from .parameters import (
     PlainParameter,
     StoredParameter,
     StoredTensor,
-    tensor_bytes,
 )
 
 # What only a weight in parts has; `shape` alone may be the end of any name.
@@ -45,10 +42,11 @@ def read_parameters(files: Iterable[Path], structure: str) -> list[StoredParamet
     """
     tensors: dict[str, StoredTensor] = {}
     for path in files:
-        for tensor in _headers(path):
-            if tensor.key in tensors:
-                raise tensor.error(f"is in {tensors[tensor.key].file}, too")
-            tensors[tensor.key] = tensor
+        for key, listed in read_header(path).tensors.items():
+            tensor = StoredTensor(str(path), key, listed.shape, listed.dtype, listed.bytes)
+            if key in tensors:
+                raise tensor.error(f"is in {tensors[key].file}, too")
+            tensors[key] = tensor
     stems = {key.rpartition(".")[0] for key in tensors if key.rpartition(".")[2] in _TELLING}
     parameters: list[StoredParameter] = []
     for key, tensor in tensors.items():
@@ -66,20 +64,6 @@ def read_parameters(files: Iterable[Path], structure: str) -> list[StoredParamet
             if part == "compressed":
                 parameters.append(_packed(stem, structure, found))
     return parameters
-
-
-def _headers(path: Path) -> list[StoredTensor]:
-    """What one file holds; the library has checked that offsets stay within it."""
-    found = []
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                part = file.get_slice(key)
-                shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                found.append(StoredTensor(str(path), key, shape, dtype, tensor_bytes(shape, dtype)))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: it can't be read: {error}") from None
-    return found
 
 
 def _packed(stem: str, structure: str, parts: Mapping[str, StoredTensor]) -> PackedParameter:

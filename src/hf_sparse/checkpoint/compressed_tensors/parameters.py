@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ...core.errors import CheckpointError
 from ...formats.bits import padding_is_zero, unpack_bits
+from ..header import HeaderTensor
 
 BITMASK, BITMASK_24 = "sparse-bitmask", "sparse-24-bitmask"
 PARTS = {
@@ -139,7 +140,7 @@ class PackedParameter:
     @property
     def dense_bytes(self) -> int:
         """What it takes as an ordinary tensor."""
-        return tensor_bytes(self.shape, self.origin.dtype)
+        return HeaderTensor(self.shape, self.origin.dtype).bytes
 
     @property
     def sparse(self) -> bool:
@@ -238,9 +239,3 @@ class MergedParameter:
 
 Parameter: TypeAlias = "PlainParameter | PackedParameter | MergedParameter"
 StoredParameter: TypeAlias = "PlainParameter | PackedParameter"
-
-
-def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Bytes of a tensor; dtypes have their bits as their name's first number, BOOL takes 8."""
-    digits = "".join(c if c.isdigit() else " " for c in dtype).split()
-    return -(-math.prod(shape) * int(digits[0] if digits else 8) // 8)
