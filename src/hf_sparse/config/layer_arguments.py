@@ -24,6 +24,7 @@ THE_METHOD = "what the method says"
 @dataclass(eq=False, repr=False)
 class LayerArguments:
     """The arguments as fields, but for those of mixtures of experts."""
+
     sparsity: Argument[float | Pairs | None, float | dict[str, float] | None] = Argument(
         None,
         "Fraction of zeros in each pruned weight, 0 <= s < 1, exactly floor(s * n) of n weights. "
