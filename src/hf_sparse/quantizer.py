@@ -48,7 +48,7 @@ from .pruning.residence import Residence
 from .pruning.saved_report import saved_report
 from .pruning.wrappers import unwrapped
 from .publish.html import write_report
-from .publish.save import install_saving, remove_saving
+from .publish.save import install_saving, is_plain, remove_saving
 from .training import peft_hooks
 
 logger = get_logger(__name__)
@@ -85,12 +85,7 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     require_dense(model)
     if not isinstance(model, PreTrainedModel):
         return prune_in_place(model, config)
-    quantizer = SparseQuantizer(config, pre_quantized=False)
-    report = quantizer.prune(model)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
-    return report
+    return SparseQuantizer(config, pre_quantized=False).prune(model)
 
 
 def prefer(model: nn.Module, what: str) -> None:
@@ -221,6 +216,8 @@ class SparseQuantizer(HfQuantizer):
     def prune(self, model: PreTrainedModel, residence: Residence | None = None) -> PruningReport:
         """Prune a dense model and keep the report; the config then describes the data.
 
+        A model that has only lost experts is an ordinary one still, and saved as such.
+
         Args:
             model: loaded; or without weights, and `residence` has them.
             residence: where its blocks are while they aren't at work; None for memory.
@@ -229,7 +226,13 @@ class SparseQuantizer(HfQuantizer):
         self.report = prune_in_place(model, self.quantization_config, measurements, residence)
         if self.report.data is not None:
             self.quantization_config = self.quantization_config.replaced(dataset=self.report.data)
-        model.config.quantization_config = self.quantization_config
+        if self.report.experts and not sparse_layers(model):
+            _make_plain(model)
+        else:
+            model.config.quantization_config = self.quantization_config
+            model.is_quantized = True
+            model.quantization_method = QUANT_METHOD
+        model.hf_quantizer = self
         _install(model)
         return self.report
 
@@ -246,9 +249,7 @@ class SparseQuantizer(HfQuantizer):
             parents.replace(sparse, dense)
             logger.debug("%s is dense again", name)
         restore_head(model)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._is_quantized = False
+        _unmark(model)
         remove_saving(model)
         model.__dict__.pop("num_parameters", None)
         return model
@@ -260,8 +261,8 @@ class SparseQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(
         self, model: nn.Module
-    ) -> tuple[dict[str, Any], dict[str, str]]:
-        return sparse_state_dict(model)
+    ) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        return (None, {}) if is_plain(model) else sparse_state_dict(model)
 
     def is_serializable(self) -> bool:
         return True
@@ -284,6 +285,21 @@ def _install(model: PreTrainedModel) -> None:
     """What a sparse model does otherwise than its class: saving, and counting parameters."""
     install_saving(model)
     model.num_parameters = partial(num_parameters, model)  # type: ignore[method-assign]
+
+
+def _make_plain(model: PreTrainedModel) -> None:
+    """Take back what transformers has noted of a model that was to be quantised."""
+    model.config.__dict__.pop("quantization_config", None)
+    model.__dict__.pop("quantization_method", None)
+    model.is_quantized = False
+    _unmark(model)
+
+
+def _unmark(model: PreTrainedModel) -> None:
+    """Let no config say any more that weights are to be used through their layers alone."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = False
 
 
 def _empty_dense_layer(sparse: SparseLinear) -> nn.Module:

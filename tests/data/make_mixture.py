@@ -1,4 +1,6 @@
-"""Trains a tiny Mixtral on the bytes of the fixtures' text, and prunes it to 50 %: perplexities.
+"""Trains a tiny Mixtral on the bytes of the fixtures' text, and prunes it: perplexities.
+
+Each layer to 50 %; then it loses whole experts; then experts, weights and bits.
 
     python tests/data/make_mixture.py
 
@@ -12,18 +14,26 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging
 
 from hf_sparse import SparseConfig
+from hf_sparse.pruning.whole_experts.choice import SCORES
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
 METHODS = ("magnitude", "wanda", "sparsegpt")
 LENGTH, STEPS, BATCH, RATE = 128, 500, 16, 4e-3
 SPREAD = 0.8  # of the logarithms of the norms' scales
 EVALUATED = 64
+# At the same bytes: experts and half of the weights inside them; weights alone.
+COMBINED = (
+    {"experts": 0.25, "sparsity": 0.5},
+    {"experts": None, "sparsity": 0.0},
+    {"experts": None, "sparsity": 0.7},
+)
 
 
 def read_bytes(name):
@@ -86,6 +96,18 @@ def pruned(folder, method, targets=None, dtype=torch.float32):
     return MixtralForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
 
 
+def with_fewer(folder, experts, score="reap", **settings):
+    """The model with a share of its experts removed; of a number for a score, at random."""
+    data = read_bytes("calibration.txt")[:128]
+    config = SparseConfig(experts=experts, dataset=data, batch_size=16, **settings)
+    load = MixtralForCausalLM.from_pretrained
+    if score in SCORES:
+        return load(folder, quantization_config=config.replaced(expert_score=score))
+    generator = torch.Generator().manual_seed(score)
+    with patch.dict(SCORES, reap=lambda seen: torch.rand(seen.norms.shape, generator=generator)):
+        return load(folder, quantization_config=config)
+
+
 def main():
     logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -97,6 +119,14 @@ def main():
             for method in METHODS:
                 found = perplexity(pruned(folder, method, targets=targets))
                 sys.stdout.write(f"{targets or 'all'} {method} {found:.3f}\n")
+        for share in (0.25, 0.5):
+            for score in (*SCORES, 0, 1, 2):
+                found = perplexity(with_fewer(folder, share, score))
+                sys.stdout.write(f"experts={share} {score} {found:.3f}\n")
+        for settings in COMBINED:
+            model = with_fewer(folder, **settings, bits=4, group_size=64)
+            held = model.hf_quantizer.report.bytes_after
+            sys.stdout.write(f"{settings}, 4 bits: {held} bytes, {perplexity(model):.3f}\n")
 
 
 if __name__ == "__main__":

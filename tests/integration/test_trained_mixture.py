@@ -54,3 +54,14 @@ def test_its_experts_take_at_most_057_of_dense_bf16(trained):
         for tensor in (*experts.parameters(), *experts.buffers())
     )
     assert held <= 0.57 * dense
+
+
+def test_a_quarter_of_its_experts_goes_best_by_what_the_output_loses(trained):
+    """Of the other scores, and of three draws."""
+    folder, dense = trained
+    found = {}
+    for score in ("reap", "frequency", "norm", 0, 1, 2):
+        model = mixture.with_fewer(folder, 0.25, score)
+        assert model.config.num_local_experts == 3
+        found[score] = mixture.perplexity(model)
+    assert dense < found.pop("reap") < min(found.values())

@@ -82,7 +82,7 @@ class ExpertRouting:
         self.beside = True
         try:
             for index in sorted({i for owner, i in self._experts.values() if owner is experts}):
-                experts.compute(index, rows)
+                experts.expert(index)(rows)
         finally:
             self.beside = False
 

@@ -39,6 +39,17 @@ def fraction(name: str, value: Any) -> float:
     return float(value)
 
 
+def share(name: str, value: Any) -> float:
+    """A part of something that isn't all of it, 0 < s < 1."""
+    number = _is_number(value)
+    if not number or not 0 < value < 1:
+        hint = f"; for {value} % pass {value / 100}" if number and 1 < value < 100 else ""
+        raise ConfigError(
+            f"{name}={brief(value)} must be the share to remove, a number with 0 < s < 1{hint}"
+        )
+    return float(value)
+
+
 def integer(name: str, value: Any, least: int) -> int:
     """An integer from `least` on, below 2^63."""
     number = isinstance(value, int) and not isinstance(value, bool)

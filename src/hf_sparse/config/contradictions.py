@@ -20,8 +20,9 @@ ALLOCATIONS = ("uniform", "owl", "fisher")
 Sparsity = float | dict[str, float] | None
 
 
-def resolve_sparsity(sparsity: Any, pattern: str, method: str) -> Sparsity:
-    """The sparsity that holds: given, implied by n:m, or None where the method decides."""
+def resolve_sparsity(sparsity: Any, pattern: str, method: str, experts: float | None) -> Sparsity:
+    """The sparsity that holds: given, implied by n:m, none beside the experts that go, or None
+    where the method decides."""
     if get_solver(method).chooses_pattern:
         if sparsity is not None or pattern != "unstructured":
             raise ConfigError(
@@ -31,7 +32,8 @@ def resolve_sparsity(sparsity: Any, pattern: str, method: str) -> Sparsity:
         return None
     parsed = parse_pattern(pattern, DEFAULT_SPARSITY)
     if sparsity is None:
-        return parsed.sparsity
+        alone = experts is not None and not isinstance(parsed, NM)
+        return 0.0 if alone else parsed.sparsity
     if not isinstance(sparsity, (Mapping, list)):
         single = fraction("sparsity", sparsity)
         _check_sparsity(single, "", parsed, (parsed.sparsity,))

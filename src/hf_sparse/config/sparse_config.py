@@ -44,7 +44,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         """Put what holds in the place of what was left out, and check what holds together."""
         recipe = get_recipe(self.method)
         self.dataset = read_dataset(self.dataset)
-        self.sparsity = resolve_sparsity(self.sparsity, self.pattern, self.method)
+        self.sparsity = resolve_sparsity(self.sparsity, self.pattern, self.method, self.experts)
         for name in ("refit", "target", "metric"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(recipe, name))
@@ -113,7 +113,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
                 "to prune with it"
             )
         needed = self.needs > Needs.NOTHING or self.stages or self.allocation in ("owl", "fisher")
-        if self.dataset is None and needed:
+        if self.dataset is None and (needed or self.experts is not None):
             raise ConfigError(
                 f"{self._describe_needs()} needs calibration data: pass dataset= a Hub id, the "
                 "path of a text, JSON, csv or parquet file, or a list of strings, token ids or "
@@ -130,6 +130,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
             "stages": False,
             "low_rank": 0,
             "allocation": "uniform",
+            "experts": None,
         }
         name = next(k for k, v in plain.items() if getattr(self, k) != v)
         return f"{name}={getattr(self, name)!r}"

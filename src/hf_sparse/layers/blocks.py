@@ -76,7 +76,7 @@ def _found(model: nn.Module) -> list[set[str]]:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.ModuleList)
         for child, element in module.named_children()
-        if not _is_container(element)
+        if not is_container(element)
     }
     return [by_class, by_list]
 
@@ -85,7 +85,7 @@ def _named(model: nn.Module, targets: Sequence[str], blocks: Sequence[str]) -> s
     """The modules that regexes name as blocks."""
     inside = {a for target in targets for a in _ancestors(target)}
     every = model.named_modules(remove_duplicate=False)
-    callable_ = [name for name, module in every if name and not _is_container(module)]
+    callable_ = [name for name, module in every if name and not is_container(module)]
     chosen: set[str] = set()
     for regex in blocks:
         found = {name for name in callable_ if ends_with(regex, name)}
@@ -112,7 +112,7 @@ def _named(model: nn.Module, targets: Sequence[str], blocks: Sequence[str]) -> s
     return chosen
 
 
-def _is_container(module: nn.Module) -> bool:
+def is_container(module: nn.Module) -> bool:
     """Is it never called, like an `nn.ModuleList`?"""
     return type(module).forward is nn.Module.forward
 

@@ -9,7 +9,7 @@ module that keeps to it can be taken apart, and put together again, without know
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,28 @@ def _projections(fused: Any) -> tuple[str, str]:
     return ("gate_up_proj" if fused.has_gate else "up_proj"), "down_proj"
 
 
+class _Expert(nn.Module):
+    """One of the experts that a fused module has, on views of its weights."""
+
+    # No submodule: what it holds beside the weights belongs to all experts.
+    _fused: Any
+
+    def __init__(self, fused: Any, index: int) -> None:
+        super().__init__()
+        for name in _projections(fused):
+            self.add_module(name, _expert_layer(fused, name, index))
+        self.__dict__["_fused"] = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = self.children()
+        fused, hidden = self._fused, up(x)
+        hidden = fused._apply_gate(hidden) if fused.has_gate else fused.act_fn(hidden)
+        y: Tensor = down(hidden)
+        if getattr(fused, "has_post_expert_norm", False):
+            y = fused.post_expert_norm(y)
+        return y
+
+
 class SparseExperts(nn.Module):
     """Experts that are a `Linear` or `SparseLinear` for each projection; called as the fused ones.
 
@@ -58,10 +80,7 @@ class SparseExperts(nn.Module):
     def __init__(self, fused: Any) -> None:
         super().__init__()
         for index in range(fused.num_experts):
-            expert = nn.Module()
-            for name in _projections(fused):
-                expert.add_module(name, _expert_layer(fused, name, index))
-            self.add_module(str(index), expert)
+            self.add_module(str(index), _Expert(fused, index))
         for name, child in fused.named_children():
             self.add_module(name, child)
         for name in _projections(fused):
@@ -78,9 +97,13 @@ class SparseExperts(nn.Module):
         number: int = self._fused.num_experts
         return number
 
+    def expert(self, index: int) -> nn.Module:
+        """One expert: a module from (rows, hidden) to (rows, hidden)."""
+        return self.get_submodule(str(index))
+
     def layers(self, expert: int) -> tuple[nn.Module, nn.Module]:
         """The layers before and after the activation of an expert."""
-        up, down = self.get_submodule(str(expert)).children()
+        up, down = self.expert(expert).children()
         return up, down
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -99,7 +122,7 @@ class SparseExperts(nn.Module):
         for expert in torch.unique(top_k_index).tolist():
             if expert < self.num_experts:
                 slots = chosen_slots(top_k_index, expert)
-                found = self.compute(expert, hidden_states[slots // k])
+                found = self.expert(expert)(hidden_states[slots // k])
                 outputs[slots] = found.to(outputs.dtype)
         weighted = outputs * top_k_weights.reshape(-1, 1)
         return weighted.view(tokens, k, outputs.shape[-1]).sum(dim=1).to(hidden_states.dtype)
@@ -127,6 +150,18 @@ class SparseExperts(nn.Module):
         if getattr(fused, "has_post_expert_norm", False):
             y = fused.post_expert_norm(y)
         return y
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Let all experts go but some, which are numbered anew in the order given."""
+        experts = [self.expert(index) for index in kept]
+        others = {n: m for n, m in self._modules.items() if not isinstance(m, _Expert)}
+        self._modules.clear()
+        for index, expert in enumerate(experts):
+            self.add_module(str(index), expert)
+        self._modules.update(others)
+        self._fused.num_experts = len(experts)
+        for name in _projections(self._fused):
+            getattr(self, name).fill_(len(experts))
 
     def fused_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The 3-D parameters with the layers' weights as they are now, by their names."""

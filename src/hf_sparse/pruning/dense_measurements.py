@@ -18,11 +18,13 @@ from ..calibration.batches import Batch, CalibrationData
 from ..calibration.block_walk import BlockWalk
 from ..calibration.layer_statistics import collect_statistics
 from ..calibration.output_gradients import SHARE, collect_metrics
+from ..calibration.whole_experts import ExpertStatistics, collect_experts
 from ..config.sparse_config import SparseConfig
 from ..core.errors import SolveError
 from ..core.logging import progress_bar
 from ..core.statistics import Needs, OutputMetric, Statistics
-from ..layers.blocks import Block
+from ..layers.blocks import Block, find_blocks
+from ..layers.mixtures import Mixture
 from ..layers.select import Target
 from .allocation import cost_quantiles, outlier_share
 
@@ -87,6 +89,13 @@ class DenseMeasurements:
             key, lambda: _costs(model, blocks, targets, batches, metrics, damp, at_work)
         )
 
+    def experts(
+        self, model: nn.Module, mixtures: Mapping[str, Mixture]
+    ) -> Mapping[str, ExpertStatistics]:
+        """Statistics of the experts of each mixture; those that no token enters are left out."""
+        key = ("experts", tuple(mixtures))
+        return self._once(key, lambda: _experts(model, mixtures, self.batches))
+
     def _once(self, key: Hashable, measure: Callable[[], T]) -> T:
         if key in self._known:
             self.reused_seconds += self._known[key][1]
@@ -100,6 +109,21 @@ class DenseMeasurements:
 
 def _layers(blocks: Sequence[Block]) -> tuple[tuple[str, ...], ...]:
     return tuple((block.name, *block.targets) for block in blocks)
+
+
+def _experts(
+    model: nn.Module, mixtures: Mapping[str, Mixture], batches: Sequence[Batch]
+) -> dict[str, ExpertStatistics]:
+    """Walk the dense model and collect what its mixtures do."""
+    blocks = find_blocks(model, list({m.caller_name: None for m in mixtures.values()}))
+    found: dict[str, ExpertStatistics] = {}
+    walk = closing(iter(BlockWalk(model, blocks, batches)))
+    with walk as visits, progress_bar(len(blocks), "Scoring experts") as bar:
+        for visit in visits:
+            found |= collect_experts(visit, mixtures)
+            del visit
+            bar.update()
+    return found
 
 
 def _outliers(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.sparse_config import SparseConfig
 from ..core.counting import all_finite
@@ -48,6 +48,31 @@ def plan_layers(
         else:
             plans.append(LayerPlan(target, config.layer_pattern(sparsity or 0.0)))
     return plans, left_dense
+
+
+def renamed(
+    model: nn.Module,
+    before: Mapping[str, nn.Module],
+    plans: Sequence[LayerPlan],
+    left_dense: Mapping[str, str],
+) -> tuple[list[LayerPlan], dict[str, str]]:
+    """Plans, and reasons to stay dense, of a model that has lost modules or numbers them anew.
+
+    Args:
+        model: as it is now.
+        before: its modules when the plans were made, by their names then.
+        plans: those of modules that are gone are left out.
+        left_dense: likewise.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    left = [
+        replace(plan, target=Target(names[plan.target.module], plan.target.module))
+        for plan in plans
+        if plan.target.module in names
+    ]
+    now = {old: names.get(module) for old, module in before.items()}
+    reasons = {now.get(old, old): why for old, why in left_dense.items()}
+    return left, {name: why for name, why in reasons.items() if name is not None}
 
 
 def check_plans(plans: Sequence[LayerPlan], solver: Solver, low_rank: int) -> None:

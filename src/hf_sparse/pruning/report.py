@@ -15,6 +15,7 @@ from ..core.data_record import DataRecord
 from ..core.errors import CheckpointError, PackageError
 from ..core.json_records import json_text, parse_json, read_json, read_record
 from ..kernels.machine import Environment
+from .expert_report import MixtureReport, removed_experts
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class PruningReport:
     Attributes:
         layers: the pruned layers, in the order in which they were pruned.
         left_dense: linear layers that were not pruned, with the reason.
+        experts: the mixtures that lost experts.
         data: how the calibration data were made; None if there were none.
         seconds: the whole run, data loading included.
         block_seconds: wall time of each block, by its name, in the order of pruning: the forward
@@ -89,6 +91,7 @@ class PruningReport:
     config: Mapping[str, Any] = field(default_factory=dict)
     environment: Environment | None = None
     date: str = ""
+    experts: tuple[MixtureReport, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -204,6 +207,12 @@ class PruningReport:
 
     def summary(self) -> str:
         """One line of totals."""
+        said = [f"removed {removed_experts(self.experts)}"] if self.experts else []
+        if self.layers or not said:
+            said.append(self._layer_summary())
+        return "; ".join(said)
+
+    def _layer_summary(self) -> str:
         if not self.layers:
             return "no layer was pruned"
         share = self.bytes_after / self.bytes_before
@@ -229,7 +238,8 @@ class PruningReport:
             )
 
         heading = "sparsity  rel. error  format   bytes before -> after"
-        return "\n".join([*layer_lines(self.layers, heading, cells), self.summary()])
+        table = layer_lines(self.layers, heading, cells) if self.layers else []
+        return "\n".join([*map(str, self.experts), *table, self.summary()])
 
 
 def layer_lines(layers: Sequence[Any], heading: str, cells: Callable[[Any], str]) -> list[str]:

@@ -1,4 +1,5 @@
-"""prune: config -> calibration batches -> block by block: statistics, solve, pack -> report.
+"""prune: config -> calibration batches -> experts that go -> block by block: statistics, solve,
+pack -> report.
 
 Works on any module tree, in place; knows nothing of from_pretrained.
 """
@@ -29,11 +30,12 @@ from ..layers.select import select_targets
 from ..solvers import make_solver
 from .dense_measurements import DenseMeasurements
 from .half_pruned import Progress
-from .plan import LayerPlan, check_plans, check_weights, plan_layers
+from .plan import LayerPlan, check_plans, check_weights, plan_layers, renamed
 from .report import LayerReport, PruningReport
 from .residence import Residence
 from .solve_blocks import BlockSolver
 from .tracking import log_to_current_run
+from .whole_experts.run import ExpertPlan
 
 logger = get_logger(__name__)
 
@@ -68,6 +70,7 @@ def run(
     started = time.perf_counter()
     residence = residence or Residence()
     config.check_data()
+    experts = ExpertPlan.of(model, config)
     selection = select_targets(model, config.targets, config.modules_to_not_convert, default_dense)
     plans, left_dense = plan_layers(selection.targets, config, dict(selection.left_dense))
     solver = make_solver(config.solver, config)
@@ -79,15 +82,25 @@ def run(
     record = measurements.data.record if measurements.data else None
     residence.begin(model, blocks, config, record)
     _check_weights(plans, blocks, residence)
-    solver_run = BlockSolver(model, config, solver, measurements, progress, residence)
     with _evaluating(model):
-        solver_run.prune(plans, blocks)
+        choice = experts.choose(measurements) if experts else None
+        if experts and choice:
+            before = dict(model.named_modules())
+            progress.solved |= choice.kept.keys()  # from here on the model is touched
+            experts.carry_out(choice)
+            plans, left_dense = renamed(model, before, plans, left_dense)
+            blocks = find_blocks(model, [plan.target.name for plan in plans], config.blocks)
+            measurements = DenseMeasurements(measurements.data)  # it is another dense model
+        solver_run = BlockSolver(model, config, solver, measurements, progress, residence)
+        if plans:
+            solver_run.prune(plans, blocks)
     _tell_unreached(solver_run.unreached, bool(solver_run.layers))
     round_activations(model, config.activations)
     prefer(model, config.prefer)
     report = PruningReport(
         layers=tuple(_as_held(solver_run.layers, model)),
         left_dense=left_dense | solver_run.unreached,
+        experts=choice.reports if choice else (),
         data=record,
         seconds=time.perf_counter() - started,
         block_seconds=solver_run.block_seconds,

@@ -64,7 +64,7 @@ def model_card(
         base_model=subject.base,
         base_model_relation=RELATION if subject.base else None,
         library_name="transformers",
-        tags=["hf_sparse", "sparse", "pruned", subject.settings["method"], *tags],
+        tags=[*_tags(subject), *tags],
         eval_results=results or None,
         model_name=subject.name if results else None,
     )
@@ -126,11 +126,19 @@ def _subject(
         report=report,
         evaluation=quantizer.evaluation or Evaluation(),
         weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        plain=report is not None and bool(report.experts) and not report.layers,
     )
+
+
+def _tags(subject: Subject) -> list[str]:
+    how = ["pruned"] if subject.plain else ["sparse", "pruned", subject.settings["method"]]
+    return ["hf_sparse", *how]
 
 
 def _name(base_name: str, report: PruningReport | None) -> str:
     base = base_name.rpartition("/")[2] or "model"
+    if report and report.experts and not report.layers:
+        return f"{base}-fewer-experts"
     return f"{base}-sparse{round(100 * report.sparsity)}" if report else f"{base}-sparse"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..core.data_record import DataRecord
 from ..core.untrusted_text import markdown_code, markdown_text, python_string
 from ..evaluation import Evaluation
+from ..pruning.expert_report import removed_experts
 from ..pruning.report import PruningReport
 
 # Of the config, what has rows of its own, or what says nothing about the model.
@@ -33,6 +34,7 @@ class Subject:
         report: what pruning did; None if that is not known.
         evaluation: what was measured of the model.
         weight_bytes: of all weight files.
+        plain: is it an ordinary checkpoint, that only lost experts?
     """
 
     name: str
@@ -47,6 +49,7 @@ class Subject:
     report: PruningReport | None
     evaluation: Evaluation
     weight_bytes: int
+    plain: bool = False
 
 
 class Shown(str):
@@ -85,6 +88,7 @@ def card_values(subject: Subject) -> dict[str, Any]:
     """Everything that the template asks for but metadata."""
     settings = subject.settings
     asked = settings["sparsity"]
+    experts = subject.report.experts if subject.report else ()
     values: dict[str, Any] = {
         "name": subject.name,
         "base": subject.base,
@@ -100,6 +104,8 @@ def card_values(subject: Subject) -> dict[str, Any]:
         "report": _report(subject.report) if subject.report else None,
         "evaluation": subject.evaluation,
         "weight_bytes": subject.weight_bytes,
+        "plain": subject.plain,
+        "experts": removed_experts(experts) if experts else "",
     }
     return {**shown(values), "snippet": _snippet(subject)}
 
@@ -131,8 +137,8 @@ def _snippet(subject: Subject) -> str:
     """Python that loads the model; the one thing that isn't Markdown."""
     names = [subject.model_class, *(["AutoTokenizer"] if subject.has_tokenizer else [])]
     address = python_string(subject.address)
-    lines = [
-        "import hf_sparse  # tells transformers how to read it",
+    lines = [] if subject.plain else ["import hf_sparse  # tells transformers how to read it"]
+    lines += [
         f"from transformers import {', '.join(sorted(names))}",
         "",
         f"model = {subject.model_class}.from_pretrained({address})",

@@ -24,6 +24,8 @@ def counted(report: PruningReport, folder: Path) -> PruningReport:
     The report was made when the model was pruned, and perhaps by somebody else. Layers that the
     files don't have are left out. One layer is read at a time.
     """
+    if not report.layers:
+        return report
     counts = _counts(folder, {layer.name for layer in report.layers})
     layers = (
         _counted(layer, *counts[layer.name]()) for layer in report.layers if layer.name in counts

@@ -19,6 +19,7 @@ from ..checkpoint.folder import write_folder
 from ..checkpoint.weight_files import CONFIG_FILE
 from ..core.json_records import json_text
 from ..core.logging import get_logger
+from ..layers import sparse_layers
 from .card import is_own_card, model_card
 from .hub_files import CARD
 from .push import push_to_hub
@@ -34,6 +35,11 @@ def install_saving(model: PreTrainedModel) -> None:
     """
     model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
     model.push_to_hub = partial(push_to_hub, model)  # type: ignore[method-assign]
+
+
+def is_plain(model: PreTrainedModel) -> bool:
+    """Is it an ordinary model, that only lost experts, and is saved as one?"""
+    return not hasattr(model.config, "quantization_config") and not sparse_layers(model)
 
 
 def remove_saving(model: PreTrainedModel) -> None:
@@ -68,7 +74,8 @@ def save_pretrained(
     hub = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
     if "max_shard_size" in hub:
         kwargs["max_shard_size"] = hub["max_shard_size"]
-    kwargs["save_original_format"] = False
+    if not is_plain(model):
+        kwargs["save_original_format"] = False
 
     def write(folder: str) -> None:
         type(model).save_pretrained(model, folder, *args, **kwargs)

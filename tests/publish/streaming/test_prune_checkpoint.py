@@ -221,6 +221,12 @@ def test_gradients_of_the_whole_model_are_refused_before_anything_is_read(tmp_pa
         prune_checkpoint("nowhere", config("best", dataset=["text"]), tmp_path / "disk")
 
 
+def test_experts_are_not_removed_from_disk_to_disk(tmp_path):
+    wanted = config(experts=0.25, dataset=["text"])
+    with pytest.raises(ConfigError, match="experts=0.25 needs the whole model in memory"):
+        prune_checkpoint("nowhere", wanted, tmp_path / "disk")
+
+
 def test_a_model_without_some_of_its_weights_is_refused(tmp_path):
     source = save(tiny_llama, tmp_path / "dense")
     tensors = load_file(source / "model.safetensors")

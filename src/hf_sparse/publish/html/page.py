@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from ...evaluation import Evaluation
+from ...pruning.expert_report import MixtureReport
 from ...pruning.report import LayerReport, PruningReport
 from .charts import Chart, line_chart
 from .masks import MaskView
@@ -41,6 +42,7 @@ def page_values(
         "sizes": _sizes(report),
         "masks": [view.to_dict() for view in masks],
         "mask_names": [view.name for view in masks],
+        "experts": _experts(report.experts),
         "layers": _layers(report.layers),
         "blocks": _blocks(report),
         "left_dense": _left_dense(report.left_dense),
@@ -208,6 +210,19 @@ def _sizes(report: PruningReport) -> list[tuple[str, str, float]]:
             ("sparse, in memory", report.bytes_resident),
         )
     ]
+
+
+def _experts(mixtures: Sequence[MixtureReport]) -> Table:
+    rows: list[Sequence[Cell]] = []
+    for mixture in mixtures:
+        each = zip(mixture.scores, mixture.shares, strict=True)
+        for index, (score, share) in list(enumerate(each))[: max(0, ROWS - len(rows))]:
+            stays = "removed" if index in mixture.removed else "stays"
+            figures = number(score, ".4g"), number(share, ".2%"), text(stays)
+            rows.append((text(mixture.name), number(index), *figures))
+    headings = ("mixture", "expert", "score", "of its tokens", "")
+    left_out = sum(len(mixture.scores) for mixture in mixtures) - len(rows)
+    return Table("experts", "Experts", headings, rows, left_out)
 
 
 def _layers(layers: Sequence[LayerReport]) -> Table:

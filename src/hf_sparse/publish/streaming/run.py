@@ -121,6 +121,11 @@ def prune_checkpoint(
 
 def _check_config(config: SparseConfig) -> None:
     config.check_data()
+    if config.experts is not None:
+        raise ConfigError(
+            f"experts={config.experts} needs the whole model in memory to score its experts: remove "
+            "experts with from_pretrained or prune first, save, and prune what is left disk to disk"
+        )
     if config.needs_gradients:
         name = "metric" if config.metric == "fisher" else "allocation"
         raise ConfigError(
