@@ -251,7 +251,7 @@ def test_a_hub_id_that_the_hub_does_not_give_is_named(tiny):
 
 def test_without_lm_eval_the_extra_is_named(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # an import of it fails
-    with pytest.raises(EvaluationError, match=r"not installed: pip install 'hf_sparse\[eval\]'"):
+    with pytest.raises(EvaluationError, match=r"not installed: pip install lm-eval"):
         hf_sparse.evaluate_tasks(tiny, None, ["arc_easy"])
 
 

@@ -129,7 +129,7 @@ def test_the_options_of_a_command_are_in_groups(cli):
     headings = [line for line in out.splitlines() if re.fullmatch(r"[A-Z][a-z ]+:", line)]
     assert headings == [
         "Arguments:", "What to prune:", "Data:", "Method:", "Mixtures of experts:", "Storage:",
-        "Output:", "Model:", "Other:",
+        "Output:", "Model:", "From disk to disk:", "Other:",
     ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 import hf_sparse
 from conftest import ROOT
 from hf_sparse import CheckpointError, ConfigError, SaveError, SparseLinear, convert
+from hf_sparse.checkpoint.weight_files import GUARD
 
 DATA = ROOT / "tests" / "data"
 FOLDERS = ["bitmask-0.6.0", "bitmask-0.8.1", "gpt2-bitmask-0.8.1", "bitmask-0.14.0.1", "24-0.9.4",
@@ -122,6 +123,7 @@ def test_the_config_keeps_the_model_and_loses_the_old_format(folder, tmp_path):
     old, new = (json.loads((f / "config.json").read_text()) for f in (DATA / folder, tmp_path))
     made = new.pop("quantization_config")
     del made["hf_sparse_save"]
+    assert new.pop("transformers_weights") == GUARD
     assert made == hf_sparse.SparseConfig(method="keep").to_dict()
     for key in ("quantization_config", "compression_config"):
         old.pop(key, None)

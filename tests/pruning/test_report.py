@@ -208,7 +208,7 @@ def test_pandas_gets_a_row_for_each_layer():
 
 def test_without_pandas_an_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(PackageError, match=r"pip install 'hf_sparse\[pandas\]'"):
+    with pytest.raises(PackageError, match=r"pip install pandas"):
         two_layers().to_pandas()
 
 

@@ -16,7 +16,7 @@ from ..core.counting import on_cpu
 def pack_bits(bits: Bool[Tensor, "rows n"]) -> UInt8[Tensor, "rows bytes"]:
     """Each row to ceil(n / 8) bytes; the padding bits of the last byte are 0."""
     if on_cpu(bits):
-        return torch.from_numpy(np.packbits(bits.numpy(), axis=1, bitorder="little"))
+        return torch.from_numpy(np.packbits(bits.contiguous().numpy(), axis=1, bitorder="little"))
     rows, n = bits.shape
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -n % 8)).view(rows, -1, 8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)

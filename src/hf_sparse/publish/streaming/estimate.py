@@ -206,7 +206,19 @@ def _estimate(
     if rates is None:
         return found
     values = {name: getattr(found, name) for name in found.__dataclass_fields__}
-    return Estimate(**values | {"seconds": rates.seconds(found), "rates": rates})
+    return Estimate(**values | {"seconds": _seconds(found, rates), "rates": rates})
+
+
+def _seconds(found: Estimate, rates: Rates) -> float:
+    """What an estimate's work takes on some hardware."""
+    operations = found.operations
+    return (
+        operations["forward"] / rates.forward
+        + (operations["Hessians"] + operations["solving"]) / rates.single
+        + operations["factors"] / rates.double
+        + found.weights / rates.weights
+        + (found.bytes_read + found.bytes_written) / rates.disk
+    )
 
 
 def _tokens(model: PreTrainedModel, config: SparseConfig) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,9 +16,6 @@ from ...core.precision import full_precision
 from ...core.statistics import Needs
 from ...pruning.prune import prune_in_place
 from .source import no_bars
-
-if TYPE_CHECKING:
-    from .estimate import Estimate
 
 # Of what is measured: large enough for full speed, small enough for some seconds in all.
 SIDE, TOKENS = 1024, 256
@@ -43,17 +39,6 @@ class Rates:
     double: float
     weights: float
     disk: float = 1e9
-
-    def seconds(self, found: Estimate) -> float:
-        """What an estimate's work takes."""
-        operations = found.operations
-        return (
-            operations["forward"] / self.forward
-            + (operations["Hessians"] + operations["solving"]) / self.single
-            + operations["factors"] / self.double
-            + found.weights / self.weights
-            + (found.bytes_read + found.bytes_written) / self.disk
-        )
 
 
 @torch.no_grad()

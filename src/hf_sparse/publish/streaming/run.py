@@ -24,7 +24,6 @@ from ...checkpoint.folder import write_folder
 from ...checkpoint.headers import read_layers
 from ...checkpoint.load import build_layers
 from ...checkpoint.state_dict import sparse_state_dict
-from ...checkpoint.write_shards import write_shards
 from ...config.sparse_config import SparseConfig
 from ...core.errors import ConfigError, SaveError
 from ...core.logging import get_logger
@@ -37,6 +36,7 @@ from .ledger import WAITING, Ledger
 from .residence import Streamed
 from .skeleton import Skeleton, open_checkpoint
 from .source import SourceWeights
+from .write_shards import write_shards
 
 logger = get_logger(__name__)
 
@@ -123,8 +123,8 @@ def _check_config(config: SparseConfig) -> None:
     config.check_data()
     if config.experts is not None:
         raise ConfigError(
-            f"experts={config.experts} needs the whole model in memory to score its experts: remove "
-            "experts with from_pretrained or prune first, save, and prune what is left disk to disk"
+            f"experts={config.experts} needs the whole model in memory, to score its experts: "
+            "remove them with from_pretrained or prune first, and prune what that saved"
         )
     if config.needs_gradients:
         name = "metric" if config.metric == "fisher" else "allocation"

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from .weight_files import INDEX
+from ...checkpoint.weight_files import INDEX
 
 # The library's names of dtypes, in the order of a file's tensors, which after that have their
 # names'.
