@@ -104,7 +104,7 @@ def prune_checkpoint(
         residence = Streamed(source, ledger, waiting)
         quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
         skeleton.model.hf_quantizer = quantizer
-        report = quantizer.prune(skeleton.model, residence)
+        report: PruningReport = quantizer.prune(skeleton.model, residence)
         processor = find_processor(str(model_id_or_path), revision)
 
         def write(folder: str) -> None:
