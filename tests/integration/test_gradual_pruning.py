@@ -261,13 +261,26 @@ class Forgets(Solver):
         return Solution(weight.where(mask, 0), mask)
 
 
+@dataclass(frozen=True)
+class Smallest(Solver):
+    """Would keep what is smallest, and so what is gone."""
+
+    name: ClassVar[str] = "smallest"
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    def solve(self, weight, statistics, pattern):
+        mask = pattern.mask(-weight.abs())
+        return Solution(weight.where(mask, 0), mask)
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("method", [Uneven, Smallest])
 def test_a_registered_method_prunes_while_training_too(
-    tiny, token_ids, tmp_path, pattern, monkeypatch
+    tiny, token_ids, tmp_path, method, pattern, monkeypatch
 ):
-    monkeypatch.setattr(SOLVERS, "_classes", {**SOLVERS, "uneven": Uneven})
+    monkeypatch.setattr(SOLVERS, "_classes", {**SOLVERS, method.name: method})
     watch = Zeros()
-    callback = SparsityCallback("cubic", end=8, frequency=2, pattern=pattern, method="uneven")
+    callback = SparsityCallback("cubic", end=8, frequency=2, pattern=pattern, method=method.name)
     train(tiny, token_ids, tmp_path, callback, watch)
     for name, final in watch.steps[-1].items():
         assert int(final.sum()) == final.numel() // 2
