@@ -128,8 +128,7 @@ class LayerArguments:
     )
     refit: Argument[int | None, int] = Argument(
         None,
-        "Steps of the least-squares refit of the kept weights (preconditioned conjugate gradients) "
-        "after the mask is chosen, 0 for none.",
+        "Steps of the least-squares refit of the kept weights (conjugate gradients), 0 for none.",
         HOW,
         optional(partial(integer, least=0)),
         THE_METHOD,
