@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import (
     HfQuantizer,
     auto,
@@ -26,16 +25,14 @@ from .checkpoint.save_id import check_single
 from .checkpoint.state_dict import ValuesRenaming, sparse_state_dict
 from .checkpoint.weight_files import GUARD, POINTER
 from .config.arguments import ARGUMENTS
-from .config.checks import choice
 from .config.keys import QUANT_METHOD
 from .config.sparse_config import SparseConfig
 from .core.errors import CheckpointError, ConfigError
 from .core.logging import get_logger
-from .core.preferences import PREFERENCES
 from .evaluation import Evaluation
-from .layers import SparseLinear, sparse_layers
+from .layers import sparse_layers
 from .layers.activations import round_activations as layers_round_activations
-from .layers.conv import empty_dense_layer
+from .layers.conv import empty_original_layer
 from .layers.counts import num_parameters
 from .layers.experts import SparseExperts, fuse
 from .layers.head import restore_head, speed_up_head
@@ -103,7 +100,7 @@ def prefer(model: nn.Module, what: str) -> None:
     Raises:
         ConfigError: `what` is none of these.
     """
-    choice("prefer", what, PREFERENCES)
+    ARGUMENTS["prefer"].check("prefer", what)
     prefer_form(model, what)
     quantizer = getattr(unwrapped(model), "hf_quantizer", None)
     if isinstance(quantizer, SparseQuantizer):
@@ -245,7 +242,9 @@ class SparseQuantizer(HfQuantizer):
             fuse(model, experts, dtype)
         parents = ModuleParents(model)
         for name, sparse in sparse_layers(model).items():
-            dense = unpack_linear(sparse, _empty_dense_layer(sparse), dtype or sparse.weight_dtype)
+            dense = unpack_linear(
+                sparse, empty_original_layer(sparse), dtype or sparse.weight_dtype
+            )
             parents.replace(sparse, dense)
             logger.debug("%s is dense again", name)
         restore_head(model)
@@ -300,12 +299,3 @@ def _unmark(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = False
-
-
-def _empty_dense_layer(sparse: SparseLinear) -> nn.Module:
-    """An empty module of the kind that a sparse layer replaced."""
-    if not sparse.axes.transposed:
-        return empty_dense_layer(sparse)
-    with torch.device("meta"):
-        conv: nn.Module = Conv1D(sparse.out_features, sparse.in_features)
-        return conv

@@ -18,7 +18,11 @@ def round_activations(model: nn.Module, to: str | None) -> None:
     """
     layers = sparse_layers(model).values()
     for layer in layers:
-        layer.round_activations(to)
+        if to != layer.activations:
+            layer.activations, layer.form = to, "any"
+            if layer.kernel is not None:
+                layer.hold(layer.stored)
+                layer.resolve()
     verdicts = [v for layer in layers for v in layer.trace if v.kernel == IntegerKernel.name]
     if to is not None and verdicts and not any(verdict.accepted for verdict in verdicts):
         logger.warning("activations=%r rounds nothing here: %s", to, verdicts[0].reason)

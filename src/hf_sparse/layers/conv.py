@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .axes import Axes
 from .linear import SparseLinear
@@ -54,3 +56,12 @@ def empty_dense_layer(sparse: SparseLinear) -> nn.Linear | nn.Conv1d | nn.Conv2d
     if not spatial:
         return nn.Linear(*sizes, bias, device="meta")
     return (nn.Conv1d if spatial == 1 else nn.Conv2d)(*sizes, 1, bias=bias, device="meta")
+
+
+def empty_original_layer(sparse: SparseLinear) -> nn.Module:
+    """An empty layer on meta of the kind that a sparse layer replaced, transposed or not."""
+    if not sparse.axes.transposed:
+        return empty_dense_layer(sparse)
+    with torch.device("meta"):
+        conv: nn.Module = Conv1D(sparse.out_features, sparse.in_features)
+        return conv

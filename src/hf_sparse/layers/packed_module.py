@@ -15,7 +15,6 @@ from ..formats import Format
 from ..formats.base import Packed, check_packed, packed_bytes
 from ..kernels import Form, Kernel, Verdict, choose
 from ..kernels import Stored as StoredWeight
-from ..kernels.dense import DenseKernel
 from .held import VALUES, Held, PackedWeight, Resolved, Stored, Trained, Unchecked, buffer_name
 
 
@@ -110,33 +109,16 @@ class PackedModule(nn.Module):
         packed = self.packed
         if any(tensor.is_meta for tensor in packed.values()):
             return
-        stored = StoredWeight(
-            self.format, packed, self.shape, self.weight_dtype, self.form, self.activations
-        )
-        choice = choose(stored)
+        wanted = self.weight_dtype, self.form, self.activations
+        choice = choose(StoredWeight(self.format, packed, self.shape, *wanted))
         self.trace = choice.trace
         if choice.kernel is not None:
             self.use(choice.kernel)
 
-    def want(self, form: Form) -> None:
-        """Have a kernel hold the weight in a form, now if one does and whenever one will."""
-        self.form, kernel = form, self.kernel
-        if kernel is not None and isinstance(kernel, DenseKernel) != (form == "dense"):
-            self.hold(self.stored)
-            self.resolve()
-
-    def round_activations(self, to: str | None) -> None:
-        """Let kernels, now and later, round their inputs to "int8", or None: to nothing."""
-        if to != self.activations:
-            self.activations, self.form = to, "any"
-            if self.kernel is not None:
-                self.hold(self.stored)
-                self.resolve()
-
     def use(self, kernel: Kernel) -> None:
         """Let a kernel that has taken the weight over multiply."""
-        resolved = Resolved(kernel, self.packed["weight"].dtype)
-        self._enter(resolved, kernel.tensors(), self.low_rank)
+        held = Resolved(kernel, self.packed["weight"].dtype)
+        self._enter(held, kernel.tensors(), self.low_rank)
 
     @property
     def trains_values(self) -> bool:
@@ -209,24 +191,12 @@ class PackedModule(nn.Module):
         finally:
             for key in fixed:
                 self._buffers[key] = self.get_buffer(key).view(torch.bfloat16)
-        if resolved and self._has_contents():
+        if resolved and _has_contents(self):
             self.resolve()
         return self
 
-    def _has_contents(self) -> bool:
-        """Do the tensors agree with each other? After `to_empty` they don't."""
-        if not any(tensor.is_meta for tensor in self.packed.values()):
-            try:
-                check_packed(self.format, self.packed, self.shape)
-            except FormatError as error:
-                self.trace = (Verdict("reference", True, f"waits for its contents: {error}"),)
-                return False
-        return True
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._save_to_state_dict(destination, prefix, *args)
         if self.kernel is not None:
             for key, tensor in self.packed.items():
                 # A GPU that holds the kernels' form may have no room for the stored one beside it.
@@ -248,3 +218,14 @@ class PackedModule(nn.Module):
             if (low_rank := self.low_rank) is not None:
                 low_rank.check(self.shape)
             self.resolve()
+
+
+def _has_contents(layer: PackedModule) -> bool:
+    """Do its tensors agree with each other? After `to_empty` they don't."""
+    if not any(tensor.is_meta for tensor in layer.packed.values()):
+        try:
+            check_packed(layer.format, layer.packed, layer.shape)
+        except FormatError as error:
+            layer.trace = (Verdict("reference", True, f"waits for its contents: {error}"),)
+            return False
+    return True

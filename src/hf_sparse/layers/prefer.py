@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..core.logging import get_logger
-from ..kernels import Verdict
+from ..kernels import Form, Verdict
+from ..kernels.dense import DenseKernel
 from .linear import SparseLinear, sparse_layers
 
 logger = get_logger(__name__)
@@ -70,7 +71,7 @@ def prefer(model: nn.Module, what: str) -> None:
     """
     layers = [layer for layer in sparse_layers(model).values() if layer.kernel is not None]
     for layer in layers:
-        layer.want("packed" if what == "memory" else "any")
+        _want(layer, "packed" if what == "memory" else "any")
     if what == "memory":
         return
     measured = [layer for layer in layers if layer.trace[-1].seconds is not None]
@@ -80,9 +81,17 @@ def prefer(model: nn.Module, what: str) -> None:
     for layer in measured:
         verdict = layer.trace[-1]
         if what == "auto" or (verdict.speedup is not None and verdict.speedup < 1):
-            layer.want("dense")
+            _want(layer, "dense")
             layer.trace = tuple(_turned_down(v, verdict, what, cost) for v in layer.trace)
     logger.info("sparse layers that are faster dense are decoded: prefer=%r", what)
+
+
+def _want(layer: SparseLinear, form: Form) -> None:
+    """Have a kernel hold the layer's weight in a form, now if one does and whenever one will."""
+    layer.form, kernel = form, layer.kernel
+    if kernel is not None and isinstance(kernel, DenseKernel) != (form == "dense"):
+        layer.hold(layer.stored)
+        layer.resolve()
 
 
 def _turned_down(now: Verdict, before: Verdict, what: str, cost: Cost) -> Verdict:
