@@ -242,10 +242,8 @@ class SparseQuantizer(HfQuantizer):
             fuse(model, experts, dtype)
         parents = ModuleParents(model)
         for name, sparse in sparse_layers(model).items():
-            dense = unpack_linear(
-                sparse, empty_original_layer(sparse), dtype or sparse.weight_dtype
-            )
-            parents.replace(sparse, dense)
+            empty, held = empty_original_layer(sparse), dtype or sparse.weight_dtype
+            parents.replace(sparse, unpack_linear(sparse, empty, held))
             logger.debug("%s is dense again", name)
         restore_head(model)
         _unmark(model)
