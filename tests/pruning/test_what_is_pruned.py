@@ -172,6 +172,6 @@ def test_an_expert_that_is_called_without_rows_stays_dense_with_a_warning(method
 
 def test_modules_whose_layers_have_no_biases_are_pruned_to_the_last_parameter():
     stack = nn.Sequential(nn.Linear(8, 8, bias=False))
-    report = prune(stack, SparseConfig(method="magnitude", sparsity=0.5))
+    report = hf_sparse.prune(stack, SparseConfig(method="magnitude", sparsity=0.5))
     assert report.environment.device == "cpu"
     assert not list(stack.parameters())
