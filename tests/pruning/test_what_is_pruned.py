@@ -168,3 +168,10 @@ def test_an_expert_that_is_called_without_rows_stays_dense_with_a_warning(method
     assert report.left_dense["experts.2"] == "no calibration token reached it"
     assert report.left_dense["gate"] == "it routes tokens to experts"
     assert "experts.2" in caplog.text
+
+
+def test_modules_whose_layers_have_no_biases_are_pruned_to_the_last_parameter():
+    stack = nn.Sequential(nn.Linear(8, 8, bias=False))
+    report = hf_sparse.prune(stack, SparseConfig(method="magnitude", sparsity=0.5))
+    assert report.environment.device == "cpu"
+    assert not list(stack.parameters())

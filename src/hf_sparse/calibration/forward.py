@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,9 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where a model takes its inputs. accelerate moves those of offloaded modules by itself."""
-    device: torch.device = getattr(model, "device", None) or next(model.parameters()).device
+    # Sparse layers hold buffers: without biases there may be no parameter left.
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    device: torch.device = getattr(model, "device", None) or next(tensors).device
     return torch.device("cpu") if device.type == "meta" else device
 
 

@@ -7,6 +7,7 @@ from tiny_models import DECODER, build, tiny_llama
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_sparse import ConfigError, Rates, SparseConfig, estimate, prune_checkpoint
+from hf_sparse.publish.streaming import rates as measured
 from hf_sparse.publish.streaming import residence
 
 BLOCK = 24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40  # two heads of 6 for keys and values
@@ -90,3 +91,13 @@ def test_activations_wait_in_a_file_if_they_do_not_fit(tmp_path, monkeypatch):
     assert folders[0] is None
     assert folders[1].name.startswith("waiting-")
     assert digests(tmp_path / "whole") == digests(tmp_path / "filed")
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
+def test_this_machine_is_measured_in_the_dtype_of_the_model(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "SECONDS", 0.01)
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    data = {} if method == "sparsegpt" else {"dataset": None}
+    found = estimate(tmp_path, config(method, **data))
+    assert found.seconds > 0
+    assert min(found.rates.forward, found.rates.double, found.rates.weights) > 0

@@ -52,7 +52,7 @@ def measure_rates(config: SparseConfig, dtype: torch.dtype) -> Rates:
     double = SIDE**3 / _time(lambda: factorise(torch.eye(SIDE), 0.01))
     forward = products / _time(lambda: linear(low, low_weight))
     layer = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False)).to(dtype)
-    data = [{"input": torch.randn(TOKENS, SIDE)}]
+    data = [{"input": low}]
     toy = config.replaced(
         dataset=data if config.dataset is not None else None,
         targets=None,
