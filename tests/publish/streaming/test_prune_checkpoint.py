@@ -221,6 +221,13 @@ def test_gradients_of_the_whole_model_are_refused_before_anything_is_read(tmp_pa
         prune_checkpoint("nowhere", config("best", dataset=["text"]), tmp_path / "disk")
 
 
+def test_a_layer_in_a_file_is_told_by_the_bytes_that_are_stored(tmp_path):
+    source = save(tiny_llama, tmp_path / "dense")
+    report = prune_checkpoint(source, config(), tmp_path / "disk")
+    assert all(layer.bytes_resident == layer.bytes_after for layer in report.layers)
+    assert report.bytes_resident < report.bytes_before
+
+
 def test_experts_are_not_removed_from_disk_to_disk(tmp_path):
     wanted = config(experts=0.25, dataset=["text"])
     with pytest.raises(ConfigError, match=r"experts=0\.25 needs the whole model in memory"):
