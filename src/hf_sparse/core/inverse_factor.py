@@ -16,7 +16,7 @@ DAMP_STEPS = 4
 # A triangular matrix of this many rows is inverted at once.
 LEAF = 512
 # Rows or columns of a wide matrix that are copied at once.
-STRIP = 2048
+STRIP = 512
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,14 @@ def factorise(
     dead = hessian.diagonal() == 0
     for step in range(DAMP_STEPS):
         raised = damping * 10**step
-        lower = _reversed(hessian, torch.empty_like(hessian, dtype=torch.float64))
+        # Column by column in memory, as LAPACK has it: torch would copy another order.
+        lower = _reversed(hessian, torch.empty_like(hessian, dtype=torch.float64)).mT
         _damp(lower.diagonal(), raised)
         info = torch.empty((), dtype=torch.int32, device=lower.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:
             _invert(lower)
-            if all(all_finite(strip.float()) for strip in torch.split(lower, STRIP)):
+            if all(all_finite(strip.float()) for strip in torch.split(lower.mT, STRIP)):
                 upper = _reversed(lower, hessian if spend else torch.empty_like(hessian))
                 return InverseFactor(upper, dead, raised)
         del lower
