@@ -11,7 +11,7 @@ from ...formats import Format
 from ...formats.base import Packed
 from ...formats.bitmask import Bitmask
 from ..base import Stored
-from ..operator import AliveWeights, define_product
+from ..operator import define_product
 from . import library
 from .native_kernel import NativeKernel
 from .pack import narrow, pack, pack_dense, unpack
@@ -27,7 +27,7 @@ _OPERANDS = (
 )
 
 
-def _check(*operands: Any) -> Product:
+def _check(*operands: Any) -> Product[TileWeight]:
     masks, base, offsets, values, scales, *shape, number, group_size = operands
     if number not in _VALUES:
         raise ValueError(f"values_dtype is {number}, expected one of {_VALUES}")
@@ -35,31 +35,21 @@ def _check(*operands: Any) -> Product:
     return Product(TileWeight((shape[0], shape[1]), _VALUES[number], *tensors, group_size))
 
 
-_alive = AliveWeights(_check)
-
-# x W' for a weight in the tile layout, in x's dtype. `values_dtype` numbers that of the values: 0
-# fp32, 1 bf16, 2 fp16, 3 int8, 4 int4; the last two have scales, shared by `group_size` columns.
-tile_linear, tile_linear_grad = define_product(
-    "tile_linear",
-    _OPERANDS,
-    shape=lambda *weight: weight[5:7],
-    find=_alive.find,
-    product=lambda x, product: product(x),
-    transposed=lambda x, product: x @ product.weight.dense(x.dtype),
-)
-
-
-class TileKernel(NativeKernel):
+class TileKernel(NativeKernel[TileWeight]):
     """Sparse products on the CPU for values in fp32, bf16 and fp16, and codes of up to 8 bits."""
 
     name: ClassVar[str] = "tile"
-    operators: ClassVar[Any] = (tile_linear, tile_linear_grad)
-    alive: ClassVar[Any] = _alive
-
-    @property
-    def _weight(self) -> TileWeight:
-        weight: TileWeight = self._product.weight
-        return weight
+    # x W' for a weight in the tile layout, in x's dtype. `values_dtype` numbers that of the values:
+    # 0 fp32, 1 bf16, 2 fp16, 3 int8, 4 int4; the last two have scales, shared by `group_size`
+    # columns.
+    operators, alive = define_product(
+        "tile_linear",
+        _OPERANDS,
+        shape=lambda *weight: weight[5:7],
+        check=_check,
+        product=lambda x, product: product(x),
+        transposed=lambda x, product: x @ product.weight.dense(x.dtype),
+    )
 
     @classmethod
     def _unfit(cls, stored: Stored) -> str | None:
@@ -86,7 +76,7 @@ class TileKernel(NativeKernel):
         return list(library.paths())[-1]
 
     def operands(self) -> tuple[Any, ...]:
-        weight = self._weight
+        weight = self.product.weight
         number = library.NUMBERS[weight.dtype]
         tensors = weight.masks, weight.tile_base, weight.block_off, weight.values, weight.scales
         return *tensors, *weight.shape, number, weight.group_size
@@ -95,13 +85,13 @@ class TileKernel(NativeKernel):
         if fmt.grid is not None:
             return fmt.pack(self._codes(fmt.grid))
         if isinstance(fmt, Bitmask):
-            bitmask, values = unpack(self._weight)
+            bitmask, values = unpack(self.product.weight)
             return {"weight": values.to(dtype), "weight_bitmask": bitmask}
         return fmt.pack(self.weight(dtype))
 
     def _codes(self, grid: Grid) -> QuantizedWeight:
         """The codes and scales that the weight was made of."""
-        weight = self._weight
+        weight = self.product.weight
         assert weight.scales is not None
         rows = weight.shape[0]
         bitmask, values = unpack(weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from typing import Any
+from typing import Generic
 
 import torch
 from jaxtyping import Float
@@ -18,25 +18,21 @@ from ..codes import more_than_8_bits
 from ..operator import PackedKernel
 from ..token_classes import fastest, in_words, over
 from . import library, speed
-from .native_weight import NativeWeight
-from .product import Product, classes_of
+from .product import Product, W, classes_of
 
 logger = get_logger(__name__)
 
 
-class NativeKernel(PackedKernel):
+class NativeKernel(PackedKernel[Product[W]], Generic[W]):
     """Products on the CPU of a weight in one of the native library's layouts."""
 
     @classmethod
-    def consider(cls, stored: Stored) -> Considered:
-        reason = cls._obstacle(stored)
-        if reason is not None:
-            return Considered(Verdict(cls.name, False, reason))
+    def take(cls, stored: Stored) -> Considered:
         codes = None
         if isinstance(stored.format, Quantized):
             codes = stored.format.quantized(stored.tensors, stored.shape)
             if (reason := more_than_8_bits(codes.codes)) is not None:
-                return Considered(Verdict(cls.name, False, reason))
+                return cls.refuse(reason)
         weight = cls._pack(stored, codes)
         classes, seconds = classes_of(weight), speed.estimate(weight, stored.dtype)
         ways = fastest({name: over(times) for name, times in seconds.items()}, classes)
@@ -46,8 +42,7 @@ class NativeKernel(PackedKernel):
         return Considered(verdict, cls(Product(weight, ways), stored.tensors.get("weight_zeros")))
 
     @classmethod
-    def _obstacle(cls, stored: Stored) -> str | None:
-        """Why a weight is none of the kernel's, as far as its codes needn't be read."""
+    def obstacle(cls, stored: Stored) -> str | None:
         if stored.form == "dense":
             return "a dense weight is preferred"
         if stored.device.type != "cpu":
@@ -69,7 +64,7 @@ class NativeKernel(PackedKernel):
 
     @classmethod
     @abstractmethod
-    def _pack(cls, stored: Stored, codes: QuantizedWeight | None) -> NativeWeight:
+    def _pack(cls, stored: Stored, codes: QuantizedWeight | None) -> W:
         """The weight in the layout; codes, where it has some, of up to 8 bits."""
 
     @classmethod
@@ -78,19 +73,17 @@ class NativeKernel(PackedKernel):
         """The instructions that are used, in a few words."""
 
     def tensors(self) -> dict[str, Tensor]:
-        weight: NativeWeight = self._product.weight
+        weight = self.product.weight
         tensors = {f"{weight.layout}_{name}": tensor for name, tensor in weight.tensors.items()}
         return tensors if self._zeros is None else {**tensors, "native_zeros": self._zeros}
 
     def _straight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = self._product(x, bias)  # the bias too is added in fp32
-        return y
+        return self.product(x, bias)  # which is added in fp32, too
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        weight: NativeWeight = self._product.weight
-        return weight.dense(dtype)
+        return self.product.weight.dense(dtype)
 
-    def _zero_points(self) -> Any:
+    def _zero_points(self) -> Tensor | None:
         """As codes are packed with them; None if the grid has none."""
         return None if self._zeros is None else self._zeros.to(torch.int16)
 

@@ -15,7 +15,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from .weight import ROWS, TileWeight
 from .wide import pays
 
 BLOCK_BYTES = 4 << 20  # of a decoded block
+
+W = TypeVar("W", bound=NativeWeight)
 
 
 def packed_linear(
@@ -116,10 +118,10 @@ def classes_of(weight: NativeWeight) -> tuple[TokenClass, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
+class Product(Generic[W]):
     """A weight, and how it is multiplied by the number of tokens."""
 
-    weight: NativeWeight
+    weight: W
     ways: tuple[Way, ...] = fastest({}, CLASSES)
     _prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 

@@ -10,7 +10,7 @@ from ....core.grids import QuantizedWeight, Scales
 from ....formats import Format
 from ....formats.base import Packed
 from ...base import Stored
-from ...operator import AliveWeights, define_product
+from ...operator import define_product
 from .. import library
 from ..native_kernel import NativeKernel
 from ..product import Product
@@ -23,37 +23,26 @@ _OPERANDS = (
 )
 
 
-def _check(*operands: Any) -> Product:
+def _check(*operands: Any) -> Product[IntegerWeight]:
     masks, base, values, scales, rows, columns, group_size, bits, kept = operands
     weight = IntegerWeight((rows, columns), masks, base, values, scales, group_size, bits, kept)
     return Product(weight)
 
 
-_alive = AliveWeights(_check)
-
-# x W' with x rounded to int8, in x's dtype, for a weight in the octet layout. Its gradient is that
-# of the product with x as it is: x W, unrounded.
-integer_linear_op, integer_linear_grad = define_product(
-    "integer_linear",
-    _OPERANDS,
-    shape=lambda *weight: weight[4:6],
-    find=_alive.find,
-    product=lambda x, product: product(x),
-    transposed=lambda x, product: x @ product.weight.dense(x.dtype),
-)
-
-
-class IntegerKernel(NativeKernel):
+class IntegerKernel(NativeKernel[IntegerWeight]):
     """Products on the CPU of codes of up to 8 bits and activations that may be rounded to int8."""
 
     name: ClassVar[str] = "integer"
-    operators: ClassVar[Any] = (integer_linear_op, integer_linear_grad)
-    alive: ClassVar[Any] = _alive
-
-    @property
-    def _weight(self) -> IntegerWeight:
-        weight: IntegerWeight = self._product.weight
-        return weight
+    # x W' with x rounded to int8, in x's dtype, for a weight in the octet layout. Its gradient is
+    # that of the product with x as it is: x W, unrounded.
+    operators, alive = define_product(
+        "integer_linear",
+        _OPERANDS,
+        shape=lambda *weight: weight[4:6],
+        check=_check,
+        product=lambda x, product: product(x),
+        transposed=lambda x, product: x @ product.weight.dense(x.dtype),
+    )
 
     @classmethod
     def _unfit(cls, stored: Stored) -> str | None:
@@ -79,12 +68,12 @@ class IntegerKernel(NativeKernel):
         return f"{library.integer_path()}, activations rounded to int8"
 
     def operands(self) -> tuple[Any, ...]:
-        weight = self._weight
+        weight = self.product.weight
         numbers = weight.group_size, weight.bits, weight.kept
         return *weight.tensors.values(), *weight.shape, *numbers
 
     def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
         if fmt.grid is None:
             return fmt.pack(self.weight(dtype))
-        scales = Scales(fmt.grid, self._weight.rows_scales.float(), self._zero_points())
-        return fmt.pack(QuantizedWeight(self._weight.codes().to(torch.int16), scales))
+        scales = Scales(fmt.grid, self.product.weight.rows_scales.float(), self._zero_points())
+        return fmt.pack(QuantizedWeight(self.product.weight.codes().to(torch.int16), scales))
