@@ -160,7 +160,7 @@ class _LayerSums:
         columns = {name: g.collector.columns for g in self._groups for name in g.names}
         told = processes.gather((own, shapes, columns, self._strays))
         columns = {name: width for _, _, theirs, _ in told for name, width in theirs.items()}
-        places = [{n: i for i, (names, *_) in enumerate(of)for n in names} for of, *_ in told]
+        places = [{n: i for i, (names, *_) in enumerate(of) for n in names} for of, *_ in told]
         parts: dict[tuple[int | None, ...], list[str]] = {}
         for name in layers:
             if name in columns:

@@ -43,9 +43,7 @@ class Owners:
         owners = {self._owner[name] for name in names}
         return owners.pop() if len(owners) == 1 else None
 
-    def assign(
-        self, groups: Iterable[Collection[str]], layers: Mapping[str, nn.Module]
-    ) -> None:
+    def assign(self, groups: Iterable[Collection[str]], layers: Mapping[str, nn.Module]) -> None:
         """Give each layer that has no owner one; the same everywhere, and the heaviest first.
 
         Args:

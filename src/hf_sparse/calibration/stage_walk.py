@@ -33,10 +33,10 @@ def walk_stages(
     """Each block that the model reaches, with the statistics of its layers by name, stage by stage.
 
     A stage's layers are to be solved before the next stage is asked for, and all before the next
-    block: statistics are those of what has been left of the layers before. Behind the last stage the
-    passes have gone through the block, and its dense weights can go. Take each layer's statistics
-    out when it is solved, for they may be large. Close it at the end (`contextlib.closing`), also
-    after an exception.
+    block: statistics are those of what has been left of the layers before. Behind the last stage
+    the passes have gone through the block, and its dense weights can go. Take each layer's
+    statistics out when it is solved, for they may be large. Close it at the end
+    (`contextlib.closing`), also after an exception.
 
     Args:
         model: in eval mode.

@@ -192,8 +192,8 @@ class Group(Processes):
             dist.monitored_barrier(self._group, timeout=timedelta(seconds=BEGIN))
         except RuntimeError as error:
             raise ProcessError(
-                f"{self.size} processes run together, and within {BEGIN} s not all of them began to "
-                f"prune: prune in every process, or before the process group is made ({error})"
+                f"{self.size} processes run together, and within {BEGIN} s not all of them began "
+                f"to prune: prune in every one, or before the process group is made ({error})"
             ) from None
         self._people = self.gather((socket.gethostname(), os.getpid()))
 

@@ -35,6 +35,7 @@ def prune_in_place(
     config: SparseConfig,
     measurements: DenseMeasurements | None = None,
     residence: Residence | None = None,
+    processes: Processes | None = None,
 ) -> PruningReport:
     """Prune any module tree; its pruned layers become `SparseLinear`s.
 
@@ -47,6 +48,7 @@ def prune_in_place(
         config: what to do.
         measurements: from `measurements_of`, for runs over copies of one model with the same data.
         residence: where its blocks are while they aren't at work; None for memory.
+        processes: that call this together; None for those of the process group.
 
     Raises:
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
@@ -54,7 +56,7 @@ def prune_in_place(
     """
     # Of a model in files nothing is changed, and a run over it can go on.
     marked = marked_if_broken_off(model) if residence is None else nullcontext(Progress())
-    processes = Processes.here()
+    processes = processes or Processes.here()
     with own_settings(input_device(model)), marked as progress, processes.together():
         make_ordinary(model)
         with _marked_quantized(model), unfused_experts(model), wide_products(model):

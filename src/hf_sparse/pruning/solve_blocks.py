@@ -90,7 +90,8 @@ class BlockSolver:
         plans = self._prepared(plans, blocks)
         self._clock = time.perf_counter()
         steps = closing(self._solve_all(plans, blocks))
-        with progress_bar(len(plans), "Pruning") as bar, steps as layers:
+        shown = self._processes.is_first
+        with progress_bar(len(plans), "Pruning", shown) as bar, steps as layers:
             for label, layer in layers:
                 bar.set_description(f"Pruning: {label}", refresh=False)
                 bar.set_postfix_str(layer.brief(), refresh=False)
