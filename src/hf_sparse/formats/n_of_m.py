@@ -24,12 +24,12 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
+from ..core.bits import nonzero_bits, padding_is_zero, unpack_bits
 from ..core.counting import kept_values
 from ..core.errors import FormatError
 from ..core.patterns import NM, Pattern
 from ..core.shapes import row_blocks
 from .base import Accepted, Layout, Packed, Rejected, TensorSpec, stored_bytes
-from .bits import pack_bits, padding_is_zero, unpack_bits
 
 # C(32, 16) < 2^31: ranks and the binomials they are made of stay far inside int64.
 LARGEST_M = 32
@@ -97,11 +97,13 @@ class NMPacked(Layout):
         values, codes = [], []
         for group, kept in self._groups(weight):
             chosen, ranks = _choose(group.bool(), kept, self._binomials(weight.device))
-            values.append(kept_values(group, chosen).view(rows, -1))
+            values.append(
+                kept_values(group.flatten(1), nonzero_bits(chosen.flatten(1))).view(rows, -1)
+            )
             codes.append(ranks)
         shifts = torch.arange(self._index_bits, device=weight.device)
         bits = ((torch.cat(codes, dim=1).unsqueeze(-1) >> shifts) & 1).bool().view(rows, -1)
-        return {"weight": torch.cat(values, dim=1), "weight_indices": pack_bits(bits)}
+        return {"weight": torch.cat(values, dim=1), "weight_indices": nonzero_bits(bits)}
 
     def sample(
         self, tensors: Mapping[str, Tensor], dense: Shaped[Tensor, "rows in"], first: int

@@ -80,7 +80,7 @@ class Kind:
 
 def machine() -> str:
     """The processor with its native path."""
-    return f"{processor()}, {list(library.paths())[-1]} {library.ABI_VERSION}"
+    return f"{processor()}, {list(library.paths())[-1]} {ABI_VERSION}"
 
 
 def estimate(weight: TileWeight, dtype: torch.dtype) -> dict[str, Measured]:
