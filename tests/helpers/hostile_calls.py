@@ -28,6 +28,7 @@ from hf_sparse.kernels.codes import more_than_8_bits
 from hf_sparse.kernels.cpu import library
 from hf_sparse.kernels.cpu.dense_row import dense_row
 from hf_sparse.kernels.gpu.kernel import SlicedKernel
+from hf_sparse.kernels.gpu.semi_structured import SemiStructuredKernel
 
 os.environ["HF_SPARSE_MEASURE"] = "0"  # no weight is left to the dense kernel
 REFUSALS = (ValueError, TypeError, library.NativeError)

@@ -62,7 +62,7 @@ def test_the_operator_multiplies_in_the_dtype_of_x(x_dtype, shape):
 
 
 def test_inputs_on_another_device_are_refused():
-    product = kernel_of(pruned(20, 36, 0.5))._product
+    product = kernel_of(pruned(20, 36, 0.5)).product
     with pytest.raises(ValueError, match="on meta, the sparse weight on"):
         product(torch.randn(2, 36, device="meta"))
 

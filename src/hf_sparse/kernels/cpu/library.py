@@ -118,11 +118,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "integer_pack": (_I32, [_I64, _I64, _PTR, _I32, _I32, _PTR, _PTR, _PTR, _I64, _PTR]),
     "integer_unpack": (_I32, [_PTR, _PTR, _PTR]),
     "integer_check": (_I32, [_PTR]),
-    # weight, path, x, dtype, m, stride, bias, dtype, y, dtype, stride, pool
+    # as tile_linear and tile_row
     "integer_linear": (
         _I32,
         [_PTR, _I32, _PTR, _I32, _I64, _I64, _PTR, _I32, _PTR, _I32, _I64, _PTR],
     ),
+    "integer_row": (_I32, [_PTR, _PTR, _PTR]),
     # n, k, w, dtype, stride, path, x, dtype, y, dtype, pool
     "tile_dense_row": (
         _I32,
