@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.native import ABI_VERSION
 from .. import timing
 from ..machine import processor
 from ..timing import Measured, compare

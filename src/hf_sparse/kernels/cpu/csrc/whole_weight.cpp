@@ -63,11 +63,18 @@ TILE_EXPORT int32_t whole_keep_highest(int64_t rows, int64_t n, const float* sco
       loops().keep_highest_short(scores + begin * n, end - begin, n, drop, mask + begin * n);
       return;
     }
-    for (int64_t row = begin; row < end; ++row) {
-      loops().keep_highest(scores + row * n, n, drop, mask + row * n);
+    try {
+      for (int64_t row = begin; row < end; ++row) {
+        loops().keep_highest(scores + row * n, n, drop, mask + row * n);
+      }
+    } catch (const std::bad_alloc&) {
+      report_no_memory();
     }
   };
-  return run(pool, rows, row_grain(n), body);
+  const uint64_t failures = count_memory_failures();
+  const int32_t code = run(pool, rows, row_grain(n), body);
+  if (code != kOk) return code;
+  return count_memory_failures() == failures ? kOk : kNoMemory;
 }
 
 TILE_EXPORT int32_t whole_nonzero_bits(int64_t rows, int64_t k, const void* items,

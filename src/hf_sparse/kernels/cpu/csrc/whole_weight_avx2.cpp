@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <initializer_list>
+#include <vector>
 
 #include "convert.h"
 #include "target.h"

@@ -1,10 +1,9 @@
 // The loops of whole_weight.h. Included after the target pragma, in a namespace without a name, with
 // WHOLE_AVX2 defined where its instructions may be used.
 
-// Floats in their order as unsigned numbers: both zeros are one, NaN is above all.
+// Floats in their order as unsigned numbers: both zeros are one.
 inline uint32_t rank_of(float score) {
   const uint32_t u = bits_of(score + 0.0f);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return ~0u;
   return u ^ (static_cast<uint32_t>(static_cast<int32_t>(u) >> 31) | 0x80000000u);
 }
 
@@ -14,34 +13,44 @@ inline void ranks_of(const float* scores, int64_t n, uint32_t* ranks) {
   for (int64_t i = 0; i < n; ++i) ranks[i] = rank_of(scores[i]);
 }
 
+// The digit of the left-th lowest number; `left` is then its place among those of the same digit.
+inline uint32_t find_digit(const uint32_t* counts, int64_t& left) {
+  uint32_t digit = 0;
+  for (; left > counts[digit]; ++digit) left -= counts[digit];
+  return digit;
+}
+
 void keep_highest(const float* scores, int64_t n, int64_t drop, uint8_t* mask) {
-  uint32_t ranks[kRankBlock], counts[4][kDigits];
-  uint32_t limit = 0;  // the digits of the drop-th lowest rank that are known
-  int64_t left = drop;  // of the ranks that begin with them, how many go
-  for (const int shift : {21, 10, 0}) {
-    const int above = shift == 21 ? 32 : shift == 10 ? 21 : 10;
-    std::memset(counts, 0, shift == 21 ? sizeof counts : sizeof counts[0]);
-    const auto digit = static_cast<uint32_t>((int64_t{1} << (above - shift)) - 1);
-    for (int64_t start = 0; start < n; start += kRankBlock) {
-      const int64_t size = min64(kRankBlock, n - start);
-      ranks_of(scores + start, size, ranks);
-      if (shift == 21) {
-        // Neighbours are often alike: counters of their own spare waiting for the last store.
-        for (int64_t i = 0; i < size; ++i) ++counts[i & 3][ranks[i] >> 21];
-        continue;
-      }
-      for (int64_t i = 0; i < size; ++i) {
-        if (ranks[i] >> above == limit) ++counts[0][ranks[i] >> shift & digit];
-      }
+  uint32_t ranks[kRankBlock];
+  // Neighbours are often alike: counters of their own spare waiting for the last store.
+  uint32_t counts[4][kDigits] = {};
+  for (int64_t start = 0; start < n; start += kRankBlock) {
+    const int64_t size = min64(kRankBlock, n - start);
+    ranks_of(scores + start, size, ranks);
+    for (int64_t i = 0; i < size; ++i) ++counts[i & 3][ranks[i] >> 21];
+  }
+  for (int64_t d = 0; d < kDigits; ++d) counts[0][d] += counts[1][d] + counts[2][d] + counts[3][d];
+  int64_t left = drop;
+  uint32_t limit = find_digit(counts[0], left);
+  // The ranks of that digit, some twentieth of all: among them is the highest that goes.
+  std::vector<uint32_t> near(counts[0][limit] + 1);
+  int64_t found = 0;
+  for (int64_t start = 0; start < n; start += kRankBlock) {
+    const int64_t size = min64(kRankBlock, n - start);
+    ranks_of(scores + start, size, ranks);
+    for (int64_t i = 0; i < size; ++i) {
+      near[static_cast<size_t>(found)] = ranks[i];
+      found += ranks[i] >> 21 == limit;
     }
-    uint32_t found = 0;
-    for (;; ++found) {
-      int64_t here = counts[0][found];
-      if (shift == 21) here += int64_t{counts[1][found]} + counts[2][found] + counts[3][found];
-      if (left <= here) break;
-      left -= here;
+  }
+  for (const int shift : {10, 0}) {
+    const int above = shift == 0 ? 10 : 21;
+    std::memset(counts[0], 0, sizeof counts[0]);
+    for (int64_t i = 0; i < found; ++i) {
+      const uint32_t rank = near[static_cast<size_t>(i)];
+      if (rank >> above == limit) ++counts[0][rank >> shift & ((1u << (above - shift)) - 1)];
     }
-    limit = limit << (above - shift) | found;
+    limit = limit << (above - shift) | find_digit(counts[0], left);
   }
   constexpr int64_t kTies = 32;
   for (int64_t start = 0; start < n; start += kRankBlock) {
