@@ -20,7 +20,7 @@ def nonzero_bits(weight: Shaped[Tensor, "rows n"]) -> UInt8[Tensor, "rows bytes"
     library = library_for(weight)
     if library is not None and weight.numel():
         weight = weight.detach().contiguous()
-        bits = torch.empty(rows, -(-n // 8), dtype=torch.uint8)
+        bits = torch.empty(rows, -(-n // 8), dtype=torch.uint8, device="cpu")
         sign = weight.is_floating_point()
         call(library.whole_nonzero_bits, rows, n, weight, weight.element_size(), sign, bits)
         return bits

@@ -64,7 +64,7 @@ def keep_highest(scores: Float[Tensor, "rows n"], drop: int) -> Mask | None:
     if library is None or scores.dtype != torch.float32:
         return None
     scores = scores.detach().contiguous()
-    mask = torch.empty(scores.shape, dtype=torch.bool)
+    mask = torch.empty(scores.shape, dtype=torch.bool, device="cpu")
     call(library.whole_keep_highest, *scores.shape, scores, drop, mask)
     return mask
 
@@ -76,7 +76,7 @@ def kept_values(
     library = library_for(weight, bits)
     if library is not None and weight.numel():
         weight, bits = weight.detach().contiguous(), bits.contiguous()
-        kept = torch.empty(count_ones(bits), dtype=weight.dtype)
+        kept = torch.empty(count_ones(bits), dtype=weight.dtype, device="cpu")
         size = weight.element_size()
         call(library.whole_kept_items, *weight.shape, weight, size, bits, len(kept), kept)
         return kept
@@ -86,12 +86,12 @@ def kept_values(
 def zero_outside(
     weight: Shaped[Tensor, "out in"], mask: Bool[Tensor, "out in"], out: Tensor | None = None
 ) -> Shaped[Tensor, "out in"]:
-    """The weight, but +0 where the mask is False, in new memory or that of `out`."""
+    """The weight, but +0 where the mask is False, in new memory or `out`, if that is contiguous."""
     library = library_for(weight, mask)
     if library is None or not weight.numel():
         return weight.where(mask, 0)
     weight, mask = weight.detach().contiguous(), mask.contiguous()
-    result = torch.empty_like(weight) if out is None else out
+    result = out if out is not None and out.is_contiguous() else torch.empty_like(weight)
     count, size = weight.numel(), weight.element_size()
     call(library.whole_zero_outside, count, weight, size, mask, result)
     return result
