@@ -60,7 +60,7 @@ def test_every_way_multiplies_large_weights(shape, sparsity, tokens):
     expected = x.double() @ weight.double().T
     packed = kernel.SlicedKernel.of(
         Stored(Bitmask(), Bitmask().pack(weight), shape, weight.dtype)
-    )._weight
+    ).product.weight
     for way in product.WAYS.values():
         found = way(x, packed)
         assert relative(found, expected) < 4e-3

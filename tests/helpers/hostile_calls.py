@@ -28,7 +28,7 @@ from hf_sparse.kernels.codes import more_than_8_bits
 from hf_sparse.kernels.cpu import library
 from hf_sparse.kernels.cpu.dense_row import dense_row
 from hf_sparse.kernels.gpu.kernel import SlicedKernel
-from hf_sparse.kernels.gpu.semi_structured import semi_structured_linear
+from hf_sparse.kernels.gpu.semi_structured import SemiStructuredKernel
 
 os.environ["HF_SPARSE_MEASURE"] = "0"  # no weight is left to the dense kernel
 REFUSALS = (ValueError, TypeError, library.NativeError)
@@ -115,7 +115,7 @@ def one_call(random_: random.Random) -> str:
         weight = torch.randn(random_.randint(1, 20), random_.randint(1, 50)).bfloat16()
         name, operator, operands = "dense_row", dense_row, [weight]
     elif which == 1:
-        name, operator = "semi_structured_linear", semi_structured_linear
+        name, operator = "semi_structured_linear", SemiStructuredKernel.operators[0]
         weight = torch.randn(32, 64)
         operands = [weight[:, :32].clone(), None, 32, 64]
     else:

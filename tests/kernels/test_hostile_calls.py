@@ -8,7 +8,7 @@ import torch
 
 from hf_sparse.kernels.cpu import library
 from hf_sparse.kernels.cpu.dense_row import product
-from hf_sparse.kernels.cpu.kernel import tile_linear
+from hf_sparse.kernels.cpu.kernel import TileKernel
 from hf_sparse.kernels.cpu.pack import pack_dense
 from hf_sparse.kernels.cpu.product import decoded_linear, packed_linear
 from hf_sparse.kernels.cpu.weight import TileWeight
@@ -32,7 +32,7 @@ def test_a_group_may_be_larger_than_any_row(size):
     codes, scales = coded()
     weight, x = pack_dense(codes, scales), torch.ones(1, 2)
     tensors = (weight.masks, weight.tile_base, weight.block_off, weight.values, weight.scales)
-    found = tile_linear(x, *(tensor.clone() for tensor in tensors), 400, 2, 3, size)
+    found = TileKernel.operators[0](x, *(tensor.clone() for tensor in tensors), 400, 2, 3, size)
     torch.testing.assert_close(found[0], codes.float().sum(dim=1) * scales)
 
 

@@ -113,7 +113,7 @@ def test_the_gradient_in_fp32_is_the_dense_layer_s():
 def test_the_operator_keeps_torch_s_rules():
     kernel = kernel_of(pruned())
     torch.library.opcheck(
-        cpu_kernel.tile_linear, (torch.randn(3, 36, requires_grad=True), *kernel.operands())
+        TileKernel.operators[0], (torch.randn(3, 36, requires_grad=True), *kernel.operands())
     )
 
 
@@ -137,13 +137,13 @@ def test_compiled_and_exported_layers_give_the_eager_result(backend):
 def test_tensors_that_belong_to_no_weight_are_checked_before_they_are_used():
     tensors = [t.clone() for t in kernel_of(pruned()).tensors().values()]
     x = torch.randn(2, 36)
-    good = cpu_kernel.tile_linear(x, *tensors, None, 20, 36, 0, 36)
+    good = TileKernel.operators[0](x, *tensors, None, 20, 36, 0, 36)
     torch.testing.assert_close(good, F.linear(x, pruned()))
     tensors[0][0, 0] = -1  # all 32 weights of a pair are kept, says the mask
     with pytest.raises(library.NativeError):
-        cpu_kernel.tile_linear(x, *tensors, None, 20, 36, 0, 36)
+        TileKernel.operators[0](x, *tensors, None, 20, 36, 0, 36)
     with pytest.raises(ValueError, match="shape"):
-        cpu_kernel.tile_linear(x, *tensors, None, 40, 36, 0, 36)
+        TileKernel.operators[0](x, *tensors, None, 40, 36, 0, 36)
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -240,9 +240,9 @@ def test_the_operator_takes_the_way_of_the_weight_that_its_tensors_belong_to(mon
     monkeypatch.setitem(product.WAYS, "decoded", lambda x, w, b: calls.append(b) or x @ x.T)
     x = torch.randn(1, 36)
     kernel.linear(x, None)
-    cpu_kernel.tile_linear(x, *kernel.operands())
+    TileKernel.operators[0](x, *kernel.operands())
     assert len(calls) == 2
-    cpu_kernel.tile_linear(torch.randn(2, 36), *kernel.operands())
+    TileKernel.operators[0](torch.randn(2, 36), *kernel.operands())
     assert len(calls) == 2
 
 

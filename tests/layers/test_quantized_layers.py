@@ -13,8 +13,8 @@ from hf_sparse.core.errors import FormatError
 from hf_sparse.core.grids import Grid, QuantizedWeight
 from hf_sparse.core.patterns import NM
 from hf_sparse.formats import FORMATS, choose_format
-from hf_sparse.kernels.cpu import kernel as cpu_kernel
 from hf_sparse.kernels.cpu import library
+from hf_sparse.kernels.cpu.kernel import TileKernel
 from hf_sparse.layers.held import buffer_name
 from hf_sparse.layers.replace import pack_linear
 
@@ -157,27 +157,29 @@ def test_gradients_of_the_input_are_the_dense_layer_s(grid):
 def test_the_operator_keeps_torch_s_rules_for_codes(grid):
     operands = layer_of(codes_of(grid)).kernel.operands()
     x = torch.randn(3, 36, requires_grad=True)
-    torch.library.opcheck(cpu_kernel.tile_linear, (x, *operands))
+    torch.library.opcheck(TileKernel.operators[0], (x, *operands))
     x = torch.randn(2, 36, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: cpu_kernel.tile_linear(x, *operands), (x,))
+    assert torch.autograd.gradcheck(lambda x: TileKernel.operators[0](x, *operands), (x,))
 
 
 def test_codes_that_belong_to_no_weight_are_checked_before_they_are_used():
     weight = codes_of(FOUR)
     masks, base, offsets, values, scales, *numbers = layer_of(weight).kernel.operands()
     x = torch.randn(2, 36)
-    good = cpu_kernel.tile_linear(x, masks.clone(), base, offsets, values, scales.clone(), *numbers)
+    good = TileKernel.operators[0](
+        x, masks.clone(), base, offsets, values, scales.clone(), *numbers
+    )
     torch.testing.assert_close(good, F.linear(x, weight.dequantize()))
     with pytest.raises(library.NativeError, match="too small"):
-        cpu_kernel.tile_linear(
+        TileKernel.operators[0](
             x, masks.clone(), base, offsets, values[:-1].clone(), scales, *numbers
         )
     with pytest.raises(ValueError, match="scales"):
-        cpu_kernel.tile_linear(
+        TileKernel.operators[0](
             x, masks.clone(), base, offsets, values, scales[:, :1].clone(), *numbers
         )
     with pytest.raises(ValueError, match="scales"):
-        cpu_kernel.tile_linear(x, masks.clone(), base, offsets, values, None, *numbers)
+        TileKernel.operators[0](x, masks.clone(), base, offsets, values, None, *numbers)
 
 
 @every_grid

@@ -16,7 +16,7 @@ DAMP_STEPS = 4
 # A triangular matrix of this many rows is inverted at once.
 LEAF = 512
 # Rows or columns of a wide matrix that are copied at once.
-STRIP = 2048
+STRIP = 512
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,18 @@ class InverseFactor:
 def damped(hessian: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
     """A copy of H with H_jj = 1 for dead inputs, and then damping * mean(diag H) added."""
     matrix = hessian.to(dtype, copy=True)
-    matrix.diagonal().copy_(damped_diagonal(hessian, damping, dtype))
+    _damp(matrix.diagonal(), damping)
     return matrix
 
 
-def damped_diagonal(hessian: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
-    """The diagonal of `damped`."""
-    diagonal = hessian.diagonal().to(dtype, copy=True)
+def _damp(diagonal: Tensor, damping: float) -> None:
+    """What `damped` does to the diagonal, in place: a view of H, not a copy.
+
+    torch sums a copy's elements, which stand side by side, in another order, so that the last bit
+    of an fp32 mean can differ, and the weights that are saved with it.
+    """
     diagonal[diagonal == 0] = 1.0
-    return diagonal.add_(damping * float(diagonal.mean()))
+    diagonal.add_(damping * float(diagonal.mean()))
 
 
 def _reversed(matrix: Tensor, out: Tensor) -> Tensor:
@@ -77,13 +80,14 @@ def factorise(
     dead = hessian.diagonal() == 0
     for step in range(DAMP_STEPS):
         raised = damping * 10**step
-        lower = _reversed(hessian, torch.empty_like(hessian, dtype=torch.float64))
-        lower.diagonal().copy_(damped_diagonal(hessian, raised, torch.float64).flip(0))
+        # Column by column in memory, as LAPACK has it: torch would copy another order.
+        lower = _reversed(hessian, torch.empty_like(hessian, dtype=torch.float64)).mT
+        _damp(lower.diagonal(), raised)
         info = torch.empty((), dtype=torch.int32, device=lower.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:
             _invert(lower)
-            if all(all_finite(strip.float()) for strip in torch.split(lower, STRIP)):
+            if all(all_finite(strip.float()) for strip in torch.split(lower.mT, STRIP)):
                 upper = _reversed(lower, hessian if spend else torch.empty_like(hessian))
                 return InverseFactor(upper, dead, raised)
         del lower

@@ -26,11 +26,12 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..core.recording import transformed
-from .base import Kernel
+from .base import Considered, Kernel, Stored, Verdict
 
 INPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 W = TypeVar("W")
+P = TypeVar("P", bound=Callable[..., Tensor])
 
 
 class AliveWeights(Generic[W]):
@@ -127,33 +128,35 @@ def define_product(
     name: str,
     operands: str,
     shape: Callable[..., tuple[int, int]],
-    find: Callable[..., W],
+    check: Callable[..., W],
     product: Callable[[Tensor, W], Tensor],
     transposed: Callable[[Tensor, W], Tensor],
-) -> tuple[CustomOpDef, CustomOpDef]:
-    """`hf_sparse::name`, x W' for x [..., in], and `hf_sparse::name_grad`, x W for x [..., out].
+) -> tuple[tuple[CustomOpDef, CustomOpDef], AliveWeights[W]]:
+    """`hf_sparse::name`, x W' for x [..., in], and `hf_sparse::name_grad`, x W for x [..., out];
+    and where they find their weights.
 
     Args:
         name, operands: see `define`.
         shape: (out, in), of *weight.
-        find: the weight of its operands.
-        product, transposed: x W' and x W, of x and what `find` found.
+        check: see `AliveWeights`.
+        product, transposed: x W' and x W, of x and a weight that was found or checked.
     """
+    alive = AliveWeights(check)
     forward = define(
         name,
         operands,
         lambda *weight: shape(*weight)[::-1],
-        lambda x, *weight: product(x, find(*weight)),
+        lambda x, *weight: product(x, alive.find(*weight)),
         lambda grad, *weight: backward(grad, *weight),
     )
     backward = define(
         f"{name}_grad",
         operands,
         shape,
-        lambda x, *weight: transposed(x, find(*weight)),
+        lambda x, *weight: transposed(x, alive.find(*weight)),
         lambda grad, *weight: forward(grad, *weight),
     )
-    return forward, backward
+    return (forward, backward), alive
 
 
 def check_input(x: Tensor, columns: int, weight: Iterable[Any] = ()) -> None:
@@ -244,26 +247,45 @@ def _apply(x: Tensor, pair: tuple[CustomOpDef, CustomOpDef], *weight: Any) -> Te
     return y
 
 
-class PackedKernel(Kernel):
+class PackedKernel(Kernel, Generic[P]):
     """A kernel that multiplies through an operator made here.
 
     Attributes:
-        operators: x W' and x W of x and `operands()`.
-        alive: where the operator finds the weights of this class.
+        product: makes x W' of x.
+        operators, alive: what `define_product` made; of x and `operands()`.
     """
 
     operators: ClassVar[tuple[CustomOpDef, CustomOpDef]]
     alive: ClassVar[AliveWeights[Any]]
 
-    def __init__(self, product: Any, zeros: Tensor | None = None) -> None:
-        """`product` makes x W' of x; zero points the file needs and the product doesn't: codes
-        are q - z."""
-        self._product = product
+    def __init__(self, product: P, zeros: Tensor | None = None) -> None:
+        """Zero points the file needs and the product doesn't: codes are q - z."""
+        self.product = product
         self._zeros = zeros
         self.alive.add(product, self.operands())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_product"], state["_zeros"])  # type: ignore[misc]
+        self.__init__(state["product"], state["_zeros"])  # type: ignore[misc]
+
+    @classmethod
+    def consider(cls, stored: Stored) -> Considered:
+        reason = cls.obstacle(stored)
+        return cls.take(stored) if reason is None else cls.refuse(reason)
+
+    @staticmethod
+    @abstractmethod
+    def obstacle(stored: Stored) -> str | None:
+        """Why a stored weight can't be multiplied in this form here; None if it may be."""
+
+    @classmethod
+    @abstractmethod
+    def take(cls, stored: Stored) -> Considered:
+        """`consider` where there is no obstacle."""
+
+    @classmethod
+    def refuse(cls, reason: str, speedup: float | None = None) -> Considered:
+        """What a weight comes to that isn't taken."""
+        return Considered(Verdict(cls.name, False, reason, speedup))
 
     @abstractmethod
     def operands(self) -> tuple[Any, ...]:
@@ -283,5 +305,5 @@ class PackedKernel(Kernel):
 
     def _straight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`linear` without the operator."""
-        y: Tensor = self._product(x)
+        y: Tensor = self.product(x)
         return y if bias is None else y + bias.to(y.dtype)

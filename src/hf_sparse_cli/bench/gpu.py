@@ -150,7 +150,7 @@ def _pruned(shape: tuple[int, int], pattern: Unstructured | NM) -> Tensor:
 
 def _sliced(dense: Tensor, fmt: Bitmask | NMPacked) -> Any:
     shape = (dense.shape[0], dense.shape[1])
-    return SlicedKernel.of(Stored(fmt, fmt.pack(dense), shape, dense.dtype))._weight
+    return SlicedKernel.of(Stored(fmt, fmt.pack(dense), shape, dense.dtype)).product.weight
 
 
 def _product(

@@ -25,7 +25,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_SPARSE_MEASURE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(timing, "gpu", lambda: "NVIDIA Made Up")
-    monkeypatch.setattr(kernel.SlicedKernel, "_obstacle", staticmethod(lambda stored: None))
+    monkeypatch.setattr(kernel.SlicedKernel, "obstacle", staticmethod(lambda stored: None))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GB, 24 * GB))
     timed = []
 
@@ -128,7 +128,9 @@ def test_2_4_is_taken_only_where_it_is_not_slower(gpu, monkeypatch, seconds, tak
     weight[:, :, :2] = 0
     fmt = NMPacked(2, 4)
     packed = fmt.pack(weight.view(32, 64))
-    monkeypatch.setattr(semi_structured, "obstacle", lambda stored: None)
+    monkeypatch.setattr(
+        semi_structured.SemiStructuredKernel, "obstacle", staticmethod(lambda stored: None)
+    )
     monkeypatch.setattr(semi_structured, "SemiStructuredWeight", Weight)
     gpu.sparse = seconds
     considered = semi_structured.SemiStructuredKernel.consider(
@@ -145,7 +147,7 @@ def test_rows_are_as_many_as_a_grid_has_places_for(monkeypatch, rows, taken):
     monkeypatch.setattr(Stored, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(kernel.triton_works, "obstacle", lambda device: None)
-    obstacle = kernel.SlicedKernel._obstacle(Stored(fmt, tensors, (rows, 1), torch.float32))
+    obstacle = kernel.SlicedKernel.obstacle(Stored(fmt, tensors, (rows, 1), torch.float32))
     assert obstacle is None if taken else "2097120 rows" in obstacle
 
 

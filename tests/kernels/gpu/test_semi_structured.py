@@ -20,6 +20,7 @@ from hf_sparse.formats import Bitmask
 from hf_sparse.formats.n_of_m import NMPacked
 from hf_sparse.kernels import Stored
 from hf_sparse.kernels.gpu import semi_structured
+from hf_sparse.kernels.gpu.semi_structured import SemiStructuredKernel
 
 BOTH = [SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS]
 
@@ -40,14 +41,14 @@ def stored(fmt, dtype=torch.bfloat16, layer_dtype=None, shape=(32, 64)):
     ],
 )
 def test_other_weights_are_left_to_other_kernels(weight, reason):
-    assert reason in semi_structured.obstacle(weight)
-    assert semi_structured.SemiStructuredKernel.consider(weight).kernel is None
+    assert reason in SemiStructuredKernel.obstacle(weight)
+    assert SemiStructuredKernel.consider(weight).kernel is None
 
 
 def test_the_device_is_named_when_it_is_the_obstacle():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert "NVIDIA" in semi_structured.obstacle(stored(NMPacked(2, 4)))
+    assert "NVIDIA" in SemiStructuredKernel.obstacle(stored(NMPacked(2, 4)))
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,7 @@ def test_our_2_4_weights_survive_torch_s_form_and_take_0_5625_of_the_bytes():
 
 def test_tensors_of_no_layer_are_refused():
     with pytest.raises(ValueError, match="belong to no 2:4 layer"):
-        semi_structured.semi_structured_linear(
-            torch.randn(2, 64), torch.randn(32, 32), None, 32, 64
-        )
+        SemiStructuredKernel.operators[0](torch.randn(2, 64), torch.randn(32, 32), None, 32, 64)
 
 
 # --- torch's own tensors, with a product on the CPU in place of the GPU's -----------------------
@@ -92,7 +91,7 @@ def kernel(monkeypatch):
 
     monkeypatch.setattr(torch, "_sparse_semi_structured_mm", product)
     weight = stored(NMPacked(2, 4), shape=(64, 128)).dense(torch.bfloat16)
-    return semi_structured.SemiStructuredKernel(semi_structured.SemiStructuredWeight.of(weight))
+    return SemiStructuredKernel(semi_structured.SemiStructuredWeight.of(weight))
 
 
 @pytest.mark.parametrize("shape", [(128,), (0, 128), (3, 128), (2, 3, 128), (2, 0, 128)])
@@ -177,7 +176,7 @@ def test_gpus_follow_the_rules_of_the_backend(monkeypatch, capability, backend, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     monkeypatch.setattr(semi_structured, "_backend", lambda: backend)
-    found = semi_structured.obstacle(stored(NMPacked(2, 4)))
+    found = SemiStructuredKernel.obstacle(stored(NMPacked(2, 4)))
     assert found is None if reason is None else reason in found
 
 
@@ -186,7 +185,7 @@ def test_what_torch_refuses_is_left_to_other_kernels(kernel, monkeypatch):
         raise RuntimeError("CUDA error: architecture mismatch\nand more")
 
     monkeypatch.setattr(torch, "_sparse_semi_structured_mm", product)
-    monkeypatch.setattr(semi_structured, "obstacle", lambda stored: None)
-    considered = semi_structured.SemiStructuredKernel.consider(stored(NMPacked(2, 4)))
+    monkeypatch.setattr(SemiStructuredKernel, "obstacle", staticmethod(lambda stored: None))
+    considered = SemiStructuredKernel.consider(stored(NMPacked(2, 4)))
     assert considered.kernel is None
     assert considered.verdict.reason == "torch refuses: CUDA error: architecture mismatch"

@@ -13,7 +13,7 @@ from hf_sparse.core.patterns import NM
 from hf_sparse.formats import Bitmask, Quantized
 from hf_sparse.formats.n_of_m import NMPacked
 from hf_sparse.kernels import Stored
-from hf_sparse.kernels.gpu.kernel import SlicedKernel, sliced_linear
+from hf_sparse.kernels.gpu.kernel import SlicedKernel
 
 
 @pytest.mark.parametrize("fmt", [Bitmask(), NMPacked(2, 4)], ids=["bitmask", "n:m"])
@@ -62,7 +62,7 @@ def test_the_operator_multiplies_in_the_dtype_of_x(x_dtype, shape):
 
 
 def test_inputs_on_another_device_are_refused():
-    product = kernel_of(pruned(20, 36, 0.5))._product
+    product = kernel_of(pruned(20, 36, 0.5)).product
     with pytest.raises(ValueError, match="on meta, the sparse weight on"):
         product(torch.randn(2, 36, device="meta"))
 
@@ -78,7 +78,7 @@ def test_gradients_of_the_operator_pass_gradcheck():
 def test_the_operator_of_sliced_weights_keeps_torch_s_rules():
     kernel = kernel_of(pruned(20, 36, 0.5))
     x = torch.randn(3, 36, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(sliced_linear, (x, *kernel.operands()))
+    torch.library.opcheck(SlicedKernel.operators[0], (x, *kernel.operands()))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -104,13 +104,13 @@ def test_foreign_tensors_are_checked_before_the_operator_uses_them():
     tensors = [tensor.clone() for tensor in tensors]
     x = torch.randn(2, 36, device=DEVICE)
     torch.testing.assert_close(
-        sliced_linear(x, *tensors, scales, numbers), F.linear(x, pruned(20, 36, 0.5))
+        SlicedKernel.operators[0](x, *tensors, scales, numbers), F.linear(x, pruned(20, 36, 0.5))
     )
     tensors[1].fill_(-1)
     with pytest.raises(ValueError, match="gaps"):
-        sliced_linear(x, *tensors, scales, numbers)
+        SlicedKernel.operators[0](x, *tensors, scales, numbers)
     with pytest.raises(ValueError, match="expected"):
-        sliced_linear(x, *tensors, scales, [40, *numbers[1:]])
+        SlicedKernel.operators[0](x, *tensors, scales, [40, *numbers[1:]])
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda k: pickle.loads(pickle.dumps(k))])

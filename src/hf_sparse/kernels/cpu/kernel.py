@@ -16,7 +16,7 @@ from ...formats.base import Packed
 from ...formats.bitmask import Bitmask
 from ..base import Considered, Stored, Verdict
 from ..codes import more_than_8_bits
-from ..operator import AliveWeights, PackedKernel, define_product
+from ..operator import PackedKernel, define_product
 from ..token_classes import fastest, in_words, over
 from . import library, speed
 from .decode import dense
@@ -43,43 +43,28 @@ def _check(*operands: Any) -> Product:
     return Product(TileWeight((shape[0], shape[1]), _VALUES[number], *tensors, group_size))
 
 
-_alive = AliveWeights(_check)
-
-# x W' for a weight in the tile layout, in x's dtype. `values_dtype` numbers that of the values: 0
-# fp32, 1 bf16, 2 fp16, 3 int8, 4 int4; the last two have scales, shared by `group_size` columns.
-tile_linear, tile_linear_grad = define_product(
-    "tile_linear",
-    _OPERANDS,
-    shape=lambda *weight: weight[5:7],
-    find=_alive.find,
-    product=lambda x, product: product(x),
-    transposed=lambda x, product: x @ dense(product.weight, x.dtype),
-)
-
-
-class TileKernel(PackedKernel):
+class TileKernel(PackedKernel[Product]):
     """Sparse products on the CPU for values in fp32, bf16 and fp16, and codes of up to 8 bits."""
 
     name: ClassVar[str] = "tile"
-    operators: ClassVar[Any] = (tile_linear, tile_linear_grad)
-    alive: ClassVar[Any] = _alive
-
-    @property
-    def _weight(self) -> TileWeight:
-        weight: TileWeight = self._product.weight
-        return weight
+    # x W' for a weight in the tile layout, in x's dtype. `values_dtype` numbers that of the values:
+    # 0 fp32, 1 bf16, 2 fp16, 3 int8, 4 int4; the last two have scales, shared by `group_size`
+    # columns.
+    operators, alive = define_product(
+        "tile_linear",
+        _OPERANDS,
+        shape=lambda *weight: weight[5:7],
+        check=_check,
+        product=lambda x, product: product(x),
+        transposed=lambda x, product: x @ dense(product.weight, x.dtype),
+    )
 
     @classmethod
-    def consider(cls, stored: Stored) -> Considered:
-        reason = cls._obstacle(stored)
-        if reason is not None:
-            if not library.available() and stored.form != "dense":
-                _warn_once(reason)
-            return Considered(Verdict(cls.name, False, reason))
+    def take(cls, stored: Stored) -> Considered:
         if isinstance(stored.format, Quantized):
             codes = stored.format.quantized(stored.tensors, stored.shape)
             if (reason := more_than_8_bits(codes.codes)) is not None:
-                return Considered(Verdict(cls.name, False, reason))
+                return cls.refuse(reason)
             weight = _pack_codes(codes)
         elif isinstance(stored.format, Bitmask):
             tensors = stored.tensors
@@ -95,7 +80,7 @@ class TileKernel(PackedKernel):
         return Considered(verdict, cls(Product(weight, ways), stored.tensors.get("weight_zeros")))
 
     @staticmethod
-    def _obstacle(stored: Stored) -> str | None:
+    def obstacle(stored: Stored) -> str | None:
         if stored.form == "dense":
             return "a dense weight is preferred"
         if stored.device.type != "cpu":
@@ -110,10 +95,12 @@ class TileKernel(PackedKernel):
             return f"has no kernel for inputs in {stored.dtype}"
         if max(stored.shape) > library.MAX_DIM:
             return f"takes at most {library.MAX_DIM} rows and columns"
-        return library.unavailable_reason()
+        if (reason := library.unavailable_reason()) is not None:
+            _warn_once(reason)
+        return reason
 
     def tensors(self) -> dict[str, Tensor]:
-        weight = self._weight
+        weight = self.product.weight
         tensors = {
             "tile_masks": weight.masks,
             "tile_base": weight.tile_base,
@@ -125,29 +112,29 @@ class TileKernel(PackedKernel):
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def operands(self) -> tuple[Any, ...]:
-        weight = self._weight
+        weight = self.product.weight
         number = library.NUMBERS[weight.dtype]
         tensors = weight.masks, weight.tile_base, weight.block_off, weight.values, weight.scales
         return *tensors, *weight.shape, number, weight.group_size
 
     def _straight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = self._product(x, bias)  # the bias too is added in fp32
+        y: Tensor = self.product(x, bias)  # the bias too is added in fp32
         return y
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        return dense(self._weight, dtype)
+        return dense(self.product.weight, dtype)
 
     def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
         if fmt.grid is not None:
             return fmt.pack(self._codes(fmt.grid))
         if isinstance(fmt, Bitmask):
-            bitmask, values = unpack(self._weight)
+            bitmask, values = unpack(self.product.weight)
             return {"weight": values.to(dtype), "weight_bitmask": bitmask}
         return fmt.pack(self.weight(dtype))
 
     def _codes(self, grid: Grid) -> QuantizedWeight:
         """The codes and scales that the weight was made of."""
-        weight = self._weight
+        weight = self.product.weight
         assert weight.scales is not None
         rows = weight.shape[0]
         bitmask, values = unpack(weight)

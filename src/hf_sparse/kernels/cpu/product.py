@@ -12,7 +12,6 @@ than it gains.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,7 @@ from ..operator import check_input
 from ..token_classes import TokenClass, Way, class_of, fastest
 from . import library
 from .decode import decode, dense
-from .rows import as_rows
+from .rows import multiply
 from .weight import ROWS, TileWeight
 from .wide import pays
 
@@ -40,30 +39,7 @@ def packed_linear(
     x may be fp32, bf16 or fp16 whatever the values are; rows of x may lie apart. `path` names the
     instruction set, by default the best one. The result doesn't depend on the number of threads.
     """
-    n, k = weight.shape
-    x = library.checked(x, "x", library.FLOATS)
-    rows, stride = as_rows(x, k)
-    if bias is not None:
-        bias = library.checked(bias, "bias", library.FLOATS)
-        library.check_shape(bias, "bias", (n,))
-    y = x.new_empty(*x.shape[:-1], n)
-    dtype = library.NUMBERS[x.dtype]
-    code = library.library().tile_linear(
-        weight.address,
-        library.path_number(path),
-        rows.data_ptr(),
-        dtype,
-        math.prod(x.shape[:-1]),
-        stride,
-        bias.data_ptr() if bias is not None else None,
-        library.NUMBERS[bias.dtype] if bias is not None else 0,
-        y.data_ptr(),
-        dtype,
-        n,
-        library.thread_pool(),
-    )
-    library.raise_on(code, f"linear of x {tuple(x.shape)} and a weight of {n} x {k}")
-    return y
+    return multiply(library.library().tile_linear, x, weight, bias, path)
 
 
 def decoded_linear(x: Tensor, weight: TileWeight, bias: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from ...formats import Format, Quantized
 from ...formats.base import Packed
 from ..base import Considered, Stored, Verdict
 from ..codes import more_than_8_bits
-from ..operator import AliveWeights, PackedKernel, define_product
+from ..operator import PackedKernel, define_product
 from ..token_classes import fastest, in_words
 from . import timing, triton_works
 from .check import checked
@@ -21,7 +21,7 @@ from .pack import pack_dense
 from .product import CLASSES, WAYS, Product
 from .room import dense_cost
 from .unpack import codes, dense, row_scales
-from .weight import FLOATS, MOST_ROWS, TENSORS, SlicedWeight
+from .weight import FLOATS, MOST_ROWS, TENSORS
 
 
 def _check(*operands: Any) -> Product:
@@ -36,49 +36,36 @@ def _shape(*operands: Any) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-_alive = AliveWeights(_check)
-
-# x W' for a weight in the sliced layout, in x's dtype; `numbers` are `SlicedWeight.numbers()`.
-sliced_linear, sliced_linear_grad = define_product(
-    "sliced_linear",
-    "Tensor values, Tensor gaps, Tensor anchors, Tensor slices, Tensor order, Tensor? scales, "
-    "int[] numbers",
-    _shape,
-    _alive.find,
-    product=lambda x, product: product(x),
-    transposed=lambda x, product: product.transposed(x),
-)
-
-
-class SlicedKernel(PackedKernel):
+class SlicedKernel(PackedKernel[Product]):
     """Sparse products on NVIDIA GPUs for values in fp32, bf16, fp16, and codes of up to 8 bits."""
 
     name: ClassVar[str] = "sliced"
-    operators: ClassVar[Any] = (sliced_linear, sliced_linear_grad)
-    alive: ClassVar[Any] = _alive
-
-    @property
-    def _weight(self) -> SlicedWeight:
-        weight: SlicedWeight = self._product.weight
-        return weight
+    # x W' for a weight in the sliced layout, in x's dtype; `numbers` are `SlicedWeight.numbers()`.
+    operators, alive = define_product(
+        "sliced_linear",
+        "Tensor values, Tensor gaps, Tensor anchors, Tensor slices, Tensor order, Tensor? scales, "
+        "int[] numbers",
+        shape=_shape,
+        check=_check,
+        product=lambda x, product: product(x),
+        transposed=lambda x, product: product.transposed(x),
+    )
 
     @classmethod
-    def consider(cls, stored: Stored) -> Considered:
-        reason = cls._obstacle(stored)
-        if reason is not None:
-            return Considered(Verdict(cls.name, False, reason))
+    def take(cls, stored: Stored) -> Considered:
         kernel = cls.of(stored)
-        weight = dense(kernel._weight, stored.dtype)
-        speedups = timing.over_dense(weight, kernel._weight, WAYS, CLASSES, kernel._label())
+        sparse = kernel.product.weight
+        weight = dense(sparse, stored.dtype)
+        speedups = timing.over_dense(weight, sparse, WAYS, CLASSES, kernel._label())
         ways = fastest(speedups, CLASSES)
         speedup = ways[0].speedup
         reason = in_words(ways)
         if speedup is not None and speedup < 1 and stored.form != "packed":
             cost = dense_cost(stored)
             if cost is None:
-                return Considered(Verdict(cls.name, False, reason, speedup))
+                return cls.refuse(reason, speedup)
             reason = f"slower than dense, stays packed: {cost}; {reason}"
-        kernel = cls(Product(kernel._weight, ways), kernel._zeros)
+        kernel = cls(Product(sparse, ways), kernel._zeros)
         return Considered(Verdict(cls.name, True, reason, speedup, ways), kernel)
 
     @classmethod
@@ -99,7 +86,7 @@ class SlicedKernel(PackedKernel):
         return cls(Product(pack_dense(stored.dense(stored.values_dtype))), zeros)
 
     @staticmethod
-    def _obstacle(stored: Stored) -> str | None:
+    def obstacle(stored: Stored) -> str | None:
         if stored.device.type != "cuda" or torch.version.cuda is None:
             return f"runs on NVIDIA GPUs, the weight is on {stored.device}"
         if (reason := triton_works.obstacle(stored.device)) is not None:
@@ -116,27 +103,27 @@ class SlicedKernel(PackedKernel):
 
     def _label(self) -> str:
         """What its times depend on, beside shape and sparsity."""
-        size = self._weight.group_size
-        return f"sliced {self._weight.dtype}" + (f" in groups of {size}" if size else "")
+        size = self.product.weight.group_size
+        return f"sliced {self.product.weight.dtype}" + (f" in groups of {size}" if size else "")
 
     def tensors(self) -> dict[str, Tensor]:
-        tensors = {f"sliced_{name}": t for name, t in self._weight.tensors().items()}
+        tensors = {f"sliced_{name}": t for name, t in self.product.weight.tensors().items()}
         return tensors if self._zeros is None else {**tensors, "sliced_zeros": self._zeros}
 
     def operands(self) -> tuple[Any, ...]:
-        tensors = (getattr(self._weight, name) for name in TENSORS)
-        return *tensors, list(self._weight.numbers())
+        tensors = (getattr(self.product.weight, name) for name in TENSORS)
+        return *tensors, list(self.product.weight.numbers())
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        return dense(self._weight, dtype)
+        return dense(self.product.weight, dtype)
 
     def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
         if fmt.grid is not None:
             return fmt.pack(self._codes(fmt.grid))
-        return fmt.pack(codes(self._weight).to(dtype))
+        return fmt.pack(codes(self.product.weight).to(dtype))
 
     def _codes(self, grid: Grid) -> QuantizedWeight:
         """The codes and scales that the weight was made of."""
         zero = None if self._zeros is None else self._zeros.to(torch.int16)
-        scales = Scales(grid, row_scales(self._weight), zero)
-        return QuantizedWeight(codes(self._weight).to(torch.int16), scales)
+        scales = Scales(grid, row_scales(self.product.weight), zero)
+        return QuantizedWeight(codes(self.product.weight).to(torch.int16), scales)

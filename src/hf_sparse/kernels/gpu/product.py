@@ -11,6 +11,7 @@ a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,26 +31,28 @@ def _packed(x: Tensor, weight: SlicedWeight) -> Tensor:
     return y
 
 
-def _decoded(x: Tensor, weight: SlicedWeight) -> Tensor:
+def _windows(x: Tensor, weight: SlicedWeight) -> Iterator[tuple[slice, Tensor]]:
+    """Rows, and those rows of the dense weight in x's dtype, until the next are asked for."""
     from .triton_decode import decode_window, windows
 
     rows, columns = weight.shape
-    out = x.new_empty(len(x), rows)
     room = x.new_empty(min(weight.window, rows), columns)
     for first, last in windows(weight):
-        torch.mm(x, decode_window(weight, first, last, room).T, out=out[:, first:last])
+        yield slice(first, last), decode_window(weight, first, last, room)
+
+
+def _decoded(x: Tensor, weight: SlicedWeight) -> Tensor:
+    out = x.new_empty(len(x), weight.shape[0])
+    for rows, dense_rows in _windows(x, weight):
+        torch.mm(x, dense_rows.T, out=out[:, rows])
     return out
 
 
 def _decoded_transposed(x: Tensor, weight: SlicedWeight) -> Tensor:
     """x W for x [tokens, out]."""
-    from .triton_decode import decode_window, windows
-
-    rows, columns = weight.shape
-    out = x.new_zeros(len(x), columns)
-    room = x.new_empty(min(weight.window, rows), columns)
-    for first, last in windows(weight):
-        out.addmm_(x[:, first:last], decode_window(weight, first, last, room))
+    out = x.new_zeros(len(x), weight.shape[1])
+    for rows, dense_rows in _windows(x, weight):
+        out.addmm_(x[:, rows], dense_rows)
     return out
 
 

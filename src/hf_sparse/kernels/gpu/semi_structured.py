@@ -34,7 +34,7 @@ from ...formats import Format
 from ...formats.base import Packed
 from ...formats.n_of_m import NMPacked
 from ..base import Considered, Stored, Verdict
-from ..operator import AliveWeights, PackedKernel, check_input, define_product
+from ..operator import PackedKernel, check_input, define_product
 from ..token_classes import TokenClass, fastest, in_words
 from . import timing
 
@@ -119,67 +119,71 @@ def _refuse(*operands: Any) -> SemiStructuredWeight:
     )
 
 
-_alive = AliveWeights(_refuse)
-
-# x W' for the 2:4 weight that `values` and `meta` belong to, in x's dtype.
-semi_structured_linear, semi_structured_linear_grad = define_product(
-    "semi_structured_linear",
-    "Tensor values, Tensor? meta, int out_features, int in_features",
-    shape=lambda *weight: weight[2:],
-    find=_alive.find,
-    product=lambda x, weight: weight(x),
-    transposed=lambda x, weight: x @ weight.dense().to(x.dtype),
-)
-
-
-class SemiStructuredKernel(PackedKernel):
+class SemiStructuredKernel(PackedKernel[SemiStructuredWeight]):
     """2:4 products on NVIDIA GPUs for values in fp16 and bf16."""
 
     name: ClassVar[str] = "2:4"
-    operators: ClassVar[Any] = (semi_structured_linear, semi_structured_linear_grad)
-    alive: ClassVar[Any] = _alive
-
-    @property
-    def _weight(self) -> SemiStructuredWeight:
-        weight: SemiStructuredWeight = self._product
-        return weight
+    # x W' for the 2:4 weight that `values` and `meta` belong to, in x's dtype.
+    operators, alive = define_product(
+        "semi_structured_linear",
+        "Tensor values, Tensor? meta, int out_features, int in_features",
+        shape=lambda *weight: weight[2:],
+        check=_refuse,
+        product=lambda x, weight: weight(x),
+        transposed=lambda x, weight: x @ weight.dense().to(x.dtype),
+    )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self._weight.dense(),)
+        return _again, (self.product.dense(),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SemiStructuredKernel:
-        return SemiStructuredKernel(copy.deepcopy(self._weight, memo))
+        return SemiStructuredKernel(copy.deepcopy(self.product, memo))
 
     @classmethod
-    def consider(cls, stored: Stored) -> Considered:
-        reason = obstacle(stored)
-        if reason is not None:
-            return Considered(Verdict(cls.name, False, reason))
+    def take(cls, stored: Stored) -> Considered:
         dense = stored.dense(stored.dtype)
         try:
             weight = SemiStructuredWeight.of(dense)
             weight(dense[:1])
         except RuntimeError as error:  # cuSPARSELt knows its GPUs, and no other way to ask for them
             refused = f"torch refuses: {str(error).strip().splitlines()[0]}"
-            return Considered(Verdict(cls.name, False, refused))
+            return cls.refuse(refused)
         ways = {_WAY: _multiply}
         speedups = timing.over_dense(dense, weight, ways, CLASSES, f"2:4 {_backend().BACKEND}")
         found = fastest(speedups, CLASSES)
         speedup = found[0].speedup
         if any((found[i].speedup or 1) < 1 for i in (0, -1)):
-            return Considered(Verdict(cls.name, False, in_words(found), speedup))
+            return cls.refuse(in_words(found), speedup)
         reason = f"{_backend().BACKEND}, {in_words(found)}"
         return Considered(Verdict(cls.name, True, reason, speedup, found), cls(weight))
 
+    @staticmethod
+    def obstacle(stored: Stored) -> str | None:
+        fmt = stored.format
+        if not isinstance(fmt, NMPacked) or (fmt.n, fmt.m) != (2, 4):
+            return "takes weights stored as 2:4"
+        if stored.dtype not in HALVES or stored.values_dtype != stored.dtype:
+            return (
+                f"takes fp16 and bf16, this is {stored.values_dtype} in a layer of {stored.dtype}"
+            )
+        if stored.device.type != "cuda" or torch.version.cuda is None:
+            return f"runs on NVIDIA GPUs, the weight is on {stored.device}"
+        capability, backend = torch.cuda.get_device_capability(stored.device), _backend()
+        if capability < OLDEST:
+            return f"{torch.cuda.get_device_name(stored.device)} has no sparse matrix units"
+        if backend is SparseSemiStructuredTensorCUTLASS and capability[0] != OLDEST[0]:
+            return f"this torch has no cuSPARSELt, and its CUTLASS takes no {capability[0]}.x GPUs"
+        return misfit(stored.shape, stored.dtype, backend)
+
     def tensors(self) -> dict[str, Tensor]:
-        return self._weight.tensors()
+        return self.product.tensors()
 
     def operands(self) -> tuple[Any, ...]:
-        weight = self._weight
+        weight = self.product
         return weight.values, weight.meta, *weight.shape
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        return self._weight.dense().to(dtype)
+        return self.product.dense().to(dtype)
 
     def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
         return fmt.pack(self.weight(dtype))
@@ -187,23 +191,6 @@ class SemiStructuredKernel(PackedKernel):
 
 def _multiply(x: Tensor, weight: SemiStructuredWeight) -> Tensor:
     return weight(x)
-
-
-def obstacle(stored: Stored) -> str | None:
-    """Why a stored weight can't be multiplied in this form here; None if it can."""
-    fmt = stored.format
-    if not isinstance(fmt, NMPacked) or (fmt.n, fmt.m) != (2, 4):
-        return "takes weights stored as 2:4"
-    if stored.dtype not in HALVES or stored.values_dtype != stored.dtype:
-        return f"takes fp16 and bf16, this is {stored.values_dtype} in a layer of {stored.dtype}"
-    if stored.device.type != "cuda" or torch.version.cuda is None:
-        return f"runs on NVIDIA GPUs, the weight is on {stored.device}"
-    capability, backend = torch.cuda.get_device_capability(stored.device), _backend()
-    if capability < OLDEST:
-        return f"{torch.cuda.get_device_name(stored.device)} has no sparse matrix units"
-    if backend is SparseSemiStructuredTensorCUTLASS and capability[0] != OLDEST[0]:
-        return f"this torch has no cuSPARSELt, and its CUTLASS takes no {capability[0]}.x GPUs"
-    return misfit(stored.shape, stored.dtype, backend)
 
 
 def misfit(

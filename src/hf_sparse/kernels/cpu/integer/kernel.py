@@ -13,7 +13,7 @@ from ....formats import Format, Quantized
 from ....formats.base import Packed
 from ...base import Considered, Stored, Verdict
 from ...codes import more_than_8_bits
-from ...operator import AliveWeights, PackedKernel, define_product
+from ...operator import PackedKernel, define_product
 from .. import library
 from .product import IntegerProduct
 from .weight import OCTET, IntegerWeight, pack
@@ -31,40 +31,27 @@ def _check(*operands: Any) -> IntegerProduct:
     return IntegerProduct(weight)
 
 
-_alive = AliveWeights(_check)
-
-# x W' with x rounded to int8, in x's dtype, for a weight in the octet layout. Its gradient is that
-# of the product with x as it is: x W, unrounded.
-integer_linear_op, integer_linear_grad = define_product(
-    "integer_linear",
-    _OPERANDS,
-    shape=lambda *weight: weight[4:6],
-    find=_alive.find,
-    product=lambda x, product: product(x),
-    transposed=lambda x, product: x @ product.weight.dense(x.dtype),
-)
-
-
-class IntegerKernel(PackedKernel):
+class IntegerKernel(PackedKernel[IntegerProduct]):
     """Products on the CPU of codes of up to 8 bits and activations that may be rounded to int8."""
 
     name: ClassVar[str] = "integer"
-    operators: ClassVar[Any] = (integer_linear_op, integer_linear_grad)
-    alive: ClassVar[Any] = _alive
-
-    @property
-    def _weight(self) -> IntegerWeight:
-        weight: IntegerWeight = self._product.weight
-        return weight
+    # x W' with x rounded to int8, in x's dtype, for a weight in the octet layout. Its gradient is
+    # that of the product with x as it is: x W, unrounded.
+    operators, alive = define_product(
+        "integer_linear",
+        _OPERANDS,
+        shape=lambda *weight: weight[4:6],
+        check=_check,
+        product=lambda x, product: product(x),
+        transposed=lambda x, product: x @ product.weight.dense(x.dtype),
+    )
 
     @classmethod
-    def consider(cls, stored: Stored) -> Considered:
-        if (reason := _obstacle(stored)) is not None:
-            return Considered(Verdict(cls.name, False, reason))
+    def take(cls, stored: Stored) -> Considered:
         assert isinstance(stored.format, Quantized)
         quantized = stored.format.quantized(stored.tensors, stored.shape)
         if (reason := more_than_8_bits(quantized.codes)) is not None:
-            return Considered(Verdict(cls.name, False, reason))
+            return cls.refuse(reason)
         scales = quantized.scales
         width = scales.grid.width(stored.shape[1])
         weight = pack(quantized.codes.to(torch.int8), scales.scale, width)
@@ -72,49 +59,50 @@ class IntegerKernel(PackedKernel):
         kernel = cls(IntegerProduct(weight), stored.tensors.get("weight_zeros"))
         return Considered(Verdict(cls.name, True, reason), kernel)
 
+    @staticmethod
+    def obstacle(stored: Stored) -> str | None:
+        if stored.activations != "int8":
+            return 'rounds activations, which activations="int8" allows'
+        if stored.form == "dense":
+            return "a dense weight is preferred"
+        if stored.device.type != "cpu":
+            return f"runs on CPUs, the weight is on {stored.device}"
+        if (grid := stored.format.grid) is None:
+            return f"takes codes of up to 8 bits, these are values in {stored.values_dtype}"
+        size = grid.width(stored.shape[1])
+        if size < stored.shape[1] and size % OCTET:
+            return f"takes groups of a multiple of {OCTET} columns, these have {size}"
+        if stored.dtype not in library.FLOATS:
+            return f"has no kernel for inputs in {stored.dtype}"
+        if max(stored.shape) > library.MAX_DIM:
+            return f"takes at most {library.MAX_DIM} rows and columns"
+        if not library.available():
+            return library.unavailable_reason()
+        if library.integer_path() == library.PLAIN_PATH:
+            return "has no instructions for products of bytes that it knows on this CPU"
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
-        tensors = {f"integer_{name}": tensor for name, tensor in self._weight.tensors.items()}
+        tensors = {
+            f"integer_{name}": tensor for name, tensor in self.product.weight.tensors.items()
+        }
         return tensors if self._zeros is None else {**tensors, "integer_zeros": self._zeros}
 
     def operands(self) -> tuple[Any, ...]:
-        weight = self._weight
+        weight = self.product.weight
         numbers = weight.group_size, weight.bits, weight.kept
         return *weight.tensors.values(), *weight.shape, *numbers
 
     def _straight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = self._product(x, bias)  # the bias too is added in fp32
+        y: Tensor = self.product(x, bias)  # the bias too is added in fp32
         return y
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        return self._weight.dense(dtype)
+        return self.product.weight.dense(dtype)
 
     def packed(self, fmt: Format, dtype: torch.dtype) -> Packed:
         if fmt.grid is None:
             return fmt.pack(self.weight(dtype))
         zero = None if self._zeros is None else self._zeros.to(torch.int16)
-        scales = Scales(fmt.grid, self._weight.rows_scales.float(), zero)
-        return fmt.pack(QuantizedWeight(self._weight.codes().to(torch.int16), scales))
-
-
-def _obstacle(stored: Stored) -> str | None:
-    """Why a weight is none of the kernel's, as far as its codes needn't be read."""
-    if stored.activations != "int8":
-        return 'rounds activations, which activations="int8" allows'
-    if stored.form == "dense":
-        return "a dense weight is preferred"
-    if stored.device.type != "cpu":
-        return f"runs on CPUs, the weight is on {stored.device}"
-    if (grid := stored.format.grid) is None:
-        return f"takes codes of up to 8 bits, these are values in {stored.values_dtype}"
-    size = grid.width(stored.shape[1])
-    if size < stored.shape[1] and size % OCTET:
-        return f"takes groups of a multiple of {OCTET} columns, these have {size}"
-    if stored.dtype not in library.FLOATS:
-        return f"has no kernel for inputs in {stored.dtype}"
-    if max(stored.shape) > library.MAX_DIM:
-        return f"takes at most {library.MAX_DIM} rows and columns"
-    if not library.available():
-        return library.unavailable_reason()
-    if library.integer_path() == library.PLAIN_PATH:
-        return "has no instructions for products of bytes that it knows on this CPU"
-    return None
+        scales = Scales(fmt.grid, self.product.weight.rows_scales.float(), zero)
+        return fmt.pack(QuantizedWeight(self.product.weight.codes().to(torch.int16), scales))

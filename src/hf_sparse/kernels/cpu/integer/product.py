@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ...operator import check_input
 from .. import library
-from ..rows import as_rows
+from ..rows import multiply
 from .weight import IntegerWeight
 
 
@@ -27,30 +26,7 @@ def integer_linear(
     x may be fp32, bf16 or fp16; rows of x may lie apart. `path` names the instruction set, by
     default the best one. The result doesn't depend on the number of threads.
     """
-    n, k = weight.shape
-    x = library.checked(x, "x", library.FLOATS)
-    rows, stride = as_rows(x, k)
-    if bias is not None:
-        bias = library.checked(bias, "bias", library.FLOATS)
-        library.check_shape(bias, "bias", (n,))
-    y = x.new_empty(*x.shape[:-1], n)
-    dtype = library.NUMBERS[x.dtype]
-    code = library.library().integer_linear(
-        weight.address,
-        library.path_number(path),
-        rows.data_ptr(),
-        dtype,
-        math.prod(x.shape[:-1]),
-        stride,
-        bias.data_ptr() if bias is not None else None,
-        library.NUMBERS[bias.dtype] if bias is not None else 0,
-        y.data_ptr(),
-        dtype,
-        n,
-        library.thread_pool(),
-    )
-    library.raise_on(code, f"linear of x {tuple(x.shape)} and an integer weight of {n} x {k}")
-    return y
+    return multiply(library.library().integer_linear, x, weight, bias, path)
 
 
 @dataclass(frozen=True, eq=False)
