@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ from .residence import FinishedBlock, Residence
 from .sparsity_per_layer import allocate, exactly
 
 NO_GRADIENT = "no gradient of the sampled batches reached it: refitted by its inputs alone"
+# What was seen of the layers of a stage, by name; None without data.
+Stage: TypeAlias = dict[str, Observed] | dict[str, None]
 NO_TOKEN = "no calibration token reached it"
 
 
@@ -145,9 +148,7 @@ class BlockSolver:
                 has = f", the data have {', '.join(sorted(given))}"
                 self.unreached[name] = f"{NO_TOKEN}: {missing}{has}" if missing else NO_TOKEN
 
-    def _walk(
-        self, blocks: Sequence[Block]
-    ) -> Generator[tuple[Block, Iterable[Mapping[str, Observed | None]]]]:
+    def _walk(self, blocks: Sequence[Block]) -> Generator[tuple[Block, Iterable[Stage]]]:
         """Each block with its layers' statistics by name, which are None without data, by stage."""
         if self._measurements.data is None:
             finished = self._residence.finished
@@ -187,9 +188,7 @@ class BlockSolver:
             for name, weight in weights.items():
                 modules[name].weight.data = weight  # type: ignore[union-attr,assignment]
 
-    def _solve_stage(
-        self, found: dict[str, Observed | None], plans: Mapping[str, LayerPlan]
-    ) -> Iterator[LayerReport]:
+    def _solve_stage(self, found: Stage, plans: Mapping[str, LayerPlan]) -> Iterator[LayerReport]:
         """Solve a stage's layers and write the pruned weights into them, still dense."""
         names = list(found)
         if self._processes.size == 1:
