@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.native import ABI_VERSION
 from .. import timing
 from ..machine import processor
 from ..timing import Measured, compare
@@ -93,7 +94,7 @@ class Kind:
 
 def machine() -> str:
     """The processor with its native path."""
-    return f"{processor()}, {list(library.paths())[-1]} {library.ABI_VERSION}"
+    return f"{processor()}, {list(library.paths())[-1]} {ABI_VERSION}"
 
 
 def estimate(weight: NativeWeight, dtype: torch.dtype) -> dict[str, Measured]:
