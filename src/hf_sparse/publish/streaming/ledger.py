@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import closing, suppress
@@ -45,6 +46,9 @@ from .source import file_digest
 
 # How the names of folders begin in which activations wait.
 WAITING = "waiting-"
+# What a run calls its files and folders: no others are removed.
+_FILES = re.compile(r"\.?\d{5}\.safetensors(-[0-9a-f]{16})?|.+@\d+( dense)?\.safetensors")
+_WAITING = re.compile(rf"{WAITING}[a-z0-9_]{{8}}")
 
 
 class Ledger:
@@ -77,9 +81,17 @@ class Ledger:
     def _take(self) -> None:
         """Make the folder this run's."""
         folder = self._folder
+        parts = folder / BLOCKS, folder / OUTPUTS
         try:
-            for path in (folder, folder / BLOCKS, folder / OUTPUTS):
-                path.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in parts:
+                if path.is_symlink():
+                    raise SaveError(f"{str(path)!r} is a link, a run makes a folder: remove it")
+                if path.is_dir() and any(path.iterdir()) and not (folder / MANIFEST).is_file():
+                    raise SaveError(
+                        f"{str(path)!r} holds files that are not a run's: pass another folder"
+                    )
+                path.mkdir(exist_ok=True)
         except OSError as error:
             raise SaveError(f"can't keep a run in {str(folder)!r}: {error}") from error
         if os.name == "posix":
@@ -108,9 +120,11 @@ class Ledger:
         if found is not None:
             check_same(found.run, self._run, self._folder)
             check_files(found, self._folder)
-        manifest = found or Manifest(VERSION, self._run)
-        self._remove_all_but({entry.file for entry in manifest.blocks} | set(manifest.outputs))
-        return manifest
+        self._manifest = found or Manifest(VERSION, self._run)
+        named = {entry.file for entry in self._manifest.blocks} | set(self._manifest.outputs)
+        self._remove_all_but(named)
+        self._write_manifest()
+        return self._manifest
 
     def activations(self, waiting: Path | None) -> Activations:
         """Where passes wait, and what was kept of them."""
@@ -179,8 +193,9 @@ class Ledger:
             ) from error
 
     def _remove_waiting(self) -> None:
-        for path in self._folder.glob(f"{WAITING}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self._folder.iterdir():
+            if _WAITING.fullmatch(path.name) and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         """Let other runs use the folder."""
@@ -204,7 +219,7 @@ class Ledger:
         """Remove what runs have left in the folder, half written or waiting, but for some files."""
         for part in (BLOCKS, OUTPUTS):
             for path in (self._folder / part).iterdir():
-                if ".safetensors" in path.name and path.name not in named:
+                if _FILES.fullmatch(path.name) and path.name not in named:
                     path.unlink()
         for path in self._folder.glob(f".{MANIFEST}-*"):
             path.unlink()

@@ -1,4 +1,4 @@
-"""The manifest of a run from disk to disk: what is pruned with what, and what is finished."""
+"""Which run a folder holds, and which blocks it has finished: what a run goes on from, checked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import safe_open
+
+from ...checkpoint.headers import read_layers
 from ...core.errors import CheckpointError, ConfigError
 from ...core.json_records import read_json, read_record
 from ...pruning.report import LayerReport
@@ -86,6 +89,8 @@ def check_files(found: Manifest, folder: Path) -> None:
     expected = {Path(BLOCKS, entry.file): entry.digest for entry in found.blocks}
     expected |= {Path(OUTPUTS, name): digest for name, digest in found.outputs.items()}
     for path, digest in expected.items():
+        if (folder / path).is_symlink() or not (folder / path).is_file():
+            raise CheckpointError(f"{folder / path}: it is missing, or no file of its own")
         try:
             same = file_digest(folder / path) == digest
         except OSError as error:
@@ -95,3 +100,17 @@ def check_files(found: Manifest, folder: Path) -> None:
                 f"{folder / path}: it is damaged: remove the run with "
                 f"hf_sparse.clear_checkpoint({str(folder)!r}) and begin anew"
             )
+    for entry in found.blocks:
+        _check_block(folder / BLOCKS / entry.file, entry)
+
+
+def _check_block(path: Path, entry: Entry) -> None:
+    """Raise a CheckpointError unless a file holds the block that its entry says."""
+    with safe_open(path, framework="pt") as file:
+        foreign = [key for key in file.keys() if not key.startswith(f"{entry.name}.")]  # noqa: SIM118
+    held, said = set(read_layers([path])), {layer.name for layer in entry.layers}
+    if foreign or held != said:
+        names = ", ".join([*foreign, *sorted(held ^ said)][:3])
+        raise CheckpointError(
+            f"{path}: it doesn't hold what the manifest says of {entry.name}: {names}"
+        )
