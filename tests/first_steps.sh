@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What the README and docs/index.md say, done by a newcomer in a fresh environment: each command and
 # block as it stands there, and what it has to print. `--here` takes the environment that is active.
+# `--pages` runs the blocks of every page, each beside only the packages that the page says to install.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -25,6 +26,20 @@ says() {
     grep -qF -- "$text" out || { echo "first_steps: no '$text' in:"; cat out; exit 1; }
   done
 }
+
+if [ "${1:-}" = --pages ]; then
+  installed=$(python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+  for page in "$root"/docs/*.md; do
+    [ "$(basename "$page")" != sharing.md ] || continue # needs a Hub
+    rm -rf "$work/page" && python3 -m venv "$work/page"
+    echo "$installed" >"$(echo "$work"/page/lib/python*/site-packages)/installed.pth"
+    packages=$(sed -nE "s/.*\`pip install '?([a-z][a-z -]*)'?\`.*/\1/p" "$page")
+    [ -z "$packages" ] || "$work/page/bin/pip" install -q -c "$root/constraints.txt" $packages
+    "$work/page/bin/python" "$root/tests/helpers/page_blocks.py" "$page" >out 2>&1 ||
+      { cat out; echo "first_steps: $page needs more than it says"; exit 1; }
+  done
+  exit
+fi
 
 started=$SECONDS
 hf-sparse --version >out

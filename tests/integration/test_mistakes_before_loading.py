@@ -62,3 +62,15 @@ def test_a_name_in_a_folder_that_is_here_is_no_hub_id(cli, dense, monkeypatch, c
     code, _, said = cli(command, dense, *output, *more)
     assert code == 1
     assert "there is no such file" in said
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_estimate_needs_no_output_and_a_run_does(cli, dense, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, printed, _ = cli("prune", dense, "--method", "magnitude", "--dry-run")
+    assert code == 0
+    assert "GB at the peak" in printed
+    assert list(tmp_path.iterdir()) == []
+    code, _, said = cli("prune", dense, "--method", "magnitude")
+    assert code == 2
+    assert "--output" in said

@@ -109,7 +109,7 @@ def compare(
     """
     seconds: dict[str, list[list[float]]] = {name: [] for name in candidates}
     started = CLOCK()
-    with torch.no_grad(), torch._C.DisableTorchFunction(), _one_thread():
+    with torch._C.DisableTorchFunction(), torch.no_grad(), _one_thread():
         for rounds in itertools.count():
             for name, (call, operands) in candidates.items():
                 seconds[name].append([_seconds(call, operand) for operand in operands])

@@ -23,7 +23,7 @@ from ..models import (
     read_dense_config,
 )
 from ..options import RENAMED_OPTIONS, ConfigFile, config_parameters, make_config
-from ..output import Output, Overwrite, check_output
+from ..output import Overwrite, check_output
 from ..sections import OUTPUT, STREAMING
 
 if TYPE_CHECKING:
@@ -50,7 +50,13 @@ class Pruned:
 def prune(
     model: Model,
     settings: Mapping[str, Any],
-    output: Output,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write the checkpoint to. All but --dry-run need it.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     config: ConfigFile = None,
     push_to_hub: Annotated[
@@ -123,8 +129,10 @@ def prune(
             "--max-memory, --checkpoint-dir and --dry-run are for runs from disk to disk, which "
             "take no --push-to-hub, --gguf-file or --device-map; `hf upload` pushes the result"
         )
-    if not dry_run:
+    if output is not None:
         check_output(output, overwrite, model)
+    elif not dry_run:
+        raise typer.BadParameter("missing: where is the result to go?", param_hint="'--output'")
     if push_to_hub:
         check_push(push_to_hub, create_pr)
     sparse_config = make_config(settings, config)
@@ -134,7 +142,7 @@ def prune(
 
     check_source(sparse_config.dataset)
 
-    if dry_run:
+    if output is None or dry_run:
         from hf_sparse import estimate
 
         return estimate(model, sparse_config, revision=revision, dtype=dtype)
@@ -154,6 +162,7 @@ def prune(
         own = {"tokenizer": processor} if sparse_config.tokenizer is None else {}
         prune_loaded(pruned, sparse_config.replaced(**own))
     parts = [part for part in (pruned, processor) if part is not None]
+    _only_the_first_goes_on()
     write_folder(
         output, lambda folder: [part.save_pretrained(folder) for part in parts], is_own_card
     )
@@ -185,7 +194,16 @@ def _from_disk_to_disk(
 
     typer.echo(estimate(model, config, revision=revision, dtype=dtype), err=True)
     report = prune_checkpoint(model, config, output, revision=revision, dtype=dtype, **options)
+    _only_the_first_goes_on()
     return Pruned(report, output, None)
+
+
+def _only_the_first_goes_on() -> None:
+    """Of processes that a launcher started: the others have done their part."""
+    from hf_sparse.core.processes import Processes
+
+    if not Processes.here().is_first:
+        raise typer.Exit
 
 
 def check_push(repository: str, create_pr: bool) -> None:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,47 +28,27 @@ from torch import Tensor
 
 from ...calibration.activations import Activations
 from ...checkpoint.staging import lock, new_file, sync
-from ...core.errors import CheckpointError, ConfigError, SaveError
-from ...core.json_records import read_json, read_record
-from ...pruning.report import LayerReport
+from ...core.errors import SaveError
+from ...core.processes import ALONE, Processes
 from ...pruning.residence import FinishedBlock
+from .manifest import (
+    BLOCKS,
+    MANIFEST,
+    OUTPUTS,
+    VERSION,
+    Entry,
+    Manifest,
+    check_files,
+    check_same,
+    read_manifest,
+)
 from .source import file_digest
 
-VERSION = 1
-MANIFEST = "manifest.json"
-BLOCKS, OUTPUTS = "blocks", "outputs"
 # How the names of folders begin in which activations wait.
 WAITING = "waiting-"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A finished block as the manifest has it: its file in `blocks`, and that file's SHA-256."""
-
-    name: str
-    file: str
-    digest: str
-    seconds: float
-    layers: tuple[LayerReport, ...]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Of a run.
-
-    Attributes:
-        version: of this format.
-        run: what the result depends on: names and values as text.
-        blocks: those that are finished, in order.
-        outputs: SHA-256 of the files in `outputs`, by their names.
-        standing: the digest of what each pass handed to the block after the last one.
-    """
-
-    version: int
-    run: Mapping[str, str]
-    blocks: tuple[Entry, ...] = ()
-    outputs: Mapping[str, str] = field(default_factory=dict)
-    standing: Mapping[str, str] = field(default_factory=dict)
+# What a run calls its files and folders: no others are removed.
+_FILES = re.compile(r"\.?\d{5}\.safetensors(-[0-9a-f]{16})?|.+@\d+( dense)?\.safetensors")
+_WAITING = re.compile(rf"{WAITING}[a-z0-9_]{{8}}")
 
 
 class Ledger:
@@ -76,21 +58,42 @@ class Ledger:
         folder: created if it isn't there.
         run: what the result depends on beside the config: names and values as text.
         resumable: keep what a later run needs to go on.
+        processes: each has a ledger of one folder, and the first writes it; all of them call all
+            that isn't a property.
 
     Raises:
         SaveError: the folder can't be used, or another run is at work in it.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, str], resumable: bool) -> None:
-        self._folder, self._resumable = folder, resumable
+    def __init__(
+        self,
+        folder: Path,
+        run: Mapping[str, str],
+        resumable: bool,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._folder, self._resumable, self._processes = folder, resumable, processes
         self._run = dict(run)
         self._manifest = Manifest(VERSION, self._run)
+        self._held: int | None = None
+        processes.from_first(self._take)
+
+    def _take(self) -> None:
+        """Make the folder this run's."""
+        folder = self._folder
+        parts = folder / BLOCKS, folder / OUTPUTS
         try:
-            for path in (folder, folder / BLOCKS, folder / OUTPUTS):
-                path.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in parts:
+                if path.is_symlink():
+                    raise SaveError(f"{str(path)!r} is a link, a run makes a folder: remove it")
+                if path.is_dir() and any(path.iterdir()) and not (folder / MANIFEST).is_file():
+                    raise SaveError(
+                        f"{str(path)!r} holds files that are not a run's: pass another folder"
+                    )
+                path.mkdir(exist_ok=True)
         except OSError as error:
             raise SaveError(f"can't keep a run in {str(folder)!r}: {error}") from error
-        self._held: int | None = None
         if os.name == "posix":
             self._held = lock(folder)
             if self._held is None:
@@ -108,19 +111,27 @@ class Ledger:
             CheckpointError: a file is damaged or missing.
         """
         self._run |= {f"config: {k}": json.dumps(v) for k, v in settings.items()}
+        self._manifest = self._processes.from_first(self._found)
+        return {e.name: FinishedBlock(e.layers, e.seconds) for e in self._manifest.blocks}
+
+    def _found(self) -> Manifest:
+        """What a run before has left, or one that begins."""
         found = read_manifest(self._folder)
         if found is not None:
-            _check_same(found.run, self._run, self._folder)
-            _check_files(found, self._folder)
+            check_same(found.run, self._run, self._folder)
+            check_files(found, self._folder)
         self._manifest = found or Manifest(VERSION, self._run)
         named = {entry.file for entry in self._manifest.blocks} | set(self._manifest.outputs)
         self._remove_all_but(named)
-        return {e.name: FinishedBlock(e.layers, e.seconds) for e in self._manifest.blocks}
+        self._write_manifest()
+        return self._manifest
 
     def activations(self, waiting: Path | None) -> Activations:
         """Where passes wait, and what was kept of them."""
         kept = self._folder / OUTPUTS if self._resumable else None
-        self._activations = Activations(waiting, kept, self._stand_ins(), self._manifest.standing)
+        self._activations = Activations(
+            waiting, kept, self._stand_ins(), self._manifest.standing, self._processes
+        )
         return self._activations
 
     @property
@@ -140,6 +151,20 @@ class Ledger:
         Raises:
             SaveError: there is no room, or the like; the blocks before are as they were.
         """
+        # Behind this all have written their own passes' outputs.
+        told = self._processes.gather(self._activations.standing)
+        standing = {name: digest for theirs in told for name, digest in theirs.items()}
+        write = partial(self._write, name, tensors, metadata, done, standing)
+        self._manifest = self._processes.from_first(write)
+
+    def _write(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        done: FinishedBlock,
+        standing: Mapping[str, str],
+    ) -> Manifest:
         place = self._folder / BLOCKS / f"{len(self._manifest.blocks):05}.safetensors"
         try:
             written = new_file(place)
@@ -155,11 +180,11 @@ class Ledger:
             self._manifest = Manifest(VERSION, self._run, blocks)
             needed = {path.name for path in self._activations.needed(self._stand_ins())}
             outputs = {name: digest for name, digest in kept.items() if name in needed}
-            standing = self._activations.standing
-            self._manifest = Manifest(VERSION, self._run, blocks, outputs, dict(standing))
+            self._manifest = Manifest(VERSION, self._run, blocks, outputs, standing)
             self._write_manifest()
-            for name in kept.keys() - needed:
-                (self._folder / OUTPUTS / name).unlink()
+            for file in kept.keys() - needed:
+                (self._folder / OUTPUTS / file).unlink()
+            return self._manifest
         except (OSError, SafetensorError) as error:
             again = "run it again to go on from there" if self._resumable else "nothing is kept"
             raise SaveError(
@@ -168,8 +193,9 @@ class Ledger:
             ) from error
 
     def _remove_waiting(self) -> None:
-        for path in self._folder.glob(f"{WAITING}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self._folder.iterdir():
+            if _WAITING.fullmatch(path.name) and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         """Let other runs use the folder."""
@@ -179,6 +205,9 @@ class Ledger:
 
     def clear(self) -> None:
         """Remove the run; the folder too, if nothing else is in it."""
+        self._processes.from_first(self._clear)
+
+    def _clear(self) -> None:
         (self._folder / MANIFEST).unlink(missing_ok=True)
         self._remove_all_but(())
         self._remove_waiting()
@@ -190,7 +219,7 @@ class Ledger:
         """Remove what runs have left in the folder, half written or waiting, but for some files."""
         for part in (BLOCKS, OUTPUTS):
             for path in (self._folder / part).iterdir():
-                if ".safetensors" in path.name and path.name not in named:
+                if _FILES.fullmatch(path.name) and path.name not in named:
                     path.unlink()
         for path in self._folder.glob(f".{MANIFEST}-*"):
             path.unlink()
@@ -228,57 +257,6 @@ def clear_checkpoint(checkpoint_dir: str | os.PathLike[str]) -> None:
         return
     with closing(Ledger(folder, {}, resumable=False)) as ledger:
         ledger.clear()
-
-
-def read_manifest(folder: Path) -> Manifest | None:
-    """A folder's manifest; None if it has none.
-
-    Raises:
-        CheckpointError: it is damaged, or of another version.
-    """
-    path = folder / MANIFEST
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        return None
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise CheckpointError(f"{path}: it is not of version {VERSION}, which this hf_sparse reads")
-    found: Manifest = read_record(Manifest, content, str(path))
-    for name in [entry.file for entry in found.blocks] + list(found.outputs):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: it names {name!r}, which is no file of a run")
-    return found
-
-
-def _check_same(before: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
-    """Raise a ConfigError that says what has changed since a run began."""
-    other = [key for key in (*now, *before) if before.get(key) != now.get(key)]
-    if other:
-        changes = "; ".join(
-            f"{key} was {before.get(key, 'not given'):.80}, is {now.get(key, 'not given'):.80}"
-            for key in dict.fromkeys(other)
-        )
-        raise ConfigError(
-            f"the run in {str(folder)!r} can't go on, since its result would be neither's: "
-            f"{changes}. Pass what it began with, another checkpoint_dir, or remove it with "
-            f"hf_sparse.clear_checkpoint({str(folder)!r})"
-        )
-
-
-def _check_files(found: Manifest, folder: Path) -> None:
-    """Raise a CheckpointError unless all that a manifest names is there and intact."""
-    expected = {Path(BLOCKS, entry.file): entry.digest for entry in found.blocks}
-    expected |= {Path(OUTPUTS, name): digest for name, digest in found.outputs.items()}
-    for path, digest in expected.items():
-        try:
-            same = file_digest(folder / path) == digest
-        except OSError as error:
-            raise CheckpointError(f"{folder / path}: it can't be read: {error}") from None
-        if not same:
-            raise CheckpointError(
-                f"{folder / path}: it is damaged: remove the run with "
-                f"hf_sparse.clear_checkpoint({str(folder)!r}) and begin anew"
-            )
 
 
 def _list_of(name: str) -> str:
