@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
+from hf_sparse.calibration import batches
 from hf_sparse.calibration.batches import CalibrationData, make_batches
 from hf_sparse.core.errors import CalibrationError
 
@@ -403,12 +404,32 @@ def test_a_hub_name_without_the_package_datasets_says_what_to_install(monkeypatc
         make("someone/texts", Decoder())
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
-def test_a_table_without_the_package_datasets_says_what_to_install(monkeypatch, tmp_path, name):
-    (tmp_path / name).touch()
+def test_a_parquet_file_without_the_package_datasets_says_what_to_install(monkeypatch, tmp_path):
+    (tmp_path / "a.parquet").touch()
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CalibrationError, match=rf"{name} needs .* pip install datasets"):
-        make(tmp_path / name)
+    with pytest.raises(CalibrationError, match=r"a\.parquet needs .* pip install datasets"):
+        make(tmp_path / "a.parquet")
+
+
+def test_many_blank_items_at_the_beginning_end_the_search(monkeypatch):
+    monkeypatch.setattr(batches, "MOST_BLANK", 3)
+    with pytest.raises(CalibrationError, match="its first 3 items are blank"):
+        make(iter(["", " ", "", "5 6"]), Decoder())
+
+
+def test_a_text_is_not_read_further_than_its_tokens_are_needed():
+    read = []
+
+    class Watched(Decoder):
+        def __call__(self, text, **settings):
+            read.append(len(text))
+            return super().__call__(text, **settings)
+
+    long = " ".join(str(3 + i % 50) for i in range(100_000))
+    found = make([long], Watched(), num_samples=2, seq_len=8)
+    short = make([long[:2000]], Decoder(), num_samples=2, seq_len=8)
+    assert found.record.digest == short.record.digest
+    assert max(read) <= 1024
 
 
 # --- which samples, and in which order ------------------------------------------------------

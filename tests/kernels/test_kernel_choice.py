@@ -13,8 +13,7 @@ from hf_sparse.core.patterns import NM, Unstructured
 from hf_sparse.formats import Bitmask, choose_format
 from hf_sparse.formats.n_of_m import NMPacked
 from hf_sparse.kernels import Stored, choose
-from hf_sparse.kernels.cpu import kernel as cpu_kernel
-from hf_sparse.kernels.cpu import library, product, speed
+from hf_sparse.kernels.cpu import library, native_kernel, product, speed
 from hf_sparse.kernels.cpu.kernel import TileKernel
 from hf_sparse.kernels.cpu.pack import narrow, pack_dense
 from hf_sparse.kernels.cpu.product import Product
@@ -45,9 +44,9 @@ def kernel_of(weight, fmt=None):
 @pytest.fixture
 def without_binary(monkeypatch):
     monkeypatch.setattr(library, "_load", lambda: "no _tiles library in /somewhere")
-    cpu_kernel._warn_once.cache_clear()
+    native_kernel._warn_once.cache_clear()
     yield
-    cpu_kernel._warn_once.cache_clear()
+    native_kernel._warn_once.cache_clear()
 
 
 @pytest.mark.parametrize("fmt", [Bitmask(), NMPacked(2, 4)], ids=["bitmask", "n:m"])

@@ -74,6 +74,21 @@ def test_a_little_slower_is_worth_the_memory(tiny, times, speedup, kernel):
     assert set(kernels(tiny).values()) == {kernel}
 
 
+def test_layers_that_round_their_inputs_are_candidates_with_cost_and_speed(tiny, times):
+    times["other"] = 2.0
+    pruned(tiny, bits=8, activations="int8")
+    assert set(kernels(tiny).values()) == {"integer"}
+    explanation = hf_sparse.explain(tiny)
+    assert {layer.speedup for layer in explanation.layers} == {2.0}
+    assert all("for 1 packed 2.00" in layer.why for layer in explanation.layers)
+    times["other"] = 0.5
+    hf_sparse.round_activations(tiny, None)
+    hf_sparse.round_activations(tiny, "int8")
+    assert set(kernels(tiny).values()) == {"dense"}
+    hf_sparse.prefer(tiny, "memory")
+    assert set(kernels(tiny).values()) == {"integer"}
+
+
 def test_a_loaded_model_can_be_changed_and_computes_the_same(tiny, times):
     times["other"] = 0.5
     pruned(tiny)

@@ -36,6 +36,9 @@ from .token_masks import token_mask
 
 Batch = dict[str, Tensor]
 
+# Items with nothing in them that are looked through for the first that tells what the data are.
+MOST_BLANK = 100_000
+
 
 @dataclass(frozen=True)
 class CalibrationData:
@@ -120,6 +123,8 @@ def _look(items: Iterator[Item], source: str) -> tuple[Kind, Item, Iterator[Item
         seen.append(item)
         if item.kind is not Kind.BLANK:
             return item.kind, item, itertools.chain(seen, items)
+        if len(seen) == MOST_BLANK:
+            raise CalibrationError(f"dataset {source}: its first {MOST_BLANK:,} items are blank")
     if seen:
         raise CalibrationError(f"dataset {source} has no text in it: all items are blank")
     raise CalibrationError(f"dataset {source} is empty: pass at least one text or sequence")

@@ -91,7 +91,8 @@ def _truncated(
 ) -> list[Tensor]:
     samples, cut = [], 0
     for index, text in itertools.islice(texts, num_samples):
-        ids = _ids(tokenizer, index, text, truncation=True, max_length=seq_len)
+        settings = {"truncation": True, "max_length": seq_len}
+        ids = _first_ids(tokenizer, index, text, seq_len, **settings)
         samples.append(torch.tensor(ids))
         cut += len(ids) == seq_len
     if cut and len(samples) < num_samples:
@@ -112,7 +113,8 @@ def _packed(
     opening = [token for token in specials if token is not None][:1]
     stream: list[int] = []
     for index, text in texts:
-        stream += opening + _ids(tokenizer, index, text, add_special_tokens=False)
+        missing = num_samples * seq_len - len(stream)
+        stream += opening + _first_ids(tokenizer, index, text, missing, add_special_tokens=False)
         if len(stream) >= num_samples * seq_len:
             break
     return list(_cut(stream, seq_len, source)[:num_samples])
@@ -151,6 +153,19 @@ def _frames_each_text(tokenizer: Any, index: int, text: str) -> bool:
     ids, own = _ids(tokenizer, index, text), _ids(tokenizer, index, text, add_special_tokens=False)
     closed = not own or ids[-len(own) :] != own
     return bool(ids) and closed and ids[-1] in tokenizer.all_special_ids
+
+
+def _first_ids(tokenizer: Any, index: int, text: str, count: int, **settings: Any) -> list[int]:
+    """At least the first `count` token ids of a text, or all.
+
+    A text that is much longer isn't read to its end: its tokens take a hundred times its room.
+    """
+    length = CHARACTERS_PER_TOKEN * max(count, 64)
+    if length < len(text):
+        ids = _ids(tokenizer, index, text[:length], **settings)
+        if len(ids) >= count:
+            return ids
+    return _ids(tokenizer, index, text, **settings)
 
 
 def _ids(tokenizer: Any, index: int, text: str, **settings: Any) -> list[int]:

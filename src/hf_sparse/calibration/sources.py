@@ -12,6 +12,7 @@ import torch
 from ..core.errors import CalibrationError
 from .files import FILE_TYPES, file_type, read_file, root_cause
 from .items import Item, Kind, kind_of
+from .parquet_rows import ParquetRows
 
 # The names that the field's papers use, and where these data live on the Hub.
 HUB_NAMES = {
@@ -143,6 +144,8 @@ def _drawn(items: Any, seed: int | None, limit: int | None) -> Iterator[Item]:
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
         places = order if limit is None else order[:limit].sort().values
         places = map(int, places.numpy())
+    if isinstance(items, ParquetRows):
+        return (Item(i, row) for i, row in items.each(places))
     return (Item(i, items[i]) for i in places)
 
 

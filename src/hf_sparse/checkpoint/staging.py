@@ -6,6 +6,7 @@ mount point or a link, and needs no right to write anywhere else.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -22,6 +23,7 @@ if sys.platform != "win32":
     import fcntl
 
 _PREFIX = ".hf_sparse-save-"
+_ATTEMPTS = 20
 _NAME = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")
 
 
@@ -34,12 +36,8 @@ def staging_folder(target: Path) -> Iterator[Path]:
     weights; so is `target`, if it was created and stayed empty.
     """
     missing = [path for path in (target, *target.parents) if not path.exists()]
-    target.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(target):
-            _remove_dead(target)
-            hidden = Path(tempfile.mkdtemp(dir=target, prefix=_PREFIX))
-            held = lock(hidden)
+        hidden, held = _hidden_folder(target)
         try:
             staging = hidden / "files"
             staging.mkdir()
@@ -53,8 +51,32 @@ def staging_folder(target: Path) -> Iterator[Path]:
                 _remove_dead(target)
     finally:
         for path in missing:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+            _remove_empty(path)
+
+
+def _hidden_folder(target: Path) -> tuple[Path, int | None]:
+    """A new hidden folder in the target, which is created, and its lock."""
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            with locked(target):
+                _remove_dead(target)
+                hidden = Path(tempfile.mkdtemp(dir=target, prefix=_PREFIX))
+                return hidden, lock(hidden)
+        except (FileNotFoundError, FileExistsError):
+            # Another process, which saves nothing, has removed the folder that it had created.
+            if not left:
+                raise
+    raise AssertionError
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        with locked(folder):  # nobody is about to write there
+            if not any(folder.iterdir()):
+                folder.rmdir()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # another process has
 
 
 @contextmanager
@@ -101,7 +123,11 @@ def sync(path: Path) -> None:
 
 
 def lock(folder: Path, wait: bool = False) -> int | None:
-    """Hold a folder until what is returned is closed; None if it is held, or can't be."""
+    """Hold a folder until what is returned is closed; None if it is held, or can't be.
+
+    Raises:
+        FileNotFoundError: it isn't there, or was removed while it was waited for.
+    """
     if sys.platform == "win32":
         return None
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -110,6 +136,13 @@ def lock(folder: Path, wait: bool = False) -> int | None:
     except OSError:
         os.close(opened)
         return None
+    try:
+        here = os.path.samestat(os.fstat(opened), os.stat(folder))
+    except FileNotFoundError:
+        here = False
+    if not here:
+        os.close(opened)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     return opened
 
 

@@ -214,7 +214,7 @@ class LayerArguments:
     )
     activations: Argument[str | None, str | None] = Argument(
         None,
-        'What CPUs may round the inputs of layers with `bits` to: "int8", in blocks of 128 inputs '
+        'What CPUs may round the inputs of layers with `bits` to: "int8", in blocks of 32 inputs '
         "or a group, which makes their products much faster and changes them by up to half a step "
         "of max |x| / 127. Pruning and saved weights are the same without. `from_pretrained` takes "
         "it for a sparse checkpoint, too, and `hf_sparse.round_activations` changes it later.",

@@ -24,8 +24,6 @@ from hf_sparse.core.logging import get_logger, progress_bar
 from hf_sparse.core.patterns import parse_pattern
 from hf_sparse.formats.bitmask import Bitmask
 from hf_sparse.kernels.cpu import library
-from hf_sparse.kernels.cpu.decode import decode
-from hf_sparse.kernels.cpu.integer.product import integer_linear
 from hf_sparse.kernels.cpu.integer.weight import IntegerWeight
 from hf_sparse.kernels.cpu.integer.weight import pack as pack_integers
 from hf_sparse.kernels.cpu.pack import narrow, pack_dense, unpack
@@ -172,7 +170,7 @@ def _make(
         packed = _quantised(weight, dtype, settings.group_size or shape[1])
     else:
         packed = pack_dense(weight.to(dtype))
-    dense = decode(packed, torch.float32)
+    dense = packed.decode(torch.float32)
     if settings.activations and packed.scales is not None:
         rounded.append(_integers(packed))
     engine = torch.backends.quantized.engine  # of dynamic int8; not every build of torch has one
@@ -240,8 +238,8 @@ def _candidates(weights: _Weights, rows: int, path: str | None) -> dict[str, Cal
         behind = rounded[len(rounded) // 2 :] + rounded[: len(rounded) // 2]
         candidates |= {
             EXACT: candidates["sparse, fp32 x"],
-            "sparse, fp32 x": lambda i: integer_linear(x, rounded[i % len(rounded)], path=path),
-            "sparse, bf16 x": lambda i: integer_linear(half, behind[i % len(rounded)], path=path),
+            "sparse, fp32 x": lambda i: packed_linear(x, rounded[i % len(rounded)], path=path),
+            "sparse, bf16 x": lambda i: packed_linear(half, behind[i % len(rounded)], path=path),
         }
     return candidates if int8 else {k: v for k, v in candidates.items() if k != INT8}
 

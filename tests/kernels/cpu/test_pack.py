@@ -10,7 +10,6 @@ from tile_weights import FLOATS, PATHS, bitmask_of, many, quantised, sparse
 from torch import Tensor
 
 from hf_sparse.kernels.cpu import library
-from hf_sparse.kernels.cpu.decode import decode
 from hf_sparse.kernels.cpu.pack import narrow, pack, pack_dense, unpack
 from hf_sparse.kernels.cpu.weight import TileWeight
 
@@ -38,11 +37,11 @@ def test_packing_is_undone_by_unpacking_and_decoding(
     assert torch.equal(bitmask, again)
     assert torch.equal(values, values_again)
     for path in PATHS:
-        decoded = decode(weight, path=path)
-        assert torch.equal(decode(weight, path=path, transposed=True), decoded.T)
+        decoded = weight.decode(path=path)
+        assert torch.equal(weight.decode(path=path, transposed=True), decoded.T)
         assert torch.equal(decoded.float(), dense.float())
     begin, end = weight.masks.shape[0] // 3, weight.masks.shape[0]
-    rows = decode(weight, torch.float32, tiles=(begin, end))
+    rows = weight.decode(torch.float32, tiles=(begin, end))
     assert torch.equal(rows, dense[begin * 16 :].float())
 
 
@@ -74,7 +73,7 @@ def test_int4_takes_half_of_int8_and_holds_the_same(
         assert torch.equal(got, expected)
     dense = q.float() * scales.repeat_interleave(group or k, 1)[:, :k]
     for path in PATHS:
-        assert torch.equal(decode(weight, path=path), dense)
+        assert torch.equal(weight.decode(path=path), dense)
 
 
 @pytest.mark.parametrize("value", [8, -9, 127])
@@ -92,7 +91,7 @@ def test_explicit_zeros_among_the_values_are_kept(path: str) -> None:
     values[4] = 0
     weight = pack(bitmask, values, (3, 3))
     assert weight.count == 9
-    assert torch.equal(decode(weight, path=path), values.reshape(3, 3))
+    assert torch.equal(weight.decode(path=path), values.reshape(3, 3))
     assert torch.equal(unpack(weight)[1], values)
 
 

@@ -15,6 +15,7 @@ from tile_weights import FLOATS, PATHS, assert_close, many, quantised, sparse
 from torch import Tensor
 
 from hf_sparse.kernels.cpu import library
+from hf_sparse.kernels.cpu.integer.weight import pack as pack_integers
 from hf_sparse.kernels.cpu.pack import pack_dense
 from hf_sparse.kernels.cpu.product import Product, packed_linear
 
@@ -260,10 +261,15 @@ def test_wrong_arguments_are_named() -> None:
         packed_linear(torch.ones(2, 6), weight, path="sse")
 
 
-def test_a_prepared_product_of_one_token_is_that_of_what_it_is_given():
+@pytest.mark.parametrize("layout", ["tile", "integer"])
+def test_a_prepared_product_of_one_token_is_that_of_what_it_is_given(layout):
     torch.manual_seed(0)
-    dense = torch.randn(40, 36) * (torch.rand(40, 36) < 0.5)
-    product, bias = Product(pack_dense(dense)), torch.randn(40)
+    codes = torch.randint(-127, 128, (40, 36), dtype=torch.int8)
+    codes[torch.rand(40, 36) < 0.5] = 0
+    scales = torch.full((40, 1), 2.0**-7)
+    weight = (pack_integers if layout == "integer" else pack_dense)(codes, scales, 36)
+    dense, product, bias = codes * scales, Product(weight), torch.randn(40)
+    close = {"rtol": 0.01, "atol": 0.1 if layout == "integer" else 0.02}
     wide = torch.randn(2, 36, 2)
     inputs = [
         (torch.randn(1, 36), None),
@@ -282,10 +288,10 @@ def test_a_prepared_product_of_one_token_is_that_of_what_it_is_given():
             expected = F.linear(x.float(), dense, None if own is None else own.float())
             found = product(x, own)
             assert found.dtype == x.dtype
-            torch.testing.assert_close(found.float(), expected, rtol=0.01, atol=0.02)
+            torch.testing.assert_close(found.float(), expected, **close)
     bias += 1
     x = torch.randn(1, 36)
-    torch.testing.assert_close(product(x, bias), F.linear(x, dense, bias))
+    torch.testing.assert_close(product(x, bias), F.linear(x, dense, bias), **close)
     with pytest.raises(ValueError, match="expected"):
         product(x, bias[:20])
     with pytest.raises(ValueError, match="expected"):
@@ -294,7 +300,7 @@ def test_a_prepared_product_of_one_token_is_that_of_what_it_is_given():
         product(x)
         assert product(x).is_inference()
     assert not product(x).is_inference()
-    torch.testing.assert_close(copy.deepcopy(product)(x), F.linear(x, dense))
+    torch.testing.assert_close(copy.deepcopy(product)(x), F.linear(x, dense), **close)
 
 
 def test_prepared_products_do_not_share_their_results():

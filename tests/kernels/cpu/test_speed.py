@@ -8,6 +8,7 @@ import torch
 
 from hf_sparse.kernels import timing
 from hf_sparse.kernels.cpu import library, product, speed
+from hf_sparse.kernels.cpu.integer import weight as integers
 from hf_sparse.kernels.cpu.pack import narrow, pack_dense
 from hf_sparse.kernels.timing import SWITCH
 
@@ -168,6 +169,21 @@ def test_what_is_measured_is_of_the_weight_s_kind(dtype, group):
     assert sample.dtype == weight.dtype
     assert sample.shape == (256, 64)
     assert speed.Kind.of(sample, torch.float32) == kind
+
+
+@pytest.mark.parametrize("top", [7, 127])
+@pytest.mark.parametrize("each", [0, 2, 4, 8])
+def test_what_is_measured_of_rounded_activations_is_of_the_weight_s_kind(top, each):
+    codes = torch.full((64, 64), top, dtype=torch.int8)
+    codes.view(64, 8, 8)[:, :, each or 4 :] = 0
+    weight = integers.pack(codes, torch.ones(64, 2), 32, each)
+    kind = speed.Kind.of(weight, torch.float32)
+    sample = kind.sample((256, 64))
+    assert (sample.shape, sample.bits, sample.kept) == ((256, 64), weight.bits, each)
+    assert speed.Kind.of(sample, torch.float32) == kind
+    ways = {tokens.ways for tokens in product.classes_of(weight)}
+    assert ways == {("packed",)}
+    assert kind != speed.Kind.of(pack_dense(codes, torch.ones(64, 2), 32), torch.float32)
 
 
 def test_times_are_the_least_of_each_operand_and_a_busy_machine_s_are_refused(monkeypatch):

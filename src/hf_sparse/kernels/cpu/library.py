@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 MAX_DIM = 1 << 27
 LAST_PATH = "HF_SPARSE_PATH"  # names the path behind which none is used
 
@@ -118,11 +118,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "integer_pack": (_I32, [_I64, _I64, _PTR, _I32, _I32, _PTR, _PTR, _PTR, _I64, _PTR]),
     "integer_unpack": (_I32, [_PTR, _PTR, _PTR]),
     "integer_check": (_I32, [_PTR]),
-    # weight, path, x, dtype, m, stride, bias, dtype, y, dtype, stride, pool
+    # as tile_linear and tile_row
     "integer_linear": (
         _I32,
         [_PTR, _I32, _PTR, _I32, _I64, _I64, _PTR, _I32, _PTR, _I32, _I64, _PTR],
     ),
+    "integer_row": (_I32, [_PTR, _PTR, _PTR]),
     # n, k, w, dtype, stride, path, x, dtype, y, dtype, pool
     "tile_dense_row": (
         _I32,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import library
-from .weight import BLOCK_COLUMNS, ROWS, VALUE_PADDING, TileWeight
+from .native_weight import VALUE_PADDING
+from .weight import BLOCK_COLUMNS, ROWS, TileWeight
 
 PACKABLE = (*library.FLOATS, torch.int8)  # int4 is `narrow`'s
 

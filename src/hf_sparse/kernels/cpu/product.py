@@ -12,9 +12,10 @@ than it gains.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,23 +24,54 @@ from torch import Tensor
 from ..operator import check_input
 from ..token_classes import TokenClass, Way, class_of, fastest
 from . import library
-from .decode import decode, dense
-from .rows import multiply
+from .native_weight import NativeWeight
+from .rows import as_rows
 from .weight import ROWS, TileWeight
 from .wide import pays
 
 BLOCK_BYTES = 4 << 20  # of a decoded block
 
+W = TypeVar("W", bound=NativeWeight)
+
 
 def packed_linear(
-    x: Tensor, weight: TileWeight, bias: Tensor | None = None, path: str | None = None
+    x: Tensor, weight: NativeWeight, bias: Tensor | None = None, path: str | None = None
 ) -> Tensor:
     """F.linear: x[..., K] W^T + bias[N], summed in fp32, in x's dtype.
 
     x may be fp32, bf16 or fp16 whatever the values are; rows of x may lie apart. `path` names the
     instruction set, by default the best one. The result doesn't depend on the number of threads.
+
+    With an `IntegerWeight` each token's x is rounded in blocks of 32 columns, or of a group where
+    groups are smaller, to multiples of max |x| / 127. Sums of integers are exact; scaled, they are
+    added in fp32. So the error is at most half a multiple times sum |W| over a block's columns,
+    added up over the blocks, and fp32's. A block with an infinity or a NaN makes all outputs of its
+    token NaN.
     """
-    return multiply(library.library().tile_linear, x, weight, bias, path)
+    n, k = weight.shape
+    x = library.checked(x, "x", library.FLOATS)
+    rows, stride = as_rows(x, k)
+    if bias is not None:
+        bias = library.checked(bias, "bias", library.FLOATS)
+        library.check_shape(bias, "bias", (n,))
+    y = x.new_empty(*x.shape[:-1], n)
+    dtype = library.NUMBERS[x.dtype]
+    code = getattr(library.library(), f"{weight.layout}_linear")(
+        weight.address,
+        library.path_number(path),
+        rows.data_ptr(),
+        dtype,
+        math.prod(x.shape[:-1]),
+        stride,
+        bias.data_ptr() if bias is not None else None,
+        library.NUMBERS[bias.dtype] if bias is not None else 0,
+        y.data_ptr(),
+        dtype,
+        n,
+        library.thread_pool(),
+    )
+    library.raise_on(code, f"{weight.layout} product of x {tuple(x.shape)} and {n} x {k}")
+    return y
 
 
 def decoded_linear(x: Tensor, weight: TileWeight, bias: Tensor | None = None) -> Tensor:
@@ -57,7 +89,7 @@ def decoded_linear(x: Tensor, weight: TileWeight, bias: Tensor | None = None) ->
     memory = x.new_empty(step * ROWS * k)
     for begin in range(0, tiles, step):
         end = min(begin + step, tiles)
-        block = decode(weight, x.dtype, (begin, end), transposed=True, memory=memory)
+        block = weight.decode(x.dtype, (begin, end), transposed=True, memory=memory)
         outputs = slice(begin * ROWS, end * ROWS)
         if own_bias is None:
             torch.mm(rows, block, out=y[:, outputs])
@@ -66,7 +98,7 @@ def decoded_linear(x: Tensor, weight: TileWeight, bias: Tensor | None = None) ->
     return y.view(*x.shape[:-1], n)
 
 
-WAYS: dict[str, Callable[[Tensor, TileWeight, Tensor | None], Tensor]] = {
+WAYS: dict[str, Callable[[Tensor, Any, Tensor | None], Tensor]] = {
     "packed": packed_linear,
     "decoded": decoded_linear,
 }
@@ -76,35 +108,42 @@ CLASSES = (
     TokenClass("33-511", 511, 128, tuple(WAYS)),
     TokenClass("512+", None, 512, tuple(WAYS)),
 )
+# Rounded activations are multiplied from the packed weight only.
+ROUNDED = tuple(replace(each, ways=("packed",)) for each in CLASSES)
+
+
+def classes_of(weight: NativeWeight) -> tuple[TokenClass, ...]:
+    """The classes of products with a weight."""
+    return CLASSES if isinstance(weight, TileWeight) else ROUNDED
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
+class Product(Generic[W]):
     """A weight, and how it is multiplied by the number of tokens."""
 
-    weight: TileWeight
+    weight: W
     ways: tuple[Way, ...] = fastest({}, CLASSES)
     _prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear(x, W, bias)` for x [..., in] in a floating-point dtype, which is the result's.
 
-        fp64 is multiplied with the decoded weight, for gradcheck.
+        fp64 is multiplied with the dense weight, as it is, for gradcheck.
         """
         where = None if bias is None else _place(bias)
         prepared = self._prepared.get((x.dtype, x.shape, where))
         if prepared is not None and x.layout is _STRIDED and x.is_cpu and x.is_contiguous():
             # A token, as a model decodes, with as few steps as there can be: of a small layer they
             # take longer than its arithmetic.
-            tile_row, address, template, _ = prepared
+            row, address, template, _ = prepared
             if not x.is_neg():
                 y: Tensor = _empty_like(template)
-                if tile_row(address, x.data_ptr(), y.data_ptr()) == 0:
+                if row(address, x.data_ptr(), y.data_ptr()) == 0:
                     return y
         check_input(x, self.weight.shape[1])
         if x.dtype not in library.FLOATS:
             own_bias = None if bias is None else bias.to(x.dtype)
-            return F.linear(x, dense(self.weight, x.dtype), own_bias)
+            return F.linear(x, self.weight.dense(x.dtype), own_bias)
         tokens = x.numel() // self.weight.shape[1]
         y = WAYS[self.ways[class_of(tokens, CLASSES)].name](x, self.weight, bias)
         if tokens == 1 and self.ways[0].name == "packed" and (bias is None or not bias.is_neg()):
@@ -123,7 +162,8 @@ class Product:
             0 if bias is None else library.NUMBERS[bias.dtype],
         )
         template = y.new_empty(1).expand(y.shape)
-        return library.library().tile_row, ctypes.addressof(row), template, row
+        function = getattr(library.library(), f"{self.weight.layout}_row")
+        return function, ctypes.addressof(row), template, row
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Product, (self.weight, self.ways)  # what is prepared holds addresses

@@ -12,9 +12,10 @@ weight. `timing` keeps the results.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -26,10 +27,11 @@ from ..machine import processor
 from ..timing import Measured, compare
 from ..token_classes import DENSE, TokenClass, over
 from . import library
-from .decode import decode
+from .integer.weight import ANY, OCTET, IntegerWeight
+from .integer.weight import pack as pack_integers
+from .native_weight import NativeWeight
 from .pack import narrow, pack_dense
-from .product import CLASSES, WAYS
-from .weight import TileWeight
+from .product import CLASSES, WAYS, classes_of
 
 SMALL, LARGE = (256, 256), (2048, 2048)
 LARGE_MANY = (512, 2048)  # of many tokens
@@ -49,33 +51,44 @@ class Kind:
         group_size: columns that share a scale; 0 if there is none, or one for a row.
         kept: share of the values that are kept, in quarters.
         dtype: of x and of the dense weight.
+        each: of codes that are multiplied by rounded x, how many of each 8 are kept, as
+            `IntegerWeight.kept` has it; None for x as it is.
     """
 
     values: torch.dtype
     group_size: int
     kept: float
     dtype: torch.dtype
+    each: int | None = None
 
     @classmethod
-    def of(cls, weight: TileWeight, dtype: torch.dtype) -> Kind:
+    def of(cls, weight: NativeWeight, dtype: torch.dtype) -> Kind:
         """That of a weight, multiplied with x of a dtype."""
-        n, k = weight.shape
-        groups = weight.scales is not None and weight.group_size < k
-        quarters = max(1, round(4 * weight.count / (n * k)))
-        return cls(weight.dtype, weight.group_size if groups else 0, quarters / 4, dtype)
+        grouped = weight.scales is not None and weight.group_size < weight.shape[1]
+        quarters = min(4, max(1, round(4 * weight.share)))
+        each = weight.kept if isinstance(weight, IntegerWeight) else None
+        group_size = weight.group_size if grouped else 0
+        return cls(weight.dtype, group_size, quarters / 4, dtype, each)
 
-    def sample(self, shape: tuple[int, int]) -> TileWeight:
+    def sample(self, shape: tuple[int, int]) -> NativeWeight:
         """A weight of this kind, with random values."""
         n, k = shape
         random = torch.Generator("cpu").manual_seed(0)
-        kept = torch.rand(n, k, generator=random, device="cpu") < self.kept
+        order = torch.rand(n, k, generator=random, device="cpu")
+        kept = order < self.kept
         if self.values not in library.INTEGERS:
             weight = torch.randn(n, k, generator=random, device="cpu")
             return pack_dense((weight * kept).to(self.values))
-        codes = torch.randint(1, 8, (n, k), generator=random, dtype=torch.int8, device="cpu")
+        top = 7 if self.values == library.INT4 else 127
+        codes = torch.randint(1, top + 1, (n, k), generator=random, dtype=torch.int8, device="cpu")
         group = self.group_size or k
-        packed = pack_dense(codes * kept, torch.ones(n, -(-k // group), device="cpu"), group)
-        return packed if self.values == torch.int8 else narrow(packed)
+        scales = torch.ones(n, -(-k // group), device="cpu")
+        if self.each is None:
+            packed = pack_dense(codes * kept, scales, group)
+            return packed if self.values == torch.int8 else narrow(packed)
+        if self.each != ANY:
+            kept = (order.view(n, -1, OCTET).argsort(dim=2) < self.each).view(n, k)
+        return pack_integers(codes * kept, scales, group, self.each)
 
 
 def machine() -> str:
@@ -83,7 +96,7 @@ def machine() -> str:
     return f"{processor()}, {list(library.paths())[-1]} {library.ABI_VERSION}"
 
 
-def estimate(weight: TileWeight, dtype: torch.dtype) -> dict[str, Measured]:
+def estimate(weight: NativeWeight, dtype: torch.dtype) -> dict[str, Measured]:
     """Seconds of a product with x of `dtype`, by class of tokens and way, and for the dense weight.
 
     Classes that could not be measured are missing; all are if measuring is switched off.
@@ -92,7 +105,7 @@ def estimate(weight: TileWeight, dtype: torch.dtype) -> dict[str, Measured]:
         return {}
     kind, weights = Kind.of(weight, dtype), weight.shape[0] * weight.shape[1]
     found: dict[str, Measured] = {}
-    for tokens in CLASSES:
+    for tokens in classes_of(weight):
         times = _estimate(kind, tokens, weights)
         if times is not None:
             found[tokens.name] = times
@@ -126,7 +139,8 @@ def _line(sizes: list[int], seconds: tuple[float, float], at: int) -> float:
 def _times(kind: Kind, tokens: TokenClass, shape: tuple[int, int]) -> Measured | None:
     """Seconds by way, and of the dense product, for one shape."""
     groups = f" in groups of {kind.group_size}" if kind.group_size else ""
-    what = f"{kind.values} values{groups}, {kind.kept:.0%} kept"
+    each = "" if kind.each is None else f", {kind.each} of 8, x in int8"
+    what = f"{kind.values} values{groups}, {kind.kept:.0%} kept{each}"
     place = f"{shape[0]}x{shape[1]}, {kind.dtype}, {what}, seconds of {tokens.measured} tokens"
     measure = functools.partial(_measure, kind, tokens, shape)
     return timing.remembered(f"{machine()}, {place}", (*tokens.ways, DENSE), measure)
@@ -134,14 +148,14 @@ def _times(kind: Kind, tokens: TokenClass, shape: tuple[int, int]) -> Measured |
 
 def _measure(kind: Kind, tokens: TokenClass, shape: tuple[int, int]) -> Measured | None:
     weight = kind.sample(shape)
-    dense = decode(weight).to(kind.dtype)
+    dense = weight.dense(kind.dtype)
     x = torch.randn(tokens.measured, shape[1], device="cpu").to(kind.dtype)
     copies = max(2, min(MOST_COPIES, COLD_BYTES // dense.nbytes)) if tokens.measured == 1 else 1
-    weights = _copies(weight, _copy, copies)
+    weights = _copies(weight, copies)
     seconds = compare(
         {
             **{way: (functools.partial(_call, WAYS[way], x), weights) for way in tokens.ways},
-            DENSE: (functools.partial(F.linear, x), _copies(dense, torch.clone, copies)),
+            DENSE: (functools.partial(F.linear, x), _copies(dense, copies)),
         }
     )
     if seconds is None:
@@ -150,19 +164,9 @@ def _measure(kind: Kind, tokens: TokenClass, shape: tuple[int, int]) -> Measured
     return seconds if sane else None
 
 
-def _call(way: Callable[..., Tensor], x: Tensor, weight: TileWeight) -> Tensor:
+def _call(way: Callable[..., Tensor], x: Tensor, weight: NativeWeight) -> Tensor:
     return way(x, weight, None)
 
 
-def _copies(first: Item, copy: Callable[[Item], Item], number: int) -> list[Item]:
-    return [first, *(copy(first) for _ in range(number - 1))]
-
-
-def _copy(weight: TileWeight) -> TileWeight:
-    return replace(
-        weight,
-        masks=weight.masks.clone(),
-        tile_base=weight.tile_base.clone(),
-        block_off=weight.block_off.clone(),
-        values=weight.values.clone(),
-    )
+def _copies(first: Item, number: int) -> list[Item]:
+    return [first, *(copy.deepcopy(first) for _ in range(number - 1))]

@@ -5,33 +5,31 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from . import library
+from .native_weight import NativeWeight
 
 ROWS = 16  # outputs of a tile
 BLOCK_COLUMNS = 256  # columns between two entries of block_off
-VALUE_PADDING = 64  # bytes that the decoders may read beyond the last value
 
 
 @dataclass(frozen=True, eq=False)
-class TileWeight:
-    """A packed weight, checked when it is made: from then on the kernels trust its masks.
+class TileWeight(NativeWeight):
+    """A weight of values or codes in tiles of 16 rows.
 
     masks: int32[tiles, pairs], bit 2 r + c for row r and column c of a pair
     tile_base: int64[tiles + 1]; block_off: int32[tiles, ceil(K / 256)]
     values: uint8[count * item size + 64], the kept values of `dtype`; of int4, two to a byte
     scales: fp32[tiles, groups, 16] for int8 and int4, else None; `group_size` columns share one
-
-    The tensors must not be written to afterwards. `address` is that of the library's
-    `tiles::Weight`.
     """
 
+    layout: ClassVar[str] = "tile"
     shape: tuple[int, int]
     dtype: torch.dtype
     masks: Tensor
@@ -64,27 +62,26 @@ class TileWeight:
                     f"group_size {self.group_size} must be positive, and even below K = {k}"
                 )
             self._take("scales", torch.float32, (tiles, -(-k // self.group_size), ROWS))
-        struct = library.Weight(
-            n,
-            k,
-            self.masks.data_ptr(),
-            self.tile_base.data_ptr(),
-            self.block_off.data_ptr(),
-            self.values.data_ptr(),
-            self.scales.data_ptr() if self.scales is not None else None,
-            self.values.numel(),
-            min(self.group_size, k),  # which means the same and fits 64 bits
-            library.NUMBERS[self.dtype],
+        self._hold(
+            library.Weight(
+                n,
+                k,
+                self.masks.data_ptr(),
+                self.tile_base.data_ptr(),
+                self.block_off.data_ptr(),
+                self.values.data_ptr(),
+                self.scales.data_ptr() if self.scales is not None else None,
+                self.values.numel(),
+                min(self.group_size, k),  # which means the same and fits 64 bits
+                library.NUMBERS[self.dtype],
+            )
         )
-        object.__setattr__(self, "_struct", struct)
-        object.__setattr__(self, "address", ctypes.addressof(struct))
-        library.raise_on(library.library().tile_check(self.address), f"tile weight of {n} x {k}")
 
-    def _take(self, name: str, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
-        """Check a tensor, of any length if no shape is given."""
-        tensor = library.checked(getattr(self, name), name, (dtype,))
-        library.check_shape(tensor, name, shape or (tensor.numel(),))
-        object.__setattr__(self, name, tensor)
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is resident, by name."""
+        names = "masks", "tile_base", "block_off", "values", "scales"
+        return {name: each for name in names if (each := getattr(self, name)) is not None}
 
     @property
     def count(self) -> int:
@@ -92,20 +89,52 @@ class TileWeight:
         return int(self.tile_base[-1])
 
     @property
-    def nbytes(self) -> int:
-        """Resident bytes."""
-        tensors = (self.masks, self.tile_base, self.block_off, self.values, self.scales)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    def share(self) -> float:
+        """How much of the weight is kept, 0 to 1."""
+        return self.count / (self.shape[0] * self.shape[1])
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """The dense weight in any floating-point dtype."""
+        if dtype in library.FLOATS:
+            return self.decode(dtype)
+        return self.decode(torch.float32).to(dtype)
+
+    def decode(
+        self,
+        dtype: torch.dtype | None = None,
+        tiles: tuple[int, int] | None = None,
+        path: str | None = None,
+        transposed: bool = False,
+        memory: Tensor | None = None,
+    ) -> Tensor:
+        """The dense rows of tiles [begin, end), all of them by default, in fp32, bf16 or fp16.
+
+        Scales are applied. The dtype is the values' own, or fp32 for int8 and int4. The result is
+        (rows, K), or (K, rows) if `transposed`, which takes less time; it lies at the beginning of
+        `memory`, a contiguous tensor of the dtype with at least as many elements, if that is given.
+        """
+        n, k = self.shape
+        begin, end = tiles if tiles is not None else (0, -(-n // ROWS))
+        if not 0 <= begin <= end <= -(-n // ROWS):
+            raise ValueError(f"tiles {begin} to {end} of a weight that has {-(-n // ROWS)}")
+        if dtype is None:
+            dtype = torch.float32 if self.dtype in library.INTEGERS else self.dtype
+        if dtype not in library.FLOATS:
+            raise TypeError(f"a dense weight can be {library.FLOATS}, not {dtype}")
+        rows = max(min(n, end * ROWS) - begin * ROWS, 0)
+        if memory is None:
+            memory = torch.empty(rows * k, dtype=dtype, device="cpu")
+        memory = library.checked(memory, "memory", (dtype,))
+        if memory.numel() < rows * k or not memory.is_contiguous():
+            raise ValueError(f"memory of {memory.numel()} elements: {rows * k} are needed in a row")
+        code = library.library().tile_decode(
+            self.address, library.path_number(path), begin, end, memory.data_ptr(),
+            library.NUMBERS[dtype], rows if transposed else k, transposed, library.thread_pool(),
+        )  # fmt: skip
+        library.raise_on(code, "decoding")
+        return memory.view(-1)[: rows * k].view((k, rows) if transposed else (rows, k))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The struct holds addresses: a copy is made, and checked, anew.
-        return TileWeight, (
-            self.shape,
-            self.dtype,
-            self.masks,
-            self.tile_base,
-            self.block_off,
-            self.values,
-            self.scales,
-            self.group_size,
-        )
+        tensors = self.masks, self.tile_base, self.block_off, self.values, self.scales
+        return TileWeight, (self.shape, self.dtype, *tensors, self.group_size)

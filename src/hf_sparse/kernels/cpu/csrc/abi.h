@@ -28,6 +28,8 @@ enum Code : int32_t {
   kBadOctets,        // group_size isn't positive, or below K no multiple of 8
 };
 
+constexpr int32_t kAnyPath = -1;  // lets the CPU and the sizes decide
+
 // libtorch's torch_parallel_for, or null to stay on the calling thread.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body,
@@ -35,8 +37,8 @@ using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body 
 
 // What stays the same in all products of one token with a weight; library.py mirrors the fields.
 struct Row {
-  const Weight* weight;  // has passed tile_check
-  const void* bias;      // null if there is none
+  const void* weight;  // of the function's layout; it has been checked
+  const void* bias;    // null if there is none
   ParallelFor pool;
   int32_t dtype;  // of x and y
   int32_t bias_dtype;

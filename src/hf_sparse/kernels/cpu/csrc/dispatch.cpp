@@ -10,8 +10,6 @@
 namespace tiles {
 namespace {
 
-constexpr int32_t kAnyPath = -1;  // lets the CPU and the sizes decide
-
 // From the plainest to the one to prefer; the position is the ABI's number of a path.
 const Path* const kPaths[] = {
     &kScalarPath,
@@ -107,7 +105,7 @@ const Path* integer_path(int32_t path) {
 
 using namespace tiles;
 
-TILE_EXPORT int32_t tile_abi_version() { return 6; }
+TILE_EXPORT int32_t tile_abi_version() { return 7; }
 
 TILE_EXPORT int32_t tile_path_count() { return kPathCount; }
 
@@ -186,7 +184,7 @@ TILE_EXPORT int32_t tile_linear(const Weight* weight, int32_t path, const void* 
 // The same for one token and all that stays the same from call to call in one place: reading twelve
 // arguments from Python takes as long as a small product.
 TILE_EXPORT int32_t tile_row(const Row* row, const void* x, void* y) {
-  const Weight& w = *row->weight;
+  const Weight& w = *static_cast<const Weight*>(row->weight);
   return tile_linear(&w, kAnyPath, x, row->dtype, 1, w.k, row->bias, row->bias_dtype, y, row->dtype,
                      w.n, row->pool);
 }

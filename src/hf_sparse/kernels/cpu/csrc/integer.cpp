@@ -273,13 +273,12 @@ TILE_EXPORT int32_t integer_linear(const IntegerWeight* weight, int32_t path, co
   const IntegerPath* way = found->integer;
   const uint64_t failures = count_memory_failures();
 
-  const int64_t places = w.blocks() * m;
-  auto* q = scratch_of<int8_t>(kScratchX, places * (w.block_columns() + 8));
+  const int64_t spans = w.spans() * m, block_bytes = w.span_blocks() * static_cast<int64_t>(sizeof(RoundedBlock));
+  auto* q = scratch_of<int8_t>(kScratchX, spans * (w.span_columns() + block_bytes));
   const float* padded = bias ? padded_bias(bias, bias_dtype, w.n, w.tiles() * kOctet) : nullptr;
   if (!q || (bias && !padded)) return kNoMemory;
-  auto* steps = reinterpret_cast<float*>(q + places * w.block_columns());
-  auto* sums = reinterpret_cast<int32_t*>(steps + places);
-  const IntegerProduct p = {&w, x, x_stride, x_dtype, y_dtype, y, y_stride, padded, m, q, steps, sums};
+  auto* blocks = reinterpret_cast<RoundedBlock*>(q + spans * w.span_columns());
+  const IntegerProduct p = {&w, x, x_stride, x_dtype, y_dtype, y, y_stride, padded, m, q, blocks};
   auto round = [&](int64_t begin, int64_t end) { way->round_x(p, begin, end); };
   const int32_t rounded = run(m * w.k < kSerialRounding ? nullptr : pool, m, 1, round);
   if (rounded != kOk) return rounded;
@@ -288,4 +287,11 @@ TILE_EXPORT int32_t integer_linear(const IntegerWeight* weight, int32_t path, co
       run(w.n * w.k < kSerialWork / m ? nullptr : pool, w.tiles(), kGrain, multiply);
   if (multiplied != kOk) return multiplied;
   return count_memory_failures() == failures ? kOk : kNoMemory;
+}
+
+// The same for one token, see tile_row.
+TILE_EXPORT int32_t integer_row(const Row* row, const void* x, void* y) {
+  const auto& w = *static_cast<const IntegerWeight*>(row->weight);
+  return integer_linear(&w, kAnyPath, x, row->dtype, 1, w.k, row->bias, row->bias_dtype, y, row->dtype,
+                        w.n, row->pool);
 }

@@ -23,10 +23,13 @@
 // lanes, added once a block.
 //
 // Activations: each token's x is cut into blocks of columns (`block_columns`), and in each
-// x ~ step * q, q = -127..127, step = max |x| / 127. Sums of code * q are exact; they are scaled and
-// added in fp32, blocks in order, so the result depends on neither threads nor instruction set. What is
-// lost is the rounding of x: |error| <= sum over blocks of step / 2 * sum |W|, and fp32's. A block with
-// an infinity or a NaN makes its token's outputs NaN.
+// x ~ step * q, q = -127..127, step = max |x| / 127. Small blocks, because models have single inputs
+// that are a hundred times larger than the others, and in their block little is left of those. Sums of
+// code * q are exact, one for each half of an octet. Times the step they are added in fp32, blocks in
+// order, over a span of columns that have one scale per row; there the halves are added and scaled.
+// So the result depends on neither threads nor, but for scalar code, whose sums aren't fused, on the
+// instruction set. What is lost is the rounding of x: |error| <= sum over blocks of step / 2 * sum |W|,
+// and fp32's. A block with an infinity or a NaN makes its token's outputs NaN.
 #pragma once
 
 #include "tiles.h"
@@ -35,7 +38,8 @@ namespace tiles {
 
 constexpr int64_t kOctet = 8;  // rows of a tile, columns of a unit
 constexpr int64_t kStepCodes = 32;
-constexpr int64_t kLargestBlock = 128;     // columns whose x share a step
+constexpr int64_t kLargestBlock = 32;      // columns whose x share a step
+constexpr int64_t kLargestSpan = 128;      // columns that are scaled together
 constexpr float kLeastLargest = 0x1p-100f;  // of |x| in a block: smaller ones count as that
 
 enum Bits : int32_t { kCodes4 = 4, kCodes8 = 8 };
@@ -57,17 +61,20 @@ struct IntegerWeight {
   int64_t tiles() const { return ceil_div(n, kOctet); }
   int64_t units() const { return ceil_div(k, kOctet); }
   int64_t groups() const { return ceil_div(k, group_size); }
-  // The largest power of two that divides the groups, so that a block has one scale per row.
-  int64_t block_columns() const {
-    if (group_size >= k) return kLargestBlock;
-    return min64(kLargestBlock, group_size & -group_size);
+  // The largest power of two that divides the groups, so that a span has one scale per row.
+  int64_t span_columns() const {
+    if (group_size >= k) return kLargestSpan;
+    return min64(kLargestSpan, group_size & -group_size);
   }
+  int64_t span_units() const { return span_columns() / kOctet; }
+  int64_t spans() const { return ceil_div(units(), span_units()); }
+  int64_t block_columns() const { return min64(kLargestBlock, span_columns()); }
   int64_t block_units() const { return block_columns() / kOctet; }
-  int64_t blocks() const { return ceil_div(units(), block_units()); }
+  int64_t span_blocks() const { return span_columns() / block_columns(); }
   const uint8_t* tile_masks(int64_t tile) const { return masks + tile * units() * kOctet; }
   const uint8_t* tile_values(int64_t tile) const { return values + tile_base[tile]; }
-  const uint16_t* block_scales(int64_t tile, int64_t block) const {
-    const int64_t group = group_size >= k ? 0 : block * block_columns() / group_size;
+  const uint16_t* span_scales(int64_t tile, int64_t span) const {
+    const int64_t group = group_size >= k ? 0 : span * span_columns() / group_size;
     return scales + (tile * groups() + group) * kOctet;
   }
 };
@@ -97,6 +104,13 @@ inline const uint8_t* decode_step(const IntegerWeight& w, const uint8_t* values,
   return values + step_bytes(w.bits, kept[0], kept[1]);
 }
 
+// A block of x: the step, and the sums of q over the first and the second half of its octets, which
+// take off what was added to codes to make them unsigned.
+struct RoundedBlock {
+  float step;
+  int32_t sums[2];
+};
+
 // y[M][N] = x[M][K] W^T + bias. Rows of x and y are contiguous, their strides in items.
 struct IntegerProduct {
   const IntegerWeight* weight;
@@ -108,13 +122,16 @@ struct IntegerProduct {
   int64_t y_stride;
   const float* bias;  // null, or fp32[tiles * 8]
   int64_t m;
-  // x rounded: q of [block][token][column of the block], zeros beyond K; of each block and token the
-  // step, and the sum of q, which takes off what was added to codes to make them unsigned.
+  // x rounded: q of [span][token][column of the span], zeros beyond K, and [span][token][block of it].
   int8_t* q;
-  float* steps;
-  int32_t* sums;
+  RoundedBlock* blocks;
 
-  int8_t* block_q(int64_t block) const { return q + block * m * weight->block_columns(); }
+  int8_t* span_q(int64_t span, int64_t token) const {
+    return q + (span * m + token) * weight->span_columns();
+  }
+  RoundedBlock* span_blocks(int64_t span, int64_t token) const {
+    return blocks + (span * m + token) * weight->span_blocks();
+  }
 };
 
 // An instruction set's way. Each output is summed by one thread, in one order.

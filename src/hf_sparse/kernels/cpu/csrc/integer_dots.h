@@ -11,6 +11,7 @@ struct ByteProducts {
 
   template <int32_t B>
   struct Sum {
+    static constexpr int32_t kOffset = offset<B>;
     I wide, narrow;
 
     // Said, because GCC gives an implied one no target.
@@ -29,11 +30,8 @@ struct ByteProducts {
       asm("" : "+x"(sum));
       return sum;
     }
-    TILE_INLINE void flush() {
-      if constexpr (B == kCodes4) {
-        wide = _mm256_add_epi32(wide, widened(narrow));
-        narrow = _mm256_setzero_si256();
-      }
+    TILE_INLINE I less(I excess) const {
+      return B == kCodes4 ? _mm256_sub_epi32(widened(narrow), excess) : wide;
     }
   };
 

@@ -1,16 +1,15 @@
 // The integer products on vectors of 32 bytes, written once over a `Dot` that knows how a step is
 // decoded and multiplied. Included inside an anonymous namespace, after vector_path.h.
 //
-// One token: each step is decoded in registers and multiplied at once. More tokens: a block of four
+// One token: each step is decoded in registers and multiplied at once. More tokens: a span of four
 // tiles is decoded to 4 KB of scratch, and all tokens take it from there, four at a time.
 //
 // A Dot has:
 //   next<bits, kept>(values, masks, count): the step at `values` as `add` takes it; moves `values` on
 //   by the step's bytes. `count` codes of each octet are kept, if that is fixed.
-//   Sum<bits>: of a step's products, over at most kFlush units between two calls of `flush`.
-//   offset<bits>: what was added to each code.
-
-constexpr int64_t kFlushUnits = 8;
+//   Sum<bits>: of steps' products, over the units of a block at most; `less` takes off what codes have
+//   too much in them.
+//   offset<bits>: that is what was added to each code.
 
 template <class Dot>
 struct IntegerWalk {
@@ -18,6 +17,7 @@ struct IntegerWalk {
   using F = __m256;
   static constexpr int64_t kTiles = 4;
   static constexpr int kTokens = 4;
+  static constexpr int64_t kBlockUnits = kLargestBlock / kOctet;
 
   static TILE_INLINE F floats(const uint16_t* bf16) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16));
@@ -30,14 +30,29 @@ struct IntegerWalk {
     return _mm256_set1_epi64x(eight);
   }
 
-  // total + scaled sums of a block, for 8 rows in order.
-  template <int32_t B>
-  static TILE_INLINE F add_block(F total, I low, I high, F scale, float step, int32_t sum) {
+  // Sums of a span: rows 0-3 and 4-7, of each the halves of its octets.
+  struct Halves {
+    F low, high;
+
+    TILE_INLINE Halves() : low(_mm256_setzero_ps()), high(_mm256_setzero_ps()) {}
+  };
+
+  template <class Sum>
+  static TILE_INLINE void add_block(Halves& to, const Sum& low, const Sum& high,
+                                    const RoundedBlock& block) {
+    int64_t both;
+    std::memcpy(&both, block.sums, 8);
+    const I excess = _mm256_mullo_epi32(_mm256_set1_epi64x(both), _mm256_set1_epi32(Sum::kOffset));
+    const F step = _mm256_set1_ps(block.step);
+    to.low = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low.less(excess)), step, to.low);
+    to.high = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high.less(excess)), step, to.high);
+  }
+
+  // total + scaled sums of a span, for 8 rows in order.
+  static TILE_INLINE F add_span(F total, const Halves& sums, F scale) {
     // Rows (0 1 4 5 | 2 3 6 7) after the addition of neighbours.
-    const I rows = _mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0xd8);
-    const I exact = _mm256_sub_epi32(rows, _mm256_set1_epi32(Dot::template offset<B> * sum));
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), _mm256_mul_ps(scale, _mm256_set1_ps(step)),
-                           total);
+    const __m256d rows = _mm256_castps_pd(_mm256_hadd_ps(sums.low, sums.high));
+    return _mm256_fmadd_ps(_mm256_castpd_ps(_mm256_permute4x64_pd(rows, 0xd8)), scale, total);
   }
 
   static TILE_INLINE void store8(void* y, int64_t at, int32_t dtype, F a) {
@@ -75,33 +90,32 @@ struct IntegerWalk {
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       const uint8_t* values = w.tile_values(tile);
       const uint8_t* masks = K == kKeptAll ? values : w.tile_masks(tile);
+      const int8_t* q = p.q;
+      const RoundedBlock* block = p.blocks;
       F total = _mm256_setzero_ps();
-      int64_t left = w.units();
-      for (int64_t block = 0; left > 0; ++block, left -= block_units) {
-        typename Dot::template Sum<B> low, high;
-        const int8_t* q = p.block_q(block);
-        const auto unit = [&]() TILE_INLINE_LAMBDA {
-          const I x = repeat8(q);
-          low.add(Dot::template next<B, K>(values, masks, w.kept), x);
-          high.add(Dot::template next<B, K>(values, masks + 4, w.kept), x);
-          if (K != kKeptAll) masks += kOctet;
-          q += kOctet;
-        };
-        int64_t here = min64(left, block_units);
-        for (; here >= kFlushUnits; here -= kFlushUnits) {
-          if (K != kKeptAll) __builtin_prefetch(masks + kPrefetchBytes);
-          TILE_UNROLL for (int i = 0; i < kFlushUnits; ++i) {
+      for (int64_t span = 0; span < w.spans(); ++span) {
+        Halves sums;
+        int64_t left = min64(w.span_units(), w.units() - span * w.span_units());
+        for (; left > 0; left -= block_units, ++block) {
+          typename Dot::template Sum<B> low, high;
+          const auto unit = [&]() TILE_INLINE_LAMBDA {
             __builtin_prefetch(values + kPrefetchBytes);
-            unit();
+            const I x = repeat8(q);
+            low.add(Dot::template next<B, K>(values, masks, w.kept), x);
+            high.add(Dot::template next<B, K>(values, masks + 4, w.kept), x);
+            if (K != kKeptAll) masks += kOctet;
+            q += kOctet;
+          };
+          if (K != kKeptAll) __builtin_prefetch(masks + kPrefetchBytes);
+          const int64_t here = min64(left, block_units);
+          if (here == kBlockUnits) {
+            TILE_UNROLL for (int i = 0; i < kBlockUnits; ++i) unit();
+          } else {
+            for (int64_t i = 0; i < here; ++i) unit();
           }
-          low.flush();
-          high.flush();
+          add_block(sums, low, high, *block);
         }
-        for (; here > 0; --here) unit();
-        low.flush();
-        high.flush();
-        total = add_block<B>(total, low.wide, high.wide, floats(w.block_scales(tile, block)),
-                             p.steps[block], p.sums[block]);
+        total = add_span(total, sums, floats(w.span_scales(tile, span)));
       }
       store_rows(p, tile, 0, total);
     }
@@ -109,49 +123,50 @@ struct IntegerWalk {
 
   // ---- several tokens
 
-  // totals[T][8] += a decoded block of one tile times q[T][block columns].
+  // totals[T][8] += a decoded span of one tile times q[T][span columns].
   template <int32_t B, int T>
-  static void micro(const I* steps, int64_t units, const int8_t* q, int64_t q_stride, F scale,
-                    const float* x_steps, const int32_t* x_sums, float* totals) {
-    typename Dot::template Sum<B> sums[T][2];
+  static void micro(const IntegerWeight& w, const I* steps, int64_t units, const int8_t* q,
+                    const RoundedBlock* blocks, F scale, float* totals) {
+    const int64_t q_stride = w.span_columns(), block_stride = w.span_blocks();
+    Halves sums[T];
     while (units > 0) {
-      const int64_t here = min64(units, kFlushUnits);
+      const int64_t here = min64(units, w.block_units());
+      typename Dot::template Sum<B> exact[T][2];
       for (int64_t u = 0; u < here; ++u, steps += 2, q += kOctet) {
         const I low = _mm256_load_si256(steps), high = _mm256_load_si256(steps + 1);
         TILE_UNROLL for (int t = 0; t < T; ++t) {
           const I x = repeat8(q + t * q_stride);
-          sums[t][0].add(low, x);
-          sums[t][1].add(high, x);
+          exact[t][0].add(low, x);
+          exact[t][1].add(high, x);
         }
       }
       TILE_UNROLL for (int t = 0; t < T; ++t) {
-        sums[t][0].flush();
-        sums[t][1].flush();
+        add_block(sums[t], exact[t][0], exact[t][1], blocks[t * block_stride]);
       }
       units -= here;
+      ++blocks;
     }
     TILE_UNROLL for (int t = 0; t < T; ++t) {
       float* to = totals + t * kOctet;
-      _mm256_storeu_ps(to, add_block<B>(_mm256_loadu_ps(to), sums[t][0].wide, sums[t][1].wide, scale,
-                                        x_steps[t], x_sums[t]));
+      _mm256_storeu_ps(to, add_span(_mm256_loadu_ps(to), sums[t], scale));
     }
   }
 
   template <int32_t B, int T>
-  static TILE_INLINE void run_micro(int64_t tokens, const I* steps, int64_t units, const int8_t* q,
-                                   int64_t q_stride, F scale, const float* x_steps,
-                                   const int32_t* x_sums, float* totals) {
+  static TILE_INLINE void run_micro(int64_t tokens, const IntegerWeight& w, const I* steps,
+                                   int64_t units, const int8_t* q, const RoundedBlock* blocks,
+                                   F scale, float* totals) {
     if (tokens == T) {
-      micro<B, T>(steps, units, q, q_stride, scale, x_steps, x_sums, totals);
+      micro<B, T>(w, steps, units, q, blocks, scale, totals);
     } else if constexpr (T > 1) {
-      run_micro<B, T - 1>(tokens, steps, units, q, q_stride, scale, x_steps, x_sums, totals);
+      run_micro<B, T - 1>(tokens, w, steps, units, q, blocks, scale, totals);
     }
   }
 
   template <int32_t B, int32_t K>
   static void blocked(const IntegerProduct& p, int64_t tile_begin, int64_t tile_end) {
     const IntegerWeight& w = *p.weight;
-    const int64_t block_units = w.block_units(), tile_steps = 2 * block_units;
+    const int64_t tile_steps = 2 * w.span_units();
     I* decoded = scratch_of<I>(kScratchTile, kTiles * tile_steps);
     float* totals = scratch_of<float>(kScratchSum, kTiles * p.m * kOctet);
     if (!decoded || !totals) return report_no_memory();
@@ -163,8 +178,8 @@ struct IntegerWalk {
         masks[t] = K == kKeptAll ? values[t] : w.tile_masks(first + t);
       }
       std::memset(totals, 0, static_cast<size_t>(tiles * p.m * kOctet) * sizeof(float));
-      for (int64_t block = 0; block < w.blocks(); ++block) {
-        const int64_t units = min64(block_units, w.units() - block * block_units);
+      for (int64_t span = 0; span < w.spans(); ++span) {
+        const int64_t units = min64(w.span_units(), w.units() - span * w.span_units());
         for (int64_t t = 0; t < tiles; ++t) {
           I* to = decoded + t * tile_steps;
           for (int64_t u = 0; u < units; ++u, to += 2) {
@@ -174,14 +189,12 @@ struct IntegerWalk {
             if (K != kKeptAll) masks[t] += kOctet;
           }
         }
-        const int64_t columns = w.block_columns();
         for (int64_t token = 0; token < p.m; token += kTokens) {
-          const int64_t tokens = min64(kTokens, p.m - token), place = block * p.m + token;
           for (int64_t t = 0; t < tiles; ++t) {
-            run_micro<B, kTokens>(tokens, decoded + t * tile_steps, units,
-                                  p.block_q(block) + token * columns, columns,
-                                  floats(w.block_scales(first + t, block)), p.steps + place,
-                                  p.sums + place, totals + (t * p.m + token) * kOctet);
+            run_micro<B, kTokens>(min64(kTokens, p.m - token), w, decoded + t * tile_steps, units,
+                                  p.span_q(span, token), p.span_blocks(span, token),
+                                  floats(w.span_scales(first + t, span)),
+                                  totals + (t * p.m + token) * kOctet);
           }
         }
       }

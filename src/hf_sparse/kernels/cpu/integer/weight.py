@@ -5,36 +5,33 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import BFloat16, Float, Int8
 from torch import Tensor
 
 from .. import library
+from ..native_weight import VALUE_PADDING, NativeWeight
 
 OCTET = 8  # rows of a tile, columns of a unit
-VALUE_PADDING = 64  # bytes that the decoders may read beyond the last value
 BITS = (8, 4)
 ANY, ALL = 0, 8  # of `kept`
 FIXED_MARGIN = 1.1  # times the bytes that a fixed count may take, as it is decoded faster
 
 
 @dataclass(frozen=True, eq=False)
-class IntegerWeight:
-    """A packed weight, checked when it is made: from then on the kernels trust its masks.
+class IntegerWeight(NativeWeight):
+    """A weight of codes in tiles of 8 rows, for products with activations rounded to int8.
 
     masks: uint8[tiles, units, 8], a row's mask in 8 columns; empty if all codes are kept
     tile_base: int64[tiles + 1]; values: uint8[bytes + 64]
     scales: bf16[tiles, groups, 8]; `group_size` columns share one
     bits: 8 or 4; kept: codes in each 8 columns of a row, 8 for all, 0 for as many as the mask says
-
-    The tensors must not be written to afterwards. `address` is that of the library's
-    `tiles::IntegerWeight`.
     """
 
+    layout: ClassVar[str] = "integer"
     shape: tuple[int, int]
     masks: Tensor
     tile_base: Tensor
@@ -43,6 +40,7 @@ class IntegerWeight:
     group_size: int
     bits: int
     kept: int
+    dtype: torch.dtype = field(init=False)
     _struct: library.IntegerWeight = field(init=False, repr=False)
     address: int = field(init=False, repr=False)
 
@@ -58,34 +56,27 @@ class IntegerWeight:
             raise ValueError(
                 f"group_size {self.group_size} must be positive, below K = {k} a multiple of 8"
             )
+        object.__setattr__(self, "dtype", library.INT4 if self.bits == 4 else torch.int8)
         groups = -(-k // self.group_size)
         masks = (0,) if self.kept == ALL else (tiles, units, OCTET)
         self._take("masks", torch.uint8, masks)
         self._take("tile_base", torch.int64, (tiles + 1,))
         self._take("values", torch.uint8, None)
         self._take("scales", torch.bfloat16, (tiles, groups, OCTET))
-        struct = library.IntegerWeight(
-            n,
-            k,
-            None if self.kept == ALL else self.masks.data_ptr(),
-            self.tile_base.data_ptr(),
-            self.values.data_ptr(),
-            self.scales.data_ptr(),
-            self.values.numel(),
-            min(self.group_size, k),  # which means the same and fits 64 bits
-            self.bits,
-            self.kept,
+        self._hold(
+            library.IntegerWeight(
+                n,
+                k,
+                None if self.kept == ALL else self.masks.data_ptr(),
+                self.tile_base.data_ptr(),
+                self.values.data_ptr(),
+                self.scales.data_ptr(),
+                self.values.numel(),
+                min(self.group_size, k),  # which means the same and fits 64 bits
+                self.bits,
+                self.kept,
+            )
         )
-        object.__setattr__(self, "_struct", struct)
-        object.__setattr__(self, "address", ctypes.addressof(struct))
-        code = library.library().integer_check(self.address)
-        library.raise_on(code, f"integer weight of {n} x {k}")
-
-    def _take(self, name: str, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
-        """Check a tensor, of any length if no shape is given."""
-        tensor = library.checked(getattr(self, name), name, (dtype,))
-        library.check_shape(tensor, name, (tensor.numel(),) if shape is None else shape)
-        object.__setattr__(self, name, tensor)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -93,9 +84,9 @@ class IntegerWeight:
         return {name: getattr(self, name) for name in ("masks", "tile_base", "values", "scales")}
 
     @property
-    def nbytes(self) -> int:
-        """Resident bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+    def share(self) -> float:
+        """How much of the weight is kept, 0 to 1, zeros that fill up a count or a byte with it."""
+        return int(self.tile_base[-1]) * 8 / self.bits / (self.shape[0] * self.shape[1])
 
     @property
     def rows_scales(self) -> BFloat16[Tensor, "out groups"]:
