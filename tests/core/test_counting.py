@@ -1,14 +1,20 @@
 """Counts and selections over whole weights are right whatever the dtype and strides."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hf_sparse.core import native
+from hf_sparse.core.bits import nonzero_bits
 from hf_sparse.core.counting import (
     all_finite,
     at_most,
     count_true,
     count_true_per_row,
     count_zeros,
+    keep_highest,
     kept_values,
     zero_outside,
 )
@@ -38,7 +44,7 @@ def test_zeros_are_counted_of_either_sign_and_across_blocks(dtype):
 def test_kept_values_follow_in_the_order_of_rows(dtype):
     weight, mask = weight_and_mask(dtype)
     pairs = zip(weight.flatten().tolist(), mask.flatten().tolist(), strict=True)
-    kept = kept_values(weight, mask)
+    kept = kept_values(weight, nonzero_bits(mask))
     assert kept.dtype == dtype
     assert kept.tolist() == [value for value, stays in pairs if stays]
 
@@ -84,3 +90,49 @@ def test_row_blocks_cover_every_row_once():
             for row in range(shape[0])[block]
         ]
         assert rows == list(range(shape[0]))
+
+
+@pytest.fixture(params=["library", "numpy"])
+def either(request, monkeypatch):
+    """With the native library and without."""
+    if request.param == "numpy":
+        monkeypatch.setattr(native, "find", lambda: "no library")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 8), (4, 33), (2, 4099), (0, 5), (5, 0)])
+@pytest.mark.usefixtures("either")
+def test_bits_values_and_zeros_agree_with_numpy(dtype, shape):
+    generator = torch.Generator().manual_seed(shape[1])
+    weight = torch.randint(-2, 3, shape, generator=generator).to(dtype)
+    if dtype.is_floating_point:
+        weight[torch.rand(shape, generator=generator) < 0.3] = -0.0
+    nonzero = weight.double().numpy() != 0
+    bits = nonzero_bits(weight)
+    assert bits.tolist() == np.packbits(nonzero, axis=1, bitorder="little").tolist()
+    assert kept_values(weight, bits).tolist() == weight.double().numpy()[nonzero].tolist()
+    assert count_zeros(weight) == nonzero.size - nonzero.sum()
+    result = zero_outside(weight, torch.from_numpy(nonzero))
+    assert result.tolist() == np.where(nonzero, weight.double().numpy(), 0).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    n=st.one_of(st.integers(1, 40), st.integers(500, 2100)),
+    kinds=st.sampled_from([2, 7, 10**6]),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_the_lowest_go_and_of_equal_ones_the_earlier(rows, n, kinds, share, seed):
+    random = np.random.default_rng(seed)
+    scores = random.integers(-kinds, kinds, (rows, n)) / kinds * 10.0 ** random.integers(-30, 30)
+    scores = scores.astype(np.float32)
+    scores[random.random((rows, n)) < 0.05] = np.inf
+    scores[random.random((rows, n)) < 0.05] = -0.0
+    drop = max(1, round(share * n))
+    expected = np.ones((rows, n), dtype=bool)
+    np.put_along_axis(expected, np.argsort(scores, axis=1, kind="stable")[:, :drop], False, axis=1)
+    found = keep_highest(torch.from_numpy(scores), drop)
+    assert found is not None
+    assert found.numpy().tolist() == expected.tolist()

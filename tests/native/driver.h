@@ -25,6 +25,8 @@ int32_t tile_pack_bitmask(int64_t, int64_t, const uint8_t*, const void*, int64_t
 int32_t tile_unpack(const Weight*, uint8_t*, void*, ParallelFor);
 int32_t tile_linear(const Weight*, int32_t, const void*, int32_t, int64_t, int64_t, const void*,
                     int32_t, void*, int32_t, int64_t, ParallelFor);
+int32_t tile_row(const Row*, const void*, void*);
+int32_t integer_row(const Row*, const void*, void*);
 int32_t tile_decode(const Weight*, int32_t, int64_t, int64_t, void*, int32_t, int64_t, int32_t,
                     ParallelFor);
 int32_t integer_measure(int64_t, int64_t, const int8_t*, int32_t, int32_t, uint64_t*, ParallelFor);

@@ -43,6 +43,20 @@ T* pointer(T* usual) {
   return chance(0.97) ? usual : nullptr;
 }
 
+// One token from a prepared row: what may be wrong of it are its numbers and missing arrays.
+template <class W>
+void one_row(const char* name, int32_t (*row)(const Row*, const void*, void*), const W& w,
+             int32_t x_dtype) {
+  Bytes x(w.k * item_size(x_dtype)), y(w.n * item_size(x_dtype)), bias(w.n * item_size(x_dtype));
+  for (int64_t c = 0; c < w.k; ++c) store_from_float(x.data, c, x_dtype, 1.0f);
+  for (int64_t i = 0; i < w.n; ++i) store_from_float(bias.data, i, x_dtype, 1.0f);
+  const int32_t odd_dtypes[] = {kI8, kI4, 5, -1, INT32_MAX};
+  const int32_t own_dtype = chance(0.9) ? x_dtype : odd_dtypes[uniform(0, 4)];
+  const int32_t bias_dtype = chance(0.9) ? x_dtype : odd_dtypes[uniform(0, 4)];
+  const Row made = {&w, chance(0.5) ? bias.data : nullptr, nullptr, own_dtype, bias_dtype};
+  counted(name, row(&made, pointer(x.data), pointer(y.data)));
+}
+
 // A weight whose arrays have the lengths of its shape, and its products.
 void one_weight() {
   const int64_t n = uniform(1, 60), k = uniform(1, 600);
@@ -106,6 +120,7 @@ void one_weight() {
     for (int64_t c = 0; c < w.k; ++c) store_from_float(x.data, i * x_stride + c, x_dtype, 1.0f);
   }
   for (int64_t i = 0; i < w.n; ++i) store_from_float(bias.data, i, x_dtype, 1.0f);
+  one_row("row", tile_row, w, x_dtype);
   counted("unpack", tile_unpack(&w, pointer(bits.data), pointer(kept.data), nullptr));
   for (int32_t path = -3; path <= tile_path_count(); ++path) {
     // Fewer tokens and other strides stay inside; what is too large must be refused.
@@ -173,6 +188,7 @@ void one_integer_weight() {
     }
   }
   for (int64_t i = 0; i < w.n; ++i) store_from_float(bias.data, i, x_dtype, 1.0f);
+  one_row("integer_row", integer_row, w, x_dtype);
   counted("integer_unpack",
           integer_unpack(&w, pointer(reinterpret_cast<int8_t*>(codes.data)), nullptr));
   for (int32_t path = -3; path <= tile_path_count(); ++path) {

@@ -21,6 +21,19 @@ int32_t uneven(int64_t begin, int64_t end, int64_t grain, Body body, void* conte
   return 0;
 }
 
+// A prepared row gives what the call with all arguments gives.
+template <class W, class Row_, class Linear>
+void same_row(Row_ row, Linear linear, const W& w, const void* x, const void* bias, int32_t x_dtype,
+              int32_t bias_dtype) {
+  const int64_t bytes = w.n * item_size(x_dtype);
+  Bytes y(bytes), expected(bytes);
+  const Row made = {&w, bias, chance(0.5) ? uneven : nullptr, x_dtype, bias_dtype};
+  expect(row(&made, x, y.data) == kOk, "row");
+  expect(linear(&w, kAnyPath, x, x_dtype, 1, w.k, bias, bias_dtype, expected.data, x_dtype, w.n,
+                nullptr) == kOk, "linear of one token");
+  expect(std::memcmp(y.data, expected.data, static_cast<size_t>(bytes)) == 0, "row differs");
+}
+
 void one_case() {
   const int64_t n = uniform(1, 300), k = uniform(1, 300);
   // Now and then enough tokens for every level of blocking.
@@ -127,6 +140,9 @@ void one_case() {
   for (int64_t r = 0; r < n; ++r) {
     store_from_float(bias.data, r, bias_dtype, static_cast<float>(normal()));
   }
+  if (m > 0) {
+    same_row(tile_row, tile_linear, w, x.data, with_bias ? bias.data : nullptr, x_dtype, bias_dtype);
+  }
   // Half a unit in the last place of the output.
   const double unit = x_dtype == kF32 ? 0x1p-24 : x_dtype == kBF16 ? 0x1p-8 : 0x1p-11;
   if (dtype == kI8 && group < k && group % 2 != 0) fail("the driver's groups are even");
@@ -200,6 +216,7 @@ void one_integer_case() {
   for (int64_t i = 0; i < (m - 1) * x_stride + k; ++i) {
     store_from_float(x.data, i, x_dtype, static_cast<float>(normal()));
   }
+  same_row(integer_row, integer_linear, w, x.data, nullptr, x_dtype, 0);
   for (int32_t path = 0; path < tile_path_count(); ++path) {
     if (!tile_path_available(path)) continue;
     const std::string name = tile_path_name(path);

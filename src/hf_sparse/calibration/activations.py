@@ -106,9 +106,9 @@ class Activations:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise CheckpointError(f"{path}: it can't be read: {error}") from None
-        return _nested(tensors)
+            return _nested(tensors)
+        except Exception as error:  # RecursionError, too
+            raise CheckpointError(f"{path}: it can't be read: {error!r:.200}") from None
 
     def _file(self, block: str, running: Pass) -> Path:
         """Where a block's outputs of a batch are kept."""

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from . import counting
 from .counting import at_most, count_true, count_true_per_row
 from .errors import ConfigError
 from .shapes import row_blocks
@@ -148,6 +149,9 @@ def keep_highest(scores: Float[Tensor, "rows n"], drop: int) -> Bool[Tensor, "ro
     """
     if drop == 0 or scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
+    found = counting.keep_highest(scores, drop)
+    if found is not None:
+        return found
     if scores.shape[1] <= SHORT_ROW:
         blocks = row_blocks((len(scores), scores.shape[1]), scores.device)
         return torch.cat([_ranks(scores[rows]) >= drop for rows in blocks])

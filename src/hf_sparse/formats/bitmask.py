@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from ..core.bits import count_ones, nonzero_bits, padding_is_zero, unpack_bits
 from ..core.counting import count_zeros, kept_values
 from ..core.errors import FormatError
 from ..core.patterns import Pattern
 from .base import Accepted, Layout, Packed, Rejected, TensorSpec, stored_bytes
-from .bits import count_ones, pack_bits, padding_is_zero, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Bitmask(Layout):
         return count_ones(tensors["weight_bitmask"])
 
     def pack(self, weight: Shaped[Tensor, "out in"]) -> Packed:
-        mask = weight.bool()
-        return {"weight": kept_values(weight, mask), "weight_bitmask": pack_bits(mask)}
+        bits = nonzero_bits(weight)
+        return {"weight": kept_values(weight, bits), "weight_bitmask": bits}
 
     def sample(
         self, tensors: Mapping[str, Tensor], dense: Shaped[Tensor, "rows in"], first: int

@@ -20,20 +20,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Int64, Shaped, UInt8
 from torch import Tensor
 
+from ..core.bits import nonzero_bits, padding_is_zero, unpack_bits
 from ..core.counting import kept_values
 from ..core.errors import FormatError
+from ..core.native import on_cpu
 from ..core.patterns import NM, Pattern
 from ..core.shapes import row_blocks
 from .base import Accepted, Layout, Packed, Rejected, TensorSpec, stored_bytes
-from .bits import pack_bits, padding_is_zero, unpack_bits
 
 # C(32, 16) < 2^31: ranks and the binomials they are made of stay far inside int64.
 LARGEST_M = 32
 DETECTED_M = (4, 8, 16, 32)
+# The integers that hold a group's bits.
+_WORDS = {4: np.uint8, 8: np.uint8, 16: np.uint16, 32: np.uint32}
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,13 @@ class NMPacked(Layout):
         values, codes = [], []
         for group, kept in self._groups(weight):
             chosen, ranks = _choose(group.bool(), kept, self._binomials(weight.device))
-            values.append(kept_values(group, chosen).view(rows, -1))
+            values.append(
+                kept_values(group.flatten(1), nonzero_bits(chosen.flatten(1))).view(rows, -1)
+            )
             codes.append(ranks)
         shifts = torch.arange(self._index_bits, device=weight.device)
         bits = ((torch.cat(codes, dim=1).unsqueeze(-1) >> shifts) & 1).bool().view(rows, -1)
-        return {"weight": torch.cat(values, dim=1), "weight_indices": pack_bits(bits)}
+        return {"weight": torch.cat(values, dim=1), "weight_indices": nonzero_bits(bits)}
 
     def sample(
         self, tensors: Mapping[str, Tensor], dense: Shaped[Tensor, "rows in"], first: int
@@ -201,20 +207,25 @@ def _smallest_n(weight: Tensor, m: int) -> int:
     tail = columns % m
     full, last = 1, 0  # the most non-zeros of a group, and of a row's tail
     for rows in row_blocks((len(weight), columns), weight.device):
-        nonzero = weight[rows].bool()
+        block = weight[rows]
         if columns >= m:
-            starts = nonzero[:, : columns - tail]
-            counts = torch.zeros(len(starts), columns // m, dtype=torch.uint8, device=starts.device)
-            for i in range(m):
-                counts += starts[:, i::m]
-            full = max(full, int(counts.max()))
+            full = max(full, _most(nonzero_bits(block[:, : columns - tail]), m))
         if tail:
-            last = max(last, int(nonzero[:, columns - tail :].sum(dim=1).max()))
+            last = max(last, int(block[:, columns - tail :].bool().sum(dim=1).max()))
         if full == m:
             break
     while tail and full < m and NM(full, m).kept(tail) < last:
         full += 1
     return full
+
+
+def _most(bits: UInt8[Tensor, "rows bytes"], m: int) -> int:
+    """The most bits that are set in a group of m; rows are whole groups."""
+    if m == 4:
+        bits = torch.stack([bits & 15, bits >> 4])
+    if m in _WORDS and on_cpu(bits):
+        return int(np.bitwise_count(bits.numpy().view(_WORDS[m])).max())
+    return int(unpack_bits(bits, bits.shape[1] * 8 // m * m).view(-1, m).sum(dim=1).max())
 
 
 def _choose(

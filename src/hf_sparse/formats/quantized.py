@@ -23,10 +23,10 @@ import torch
 from jaxtyping import Float, Int16
 from torch import Tensor
 
+from ..core.bits import pack_numbers, padding_is_zero, unpack_numbers
 from ..core.errors import FormatError
 from ..core.grids import Grid, QuantizedWeight, Scales
 from .base import Format, Layout, Packed, TensorSpec
-from .bits import pack_numbers, padding_is_zero, unpack_numbers
 
 BITS = (8, 4, 3)
 LARGEST_GROUP = 2**31 - 1

@@ -104,11 +104,12 @@ def compare(
     Each is timed with one thread, by what that thread itself takes: with several, what else runs on
     the machine decides how long they wait for each other. It can still only add to a time, so each
     operand's least time counts. The candidates take turns, in rounds that are repeated until the
-    even and the odd ones agree.
+    even and the odd ones agree. Modes that watch torch's functions see nothing of it: their part
+    would be a candidate's for each call that it makes.
     """
     seconds: dict[str, list[list[float]]] = {name: [] for name in candidates}
     started = CLOCK()
-    with torch.no_grad(), _one_thread():
+    with torch._C.DisableTorchFunction(), torch.no_grad(), _one_thread():
         for rounds in itertools.count():
             for name, (call, operands) in candidates.items():
                 seconds[name].append([_seconds(call, operand) for operand in operands])

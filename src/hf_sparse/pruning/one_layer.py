@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
-import torch
-from accelerate.utils import align_module_device
 from torch import Tensor
 
 from ..calibration.layer_statistics import Observed
@@ -53,10 +51,10 @@ class PrunedLayer:
         module, pattern, low_rank = self.plan.target.module, self.plan.pattern, self.low_rank
         with self.plan.target.weight() as whole:
             weight = whole if self.sparse is None else self.sparse
+            self._check_zeros(weight)
             held = self.quantized or weight
             fmt = choose_format(held, pattern, requested)
             if isinstance(fmt, Dense) and low_rank is None:
-                self._check_zeros(weight)
                 return self.report
             if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
                 fmt = choose_format(weight, pattern, Bitmask.name)
@@ -64,8 +62,6 @@ class PrunedLayer:
             parents.replace(module, sparse)
             stored = sparse.resident_bytes()  # before a kernel takes the weight over
             sparse.resolve()
-            with torch.no_grad(), align_module_device(sparse):
-                self._check_zeros(sparse.sparse_weight)
         # Of layers that stay in memory the run says later what kernels made of them.
         return replace(
             self.report,

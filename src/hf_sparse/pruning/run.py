@@ -119,7 +119,7 @@ def _as_held(reports: Iterable[LayerReport], model: nn.Module) -> Iterator[Layer
     layers = sparse_layers(model)
     for report in reports:
         layer = layers.get(report.name)
-        if layer is not None and not any(t.is_meta for t in layer.packed.values()):
+        if layer is not None and not any(t.is_meta for t in layer.buffers()):
             kernel, resident = layer.trace[-1].kernel, layer.resident_bytes()
             report = replace(report, kernel=kernel, bytes_resident=resident)
         yield report

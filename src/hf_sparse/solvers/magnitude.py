@@ -23,5 +23,6 @@ class Magnitude(Solver):
     )
 
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
-        mask = pattern.mask(weight.abs())
-        return Solution(zero_outside(weight, mask), mask)
+        scores = weight.abs()
+        mask = pattern.mask(scores)
+        return Solution(zero_outside(weight, mask, out=scores), mask)

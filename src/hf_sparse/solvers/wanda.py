@@ -26,5 +26,6 @@ class Wanda(Solver):
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         assert statistics is not None
         assert statistics.column_norms is not None
-        mask = pattern.mask(weight.abs() * statistics.column_norms, per_row=True)
-        return Solution(zero_outside(weight, mask), mask)
+        scores = weight.abs().mul_(statistics.column_norms)
+        mask = pattern.mask(scores, per_row=True)
+        return Solution(zero_outside(weight, mask, out=scores), mask)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..checkpoint.headers import read_folder
 from ..checkpoint.weight_files import weight_files
+from ..core.bits import nonzero_bits, unpack_bits
 from ..core.errors import TrainingError
 from ..core.logging import get_logger
 from ..formats import Format
-from ..formats.bits import pack_bits, unpack_bits
 from ..layers import SparseLinear
 from ..layers.axes import Axes
 from ..layers.select import Target
@@ -46,7 +46,7 @@ class Masks:
         return unpack_bits(self._bits[name], self._columns[name])
 
     def __setitem__(self, name: str, mask: Bool[Tensor, "out in"]) -> None:
-        self._bits[name], self._columns[name] = pack_bits(mask), mask.shape[1]
+        self._bits[name], self._columns[name] = nonzero_bits(mask), mask.shape[1]
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a TrainingError with layer and numbers unless a model still has these masks."""

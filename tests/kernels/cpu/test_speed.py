@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from hf_sparse.kernels import timing
 from hf_sparse.kernels.cpu import library, product, speed
@@ -203,6 +204,23 @@ def test_times_are_the_least_of_each_operand_and_a_busy_machine_s_are_refused(mo
     busy = lambda n: (n - 1) // 3 % 2 == 1  # noqa: E731 - every second round
     assert timing.compare(candidates) is None
     assert clock[0] < 5
+
+
+def test_modes_of_the_caller_are_no_part_of_a_time():
+    class Watching(TorchFunctionMode):
+        seen = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.seen += 1
+            return function(*args, **(kwargs or {}))
+
+    x = torch.ones(3)
+    with Watching() as mode:
+        mode.seen = 0
+        timing.compare({"packed": (torch.sin, [x]), "dense": (torch.cos, [x])})
+        assert mode.seen == 0
+        torch.sin(x)
+        assert mode.seen == 1
 
 
 def test_measurements_are_positive_for_every_way(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """From disk to disk: the bytes of a run in memory, also after deaths, and no block in between."""
 
 import errno
+import hashlib
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from killed_runs import config, digests
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import DECODER, T5, build, tiny_llama
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
@@ -206,6 +208,79 @@ def test_one_call_cleans_up_and_leaves_other_files(broken_off, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
     broken_off()
     clear_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("part", ["blocks", "outputs"])
+def test_the_user_s_files_in_folders_of_a_run_s_names_stay(part, tmp_path):
+    mine = tmp_path / "run" / part / "00000.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    for use in (clear_checkpoint, lambda run: ledger.Ledger(run, {}, resumable=True)):
+        with pytest.raises(SaveError, match=rf"{part}' holds files that are not a run's"):
+            use(tmp_path / "run")
+    assert mine.read_text() == "mine"
+
+
+def test_only_what_a_run_has_named_is_removed(broken_off, tmp_path):
+    names = "blocks/model.safetensors", "outputs/best.safetensors", "waiting-room/a.txt"
+    mine = [tmp_path / "run" / name for name in names]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    clear_checkpoint(tmp_path / "run")
+    assert all(path.read_text() == "mine" for path in mine)
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("part", ["blocks", "outputs"])
+def test_a_run_s_folder_that_is_a_link_is_refused_and_nothing_removed(part, broken_off, tmp_path):
+    place = tmp_path / "run" / part
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    held = sorted(path.name for path in (tmp_path / "elsewhere").iterdir())
+    for use in (broken_off, lambda: clear_checkpoint(tmp_path / "run")):
+        with pytest.raises(SaveError, match=f"{part}' is a link"):
+            use()
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == held
+
+
+@pytest.mark.parametrize("kind", ["blocks", "outputs"])
+def test_a_link_in_place_of_a_run_s_file_is_refused(kind, broken_off, tmp_path):
+    path = next((tmp_path / "run" / kind).glob("*.safetensors"))
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=rf"{path.name}: it is missing, or no file of its"):
+        broken_off()
+
+
+def test_a_block_s_file_must_hold_what_the_manifest_says(broken_off, tmp_path):
+    """Of a folder that somebody else has made: all digests are right."""
+    path = tmp_path / "run" / "manifest.json"
+    sound = json.loads(path.read_text())
+    entry = sound["blocks"][0]
+
+    def refused(changed, match):
+        path.write_text(json.dumps(sound | {"blocks": [entry | changed]}))
+        with pytest.raises(CheckpointError, match=match):
+            broken_off()
+
+    refused({"layers": entry["layers"][1:]}, rf"manifest says of .*: {entry['layers'][0]['name']}")
+    refused({"name": "model.layers.1"}, r"manifest says of model\.layers\.1: model\.layers\.0")
+
+
+def test_a_block_of_another_shape_is_refused(broken_off, tmp_path):
+    block = tmp_path / "run" / "blocks" / "00000.safetensors"
+    with safe_open(block, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(block)
+    tensors["model.layers.0.input_layernorm.weight"] = torch.ones(3)
+    save_file(tensors, block, metadata)
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["blocks"][0]["digest"] = hashlib.sha256(block.read_bytes()).hexdigest()
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"input_layernorm\.weight is a .* of shape \(3,\)"):
+        broken_off()
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):

@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...core.bits import padding_is_zero, unpack_bits
 from ...core.errors import CheckpointError
-from ...formats.bits import padding_is_zero, unpack_bits
 from ..header import HeaderTensor
 
 BITMASK, BITMASK_24 = "sparse-bitmask", "sparse-24-bitmask"

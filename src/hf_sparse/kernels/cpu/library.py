@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ABI_VERSION = 7
+from ...core.native import find
+from ...core.native import thread_pool as thread_pool
+
 MAX_DIM = 1 << 27
 LAST_PATH = "HF_SPARSE_PATH"  # names the path behind which none is used
 
@@ -86,7 +87,6 @@ class IntegerWeight(ctypes.Structure):
 
 _I32, _I64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "tile_abi_version": (_I32, []),
     "tile_path_count": (_I32, []),
     "tile_path_name": (ctypes.c_char_p, [_I32]),
     "tile_path_available": (_I32, [_I32]),
@@ -140,27 +140,19 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    folder = Path(__file__).parent
-    found = sorted(path for path in folder.glob("_tiles*") if path.suffix in (".so", ".dylib"))
-    if not found:
-        return (
-            f"no _tiles library in {folder}: the package was installed without a C++ compiler, "
-            "or the build failed; installing it again with one (gcc or clang) builds it"
-        )
+    found = find()
+    if isinstance(found, str):
+        return found
     try:
-        library = ctypes.CDLL(str(found[0]))
         for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
+            function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        return f"{found[0]} does not load: {error}"
-    version = library.tile_abi_version()
-    if version != ABI_VERSION:
-        return f"{found[0]} has ABI version {version}, this package needs {ABI_VERSION}"
-    named = {library.tile_path_name(i).decode() for i in range(library.tile_path_count())}
+    except AttributeError as error:
+        return f"the native library lacks a function: {error}"
+    named = {found.tile_path_name(i).decode() for i in range(found.tile_path_count())}
     if (last := os.environ.get(LAST_PATH)) is not None and last not in named:
         return f"{LAST_PATH}={last} names no path: there are {', '.join(sorted(named))}"
-    return library
+    return found
 
 
 def library() -> ctypes.CDLL:
@@ -179,25 +171,6 @@ def unavailable_reason() -> str | None:
     """Why there is no library, or None if there is one."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
-
-
-@functools.cache
-def thread_pool() -> int | None:
-    """The address of libtorch's `torch_parallel_for`, or None before torch 2.10.
-
-    Without it the kernels stay on the calling thread: a pool of our own would be a second OpenMP
-    that fights with torch's for the cores.
-    """
-    names = ("libtorch_cpu.so", "libtorch_cpu.dylib")
-    folder = Path(torch.__file__).parent / "lib"
-    # None is the process itself: a torch that is linked into the program.
-    for name in [*(str(folder / name) for name in names if (folder / name).exists()), None]:
-        try:
-            function = ctypes.CDLL(name).torch_parallel_for
-        except (OSError, AttributeError):
-            continue
-        return ctypes.cast(function, ctypes.c_void_p).value
-    return None
 
 
 @functools.cache

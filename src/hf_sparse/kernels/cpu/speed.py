@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,16 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.native import ABI_VERSION
 from .. import timing
 from ..machine import processor
 from ..timing import Measured, compare
-from ..token_classes import DENSE, TokenClass, over
+from ..token_classes import DENSE, TokenClass, Way, over
 from . import library
 from .integer.weight import ANY, OCTET, IntegerWeight
 from .integer.weight import pack as pack_integers
 from .native_weight import NativeWeight
 from .pack import narrow, pack_dense
-from .product import CLASSES, WAYS, classes_of
+from .product import CLASSES, Product, classes_of
 
 SMALL, LARGE = (256, 256), (2048, 2048)
 LARGE_MANY = (512, 2048)  # of many tokens
@@ -93,7 +93,7 @@ class Kind:
 
 def machine() -> str:
     """The processor with its native path."""
-    return f"{processor()}, {list(library.paths())[-1]} {library.ABI_VERSION}"
+    return f"{processor()}, {list(library.paths())[-1]} {ABI_VERSION}"
 
 
 def estimate(weight: NativeWeight, dtype: torch.dtype) -> dict[str, Measured]:
@@ -151,21 +151,22 @@ def _measure(kind: Kind, tokens: TokenClass, shape: tuple[int, int]) -> Measured
     dense = weight.dense(kind.dtype)
     x = torch.randn(tokens.measured, shape[1], device="cpu").to(kind.dtype)
     copies = max(2, min(MOST_COPIES, COLD_BYTES // dense.nbytes)) if tokens.measured == 1 else 1
-    weights = _copies(weight, copies)
+    weights, classes = _copies(weight, copies), classes_of(weight)
+
+    def multiply(product: Product[NativeWeight]) -> Tensor:
+        return product(x)
+
     seconds = compare(
         {
-            **{way: (functools.partial(_call, WAYS[way], x), weights) for way in tokens.ways},
-            DENSE: (functools.partial(F.linear, x), _copies(dense, copies)),
+            way: (multiply, [Product(w, tuple(Way(c.name, way) for c in classes)) for w in weights])
+            for way in tokens.ways
         }
+        | {DENSE: (functools.partial(F.linear, x), _copies(dense, copies))}
     )
     if seconds is None:
         return None
     sane = all(1 / ABSURD < speedup < ABSURD for speedup in over(seconds).values())
     return seconds if sane else None
-
-
-def _call(way: Callable[..., Tensor], x: Tensor, weight: NativeWeight) -> Tensor:
-    return way(x, weight, None)
 
 
 def _copies(first: Item, number: int) -> list[Item]:

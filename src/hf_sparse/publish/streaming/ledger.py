@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,47 +27,26 @@ from torch import Tensor
 
 from ...calibration.activations import Activations
 from ...checkpoint.staging import lock, new_file, sync
-from ...core.errors import CheckpointError, ConfigError, SaveError
-from ...core.json_records import read_json, read_record
-from ...pruning.report import LayerReport
+from ...core.errors import SaveError
 from ...pruning.residence import FinishedBlock
+from .manifest import (
+    BLOCKS,
+    MANIFEST,
+    OUTPUTS,
+    VERSION,
+    Entry,
+    Manifest,
+    check_files,
+    check_same,
+    read_manifest,
+)
 from .source import file_digest
 
-VERSION = 1
-MANIFEST = "manifest.json"
-BLOCKS, OUTPUTS = "blocks", "outputs"
 # How the names of folders begin in which activations wait.
 WAITING = "waiting-"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A finished block as the manifest has it: its file in `blocks`, and that file's SHA-256."""
-
-    name: str
-    file: str
-    digest: str
-    seconds: float
-    layers: tuple[LayerReport, ...]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Of a run.
-
-    Attributes:
-        version: of this format.
-        run: what the result depends on: names and values as text.
-        blocks: those that are finished, in order.
-        outputs: SHA-256 of the files in `outputs`, by their names.
-        standing: the digest of what each pass handed to the block after the last one.
-    """
-
-    version: int
-    run: Mapping[str, str]
-    blocks: tuple[Entry, ...] = ()
-    outputs: Mapping[str, str] = field(default_factory=dict)
-    standing: Mapping[str, str] = field(default_factory=dict)
+# What a run calls its files and folders: no others are removed.
+_FILES = re.compile(r"\.?\d{5}\.safetensors(-[0-9a-f]{16})?|.+@\d+( dense)?\.safetensors")
+_WAITING = re.compile(rf"{WAITING}[a-z0-9_]{{8}}")
 
 
 class Ledger:
@@ -85,9 +65,17 @@ class Ledger:
         self._folder, self._resumable = folder, resumable
         self._run = dict(run)
         self._manifest = Manifest(VERSION, self._run)
+        parts = folder / BLOCKS, folder / OUTPUTS
         try:
-            for path in (folder, folder / BLOCKS, folder / OUTPUTS):
-                path.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in parts:
+                if path.is_symlink():
+                    raise SaveError(f"{str(path)!r} is a link, a run makes a folder: remove it")
+                if path.is_dir() and any(path.iterdir()) and not (folder / MANIFEST).is_file():
+                    raise SaveError(
+                        f"{str(path)!r} holds files that are not a run's: pass another folder"
+                    )
+                path.mkdir(exist_ok=True)
         except OSError as error:
             raise SaveError(f"can't keep a run in {str(folder)!r}: {error}") from error
         self._held: int | None = None
@@ -110,11 +98,12 @@ class Ledger:
         self._run |= {f"config: {k}": json.dumps(v) for k, v in settings.items()}
         found = read_manifest(self._folder)
         if found is not None:
-            _check_same(found.run, self._run, self._folder)
-            _check_files(found, self._folder)
+            check_same(found.run, self._run, self._folder)
+            check_files(found, self._folder)
         self._manifest = found or Manifest(VERSION, self._run)
         named = {entry.file for entry in self._manifest.blocks} | set(self._manifest.outputs)
         self._remove_all_but(named)
+        self._write_manifest()
         return {e.name: FinishedBlock(e.layers, e.seconds) for e in self._manifest.blocks}
 
     def activations(self, waiting: Path | None) -> Activations:
@@ -168,8 +157,9 @@ class Ledger:
             ) from error
 
     def _remove_waiting(self) -> None:
-        for path in self._folder.glob(f"{WAITING}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self._folder.iterdir():
+            if _WAITING.fullmatch(path.name) and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         """Let other runs use the folder."""
@@ -190,7 +180,7 @@ class Ledger:
         """Remove what runs have left in the folder, half written or waiting, but for some files."""
         for part in (BLOCKS, OUTPUTS):
             for path in (self._folder / part).iterdir():
-                if ".safetensors" in path.name and path.name not in named:
+                if _FILES.fullmatch(path.name) and path.name not in named:
                     path.unlink()
         for path in self._folder.glob(f".{MANIFEST}-*"):
             path.unlink()
@@ -228,57 +218,6 @@ def clear_checkpoint(checkpoint_dir: str | os.PathLike[str]) -> None:
         return
     with closing(Ledger(folder, {}, resumable=False)) as ledger:
         ledger.clear()
-
-
-def read_manifest(folder: Path) -> Manifest | None:
-    """A folder's manifest; None if it has none.
-
-    Raises:
-        CheckpointError: it is damaged, or of another version.
-    """
-    path = folder / MANIFEST
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        return None
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise CheckpointError(f"{path}: it is not of version {VERSION}, which this hf_sparse reads")
-    found: Manifest = read_record(Manifest, content, str(path))
-    for name in [entry.file for entry in found.blocks] + list(found.outputs):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: it names {name!r}, which is no file of a run")
-    return found
-
-
-def _check_same(before: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
-    """Raise a ConfigError that says what has changed since a run began."""
-    other = [key for key in (*now, *before) if before.get(key) != now.get(key)]
-    if other:
-        changes = "; ".join(
-            f"{key} was {before.get(key, 'not given'):.80}, is {now.get(key, 'not given'):.80}"
-            for key in dict.fromkeys(other)
-        )
-        raise ConfigError(
-            f"the run in {str(folder)!r} can't go on, since its result would be neither's: "
-            f"{changes}. Pass what it began with, another checkpoint_dir, or remove it with "
-            f"hf_sparse.clear_checkpoint({str(folder)!r})"
-        )
-
-
-def _check_files(found: Manifest, folder: Path) -> None:
-    """Raise a CheckpointError unless all that a manifest names is there and intact."""
-    expected = {Path(BLOCKS, entry.file): entry.digest for entry in found.blocks}
-    expected |= {Path(OUTPUTS, name): digest for name, digest in found.outputs.items()}
-    for path, digest in expected.items():
-        try:
-            same = file_digest(folder / path) == digest
-        except OSError as error:
-            raise CheckpointError(f"{folder / path}: it can't be read: {error}") from None
-        if not same:
-            raise CheckpointError(
-                f"{folder / path}: it is damaged: remove the run with "
-                f"hf_sparse.clear_checkpoint({str(folder)!r}) and begin anew"
-            )
 
 
 def _list_of(name: str) -> str:

@@ -11,6 +11,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from ...checkpoint.weight_files import INDEX
+from ...core.errors import CheckpointError
 
 # The library's names of dtypes, in the order of a file's tensors, which after that have their
 # names'.
@@ -52,6 +53,9 @@ def write_shards(
         metadata: of each file.
         max_shard_size: of a file, as for `PreTrainedModel.save_pretrained`.
         parameters: how many the model has, for the index.
+
+    Raises:
+        CheckpointError: what was read has another shape or dtype.
     """
     split = split_torch_state_dict_into_shards(
         dict(tensors),
@@ -79,7 +83,12 @@ def _write(
         file.write(len(header).to_bytes(8, "little") + header)
         for key in order:
             tensor, expected = read(key), tensors[key]
-            assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype), key
+            if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
+                raise CheckpointError(
+                    f"{key} is a {tensor.dtype} of shape {tuple(tensor.shape)}, expected a "
+                    f"{expected.dtype} of {tuple(expected.shape)}: what was kept of the run is of "
+                    "another model, remove it with hf_sparse.clear_checkpoint"
+                )
             if tensor.numel():
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 

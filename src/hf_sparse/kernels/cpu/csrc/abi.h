@@ -60,6 +60,9 @@ int32_t run(ParallelFor pool, int64_t count, int64_t grain, F& body) {
 // The numbers of a weight and its pointers; tile_check says whether the arrays are sound.
 int32_t check_shape(const Weight& w);
 
+// Can this CPU run a path, and may it?
+bool can_run(const Path& path);
+
 // The path whose integer products serve a path's number, or -1 for the best: itself, or the next lower
 // one that has them. Null if the CPU can't run that path.
 const Path* integer_path(int32_t path);

@@ -94,6 +94,13 @@ const float* padded_bias(const void* bias, int32_t dtype, int64_t n, int64_t pad
   return copy;
 }
 
+bool can_run(const Path& path) {
+  for (int32_t i = 0; i < kPathCount; ++i) {
+    if (kPaths[i] == &path) return available(i);
+  }
+  return false;
+}
+
 const Path* integer_path(int32_t path) {
   if (path == kAnyPath) path = best_path();
   if (!available(path)) return nullptr;
@@ -105,7 +112,7 @@ const Path* integer_path(int32_t path) {
 
 using namespace tiles;
 
-TILE_EXPORT int32_t tile_abi_version() { return 7; }
+TILE_EXPORT int32_t tile_abi_version() { return 8; }
 
 TILE_EXPORT int32_t tile_path_count() { return kPathCount; }
 

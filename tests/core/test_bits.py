@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sparse.formats.bits import (
+from hf_sparse.core.bits import (
     count_ones,
-    pack_bits,
+    nonzero_bits,
     pack_numbers,
     padding_is_zero,
     unpack_bits,
@@ -34,7 +34,7 @@ def bytes_by_hand(row: list[bool]) -> list[int]:
 @given(bit_rows())
 def test_bits_are_packed_lowest_first_and_unpacked_again(rows):
     bits = torch.tensor(rows)
-    packed = pack_bits(bits)
+    packed = nonzero_bits(bits)
     assert packed.dtype == torch.uint8
     assert packed.tolist() == [bytes_by_hand(row) for row in rows]
     assert torch.equal(unpack_bits(packed, bits.shape[1]), bits)

@@ -7,20 +7,29 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor
 
-from ..core.counting import on_cpu
+from .native import call, library_for, on_cpu
 
 
-def pack_bits(bits: Bool[Tensor, "rows n"]) -> UInt8[Tensor, "rows bytes"]:
-    """Each row to ceil(n / 8) bytes; the padding bits of the last byte are 0."""
-    if on_cpu(bits):
-        return torch.from_numpy(np.packbits(bits.contiguous().numpy(), axis=1, bitorder="little"))
-    rows, n = bits.shape
-    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -n % 8)).view(rows, -1, 8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
-    return (padded * weights).sum(dim=-1, dtype=torch.uint8)
+def nonzero_bits(weight: Shaped[Tensor, "rows n"]) -> UInt8[Tensor, "rows bytes"]:
+    """What isn't 0: bit j % 8 of byte j // 8 of row i stands for weight[i, j]; bits behind the last
+    are 0."""
+    rows, n = weight.shape
+    library = library_for(weight)
+    if library is not None and weight.numel():
+        weight = weight.detach().contiguous()
+        bits = torch.empty(rows, -(-n // 8), dtype=torch.uint8, device="cpu")
+        sign = weight.is_floating_point()
+        call(library.whole_nonzero_bits, rows, n, weight, weight.element_size(), sign, bits)
+        return bits
+    if on_cpu(weight):
+        nonzero = weight.detach().bool().numpy()
+        return torch.from_numpy(np.packbits(nonzero, axis=1, bitorder="little"))
+    padded = torch.nn.functional.pad(weight.bool().to(torch.uint8), (0, -n % 8)).view(rows, -1, 8)
+    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=weight.device)
+    return (padded * places).sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: UInt8[Tensor, "rows bytes"], n: int) -> Bool[Tensor, "rows n"]:
@@ -34,7 +43,9 @@ def unpack_bits(packed: UInt8[Tensor, "rows bytes"], n: int) -> Bool[Tensor, "ro
 
 
 def count_ones(packed: UInt8[Tensor, "rows bytes"]) -> int:
-    """How many bits are set, without a temporary that grows with their number."""
+    """How many bits are set, without a temporary that is larger than they are."""
+    if on_cpu(packed):
+        return int(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
     bytes_of_value = torch.bincount(packed.flatten(), minlength=256)
     ones = torch.tensor([value.bit_count() for value in range(256)], device=packed.device)
     return int((bytes_of_value * ones).sum())
@@ -56,7 +67,7 @@ def pack_numbers(numbers: UInt8[Tensor, " n"], bits: int) -> UInt8[Tensor, " byt
         return pairs[::2] | pairs[1::2] << 4
     shifts = torch.arange(bits, dtype=torch.uint8, device=numbers.device)
     string = (numbers.unsqueeze(-1) >> shifts) & 1
-    return pack_bits(string.to(torch.bool).view(1, -1)).view(-1)
+    return nonzero_bits(string.to(torch.bool).view(1, -1)).view(-1)
 
 
 def unpack_numbers(packed: UInt8[Tensor, " bytes"], bits: int) -> UInt8[Tensor, " n"]:
