@@ -169,7 +169,7 @@ void one_integer_weight() {
   if (chance(0.1)) w.bits = dtype(kCodes4);
   if (chance(0.1)) w.kept = w.masks ? static_cast<int32_t>(uniform(-2, 10)) : made.kept;
   // Groups may be larger than they were, not smaller: there are no more scales.
-  if (chance(0.2)) w.group_size = chance(0.5) ? made.group + number(8) : number(0);
+  if (chance(0.2)) w.group_size = chance(0.5) ? made.group + 8 * uniform(-2, 40) : number(0);
   if (w.group_size > 0 && w.group_size < made.group) w.group_size = made.group;
   if (chance(0.1)) w.masks = pointer(w.masks);
   if (chance(0.1)) w.scales = nullptr;
