@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from ..core.errors import CalibrationError, CheckpointError
+from ..core.processes import ALONE, Processes
 from .offload import ACCELERATORS, Parked
 
 # A batch's number, and whether its pass is the dense model's.
@@ -36,6 +37,7 @@ class Activations:
         outputs: of the blocks that a run before has finished, the block whose outputs stand for
             them, by name.
         standing: that run's `standing` behind the last of them.
+        processes: that share the batches, which are numbered over all of them.
 
     Attributes:
         standing: the digest of what each pass hands to the block that it stands in front of, after
@@ -48,7 +50,9 @@ class Activations:
         kept: Path | None = None,
         outputs: Mapping[str, str] | None = None,
         standing: Mapping[str, str] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes = processes
         self._waiting, self._kept = waiting, kept
         self._outputs = dict(outputs or {})
         self._expected = dict(standing or {})
@@ -76,7 +80,7 @@ class Activations:
         """
         if not self.keeps:
             return
-        name, found = _name(running), f"{block} {digest(arguments)}"
+        name, found = self._name(running), f"{block} {digest(arguments)}"
         if self._expected.pop(name, found) != found:
             raise CalibrationError(
                 f"the run can't go on at {block}: what reaches it is not what reached it before, "
@@ -88,7 +92,7 @@ class Activations:
     def leave(self, running: Pass, block: str, output: Any) -> None:
         """A pass has come through a pruned block: keep what it made."""
         if self._kept is not None:
-            self.standing.pop(_name(running), None)
+            self.standing.pop(self._name(running), None)
             tensors: dict[str, Tensor] = {}
             _flatten(output, "", tensors)
             save_file(tensors, self._file(block, running))
@@ -113,12 +117,11 @@ class Activations:
     def _file(self, block: str, running: Pass) -> Path:
         """Where a block's outputs of a batch are kept."""
         assert self._kept is not None
-        return self._kept / f"{block}@{_name(running)}.safetensors"
+        return self._kept / f"{block}@{self._name(running)}.safetensors"
 
-
-def _name(running: Pass) -> str:
-    batch, dense = running
-    return f"{batch} dense" if dense else str(batch)
+    def _name(self, running: Pass) -> str:
+        batch, dense = self._processes.number(running[0]), running[1]
+        return f"{batch} dense" if dense else str(batch)
 
 
 def digest(value: Any) -> str:

@@ -21,6 +21,7 @@ from ..core.statistics import Needs, shrink
 from .block_walk import Visit
 from .expert_routing import find_experts
 from .layer_statistics import DensePath, Observed, collect_statistics
+from .owners import Owners
 
 
 def observe(
@@ -30,21 +31,22 @@ def observe(
     dense: DensePath | None = None,
     min_tokens: int | None = None,
     everywhere: bool = False,
+    owners: Owners | None = None,
 ) -> dict[str, Observed]:
     """`collect_statistics`, with enough of every expert.
 
     Args:
-        visit, layers, needs, dense: as there.
+        visit, layers, needs, dense, owners: as there.
         min_tokens: m of an expert's layer; None for as many as it has inputs, or for 1 where column
             norms are all that is needed, which a few tokens tell.
         everywhere: take all tokens for all experts, routed to them or not.
     """
     experts = find_experts(visit.block.module, layers)
     if not experts:
-        return collect_statistics(visit, layers, needs, dense)
+        return collect_statistics(visit, layers, needs, dense, owners=owners)
     stay = replace(dense, leave=False) if dense else None
     routed = {n: m for n, m in layers.items() if not (everywhere and m in experts)}
-    found = collect_statistics(visit, routed, needs, stay) if routed else {}
+    found = collect_statistics(visit, routed, needs, stay, owners=owners) if routed else {}
     few_do = 1 if needs < Needs.HESSIAN else None
     least = few_do if min_tokens is None or needs is Needs.NOTHING else min_tokens
     limits = {
@@ -57,7 +59,7 @@ def observe(
         for name, limit in limits.items()
         if name not in found or _tokens(found[name]) < limit
     }
-    shared = collect_statistics(visit, few, needs, stay, everywhere=True) if few else {}
+    shared = collect_statistics(visit, few, needs, stay, True, owners) if few else {}
     for name, seen in shared.items():
         found[name] = seen if everywhere else _filled(found.get(name), seen, limits[name])
     if dense and dense.leave:

@@ -27,6 +27,7 @@ from ..core.statistics import Needs, Statistics
 from .block_walk import Visit
 from .expert_routing import ExpertRouting
 from .layer_inputs import InputRecorder, LayerInputs
+from .owners import Owners
 from .residual_stream import ResidualStream
 from .sums import StatisticsCollector
 
@@ -70,6 +71,7 @@ def collect_statistics(
     needs: Needs,
     dense: DensePath | None = None,
     everywhere: bool = False,
+    owners: Owners | None = None,
 ) -> dict[str, Observed]:
     """Run a visit's block on all calls and return what was seen of each layer, by name.
 
@@ -84,6 +86,8 @@ def collect_statistics(
         dense: also collect cross moments and residuals against the dense model.
         everywhere: the layers are experts' and are to see all tokens that enter the experts; the
             block's output is that of the routed ones all the same.
+        owners: add up with other processes, which run their own calls: a layer's owner gets what
+            was seen, the others its tokens alone. None for one process.
 
     Raises:
         SolveError: a layer saw NaN or infinite inputs; names the layer.
@@ -91,7 +95,7 @@ def collect_statistics(
     routing = ExpertRouting(visit.block.module, layers, everywhere)
     stream = ResidualStream(dense.writers, dense.factors) if dense else ResidualStream({}, {})
     recorder = InputRecorder(layers, routing, stream)
-    sums = _LayerSums(needs, len(visit.calls), dense)
+    sums = _LayerSums(needs, len(visit.calls) * (owners.processes.size if owners else 1), dense)
     # Offloading hooks need the end of a pass to put weights back.
     offloads = any(hasattr(m, "_hf_hook") for m in visit.block.module.modules())
     once = False  # is each layer called once in a pass? Nothing is to be seen after the last then
@@ -104,6 +108,8 @@ def collect_statistics(
             if index == 0:
                 once = not offloads and all(len(own.rows.get(name, ())) == 1 for name in layers)
             sums.add(own, theirs)
+    if owners and owners.processes.size > 1:
+        sums.share(owners, layers)
     found = sums.finish()
     return {name: found[name] for name in layers if name in found}
 
@@ -145,6 +151,42 @@ class _LayerSums:
                 group.collector.add(rows, beside)
         if dense is not None:
             self._add_residuals(own, dense)
+
+    def share(self, owners: Owners, layers: Mapping[str, nn.Module]) -> None:
+        """Add up with the other processes, whose layers may have been called otherwise."""
+        processes = owners.processes
+        own = [(g.names, g.collector.tokens, g.collector.sampled) for g in self._groups]
+        shapes = {name: tuple(residual.shape) for name, residual in self._residuals.items()}
+        columns = {name: g.collector.columns for g in self._groups for name in g.names}
+        told = processes.gather((own, shapes, columns, self._strays))
+        columns = {name: width for _, _, theirs, _ in told for name, width in theirs.items()}
+        places = [{n: i for i, (names, *_) in enumerate(of) for n in names} for of, *_ in told]
+        parts: dict[tuple[int | None, ...], list[str]] = {}
+        for name in layers:
+            if name in columns:
+                parts.setdefault(tuple(place.get(name) for place in places), []).append(name)
+        owners.assign(parts.values(), layers)
+        uses = Counter(place[processes.rank] for place in parts)
+        groups = []
+        for place, names in parts.items():
+            index = place[processes.rank]
+            if index is None:  # not called here
+                collector = self._collector(columns[names[0]], _device(layers[names[0]]))
+            else:
+                collector = self._groups[index].collector
+                collector = collector if uses[index] == 1 else deepcopy(collector)
+            counts = [t[0][i] for t, i in zip(told, place, strict=True) if i is not None]
+            kept = [0 if i is None else t[0][i][2] for t, i in zip(told, place, strict=True)]
+            collector.share(processes, owners.of(names), sum(c[1] for c in counts), kept)
+            groups.append(_Group(names, collector))
+        self._groups, self._strays = groups, sum((t[3] for t in told), Counter())
+        for name, shape in {n: s for t in told for n, s in t[1].items()}.items():
+            residual = self._residuals.pop(name, None)
+            if residual is None:
+                residual = torch.zeros(shape, device=_device(layers[name]))
+            processes.sum(residual, owners[name])
+            if owners.is_own(name):
+                self._residuals[name] = residual
 
     def finish(self) -> dict[str, Observed]:
         """Of every layer that a token reached."""
@@ -209,8 +251,16 @@ class _LayerSums:
             groups += map(_Group, parts, [group.collector, *copies])
         for part in own.groups([name for name in own.rows if name not in known]):
             rows = own.rows[part[0]][0]
-            collector = StatisticsCollector(
-                rows.shape[1], self._needs, self._batches, rows.device, self._dense is not None
-            )
-            groups.append(_Group(part, collector))
+            groups.append(_Group(part, self._collector(rows.shape[1], rows.device)))
         self._groups = groups
+
+    def _collector(self, columns: int, device: torch.device) -> StatisticsCollector:
+        cross = self._dense is not None
+        return StatisticsCollector(columns, self._needs, self._batches, device, cross)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer's inputs are, as far as it tells."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return torch.device("cpu") if weight.is_meta else weight.device

@@ -15,6 +15,7 @@ from .block_walk import BlockWalk, Visit
 from .experts import observe
 from .feeding_order import find_stages
 from .layer_statistics import DensePath, Observed
+from .owners import Owners
 from .residual_stream import residual_writers
 
 Weights = Callable[[], AbstractContextManager[None]]
@@ -27,12 +28,14 @@ def walk_stages(
     config: SparseConfig,
     dense_weights: Weights,
     activations: Activations | None = None,
-) -> Generator[tuple[Block, Iterator[tuple[str, Observed]]]]:
-    """Each block that the model reaches, with its layers' names and statistics, stage by stage.
+    owners: Owners | None = None,
+) -> Generator[tuple[Block, Iterator[dict[str, Observed]]]]:
+    """Each block that the model reaches, with the statistics of its layers by name, stage by stage.
 
-    A layer is to be solved before the next one is asked for, and the layers to the end before the
-    next block: statistics are those of what has been left of the layers before. Behind the last one
-    the passes have gone through the block, and its dense weights can go. Close it at the end
+    A stage's layers are to be solved before the next stage is asked for, and all before the next
+    block: statistics are those of what has been left of the layers before. Behind the last stage
+    the passes have gone through the block, and its dense weights can go. Take each layer's
+    statistics out when it is solved, for they may be large. Close it at the end
     (`contextlib.closing`), also after an exception.
 
     Args:
@@ -42,8 +45,10 @@ def walk_stages(
         config: what the statistics are for.
         dense_weights: a context in which the block's layers have their dense weights.
         activations: see `BlockWalk`.
+        owners: of processes that each call this with batches of their own; None for one.
 
     Raises:
+        ProcessError: other processes' batches reach another block.
         CalibrationError: see `BlockWalk`.
         SolveError: a layer saw NaN or infinite inputs; names the layer.
     """
@@ -51,35 +56,46 @@ def walk_stages(
     walk = BlockWalk(model, blocks, batches, follows_dense, activations)
     with closing(iter(walk)) as visits:
         for visit in visits:
-            block, layers = visit.block, _layers(model, visit, config, dense_weights)
+            if owners:
+                owners.check_together(visit.block.name)
+            block, stages = visit.block, _stages(model, visit, config, dense_weights, owners)
             del visit  # its inputs must not wait for the next block's
-            yield block, layers
-            del layers
+            yield block, stages
+            del stages
+        if owners:
+            owners.check_together("")
 
 
-def _layers(
-    model: nn.Module, visit: Visit, config: SparseConfig, dense_weights: Weights
-) -> Iterator[tuple[str, Observed]]:
+def _stages(
+    model: nn.Module,
+    visit: Visit,
+    config: SparseConfig,
+    dense_weights: Weights,
+    owners: Owners | None,
+) -> Iterator[dict[str, Observed]]:
     modules = {name: model.get_submodule(name) for name in visit.block.targets}
-    stages = find_stages(visit, modules) if config.stages else [list(modules)]
+    stages, factors = [list(modules)], {}
     follows_dense = config.target == "dense"
-    factors = residual_writers(visit, modules) if follows_dense else {}
+    from_first = (owners or Owners()).processes.from_first  # a pass tells, and theirs may differ
+    if config.stages:
+        stages = from_first(lambda: find_stages(visit, modules))
+    if follows_dense:
+        factors = from_first(lambda: residual_writers(visit, modules))
     writers = {name: modules[name] for name in factors}
     for stage in stages:
         dense = None
         if follows_dense:
             dense = DensePath(dense_weights, stage is stages[-1], writers, factors)
         watched = {name: modules[name] for name in stage}
-        found = observe(
+        yield observe(
             visit,
             watched,
             config.needs,
             dense,
             config.moe_min_tokens,
             config.calibrate_all_experts,
+            owners,
         )
-        for name in list(found):
-            yield name, found.pop(name)
     leave = visit.leave
     del visit  # each pass frees its inputs as it goes on
     leave()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import SolveError
 from ..core.precision import full_precision
+from ..core.processes import Processes
 from ..core.statistics import Needs, Statistics
 
 # Rows kept of the inputs, to measure output errors on: enough for two digits, and small.
@@ -31,15 +34,17 @@ class StatisticsCollector:
 
     Attributes:
         tokens: how many there were so far.
+        columns: of the input.
     """
 
     def __init__(
         self, columns: int, needs: Needs, batches: int, device: torch.device, cross: bool = False
     ) -> None:
-        self._needs = needs
+        self._needs, self.columns = needs, columns
         self._rows_per_batch = max(1, -(-SAMPLE_ROWS // batches))
         self._sample: list[Tensor] = []
         self._pending: list[Tensor] = []
+        self._elsewhere = False  # are the sums another process's?
         self.tokens = 0
         self._squares = torch.zeros(columns, device=device)
         self._hessian = (
@@ -84,6 +89,8 @@ class StatisticsCollector:
         """
         if self.tokens == 0:
             raise SolveError("no calibration token reached it")
+        if self._elsewhere:
+            return Statistics(self.tokens, torch.cat(self._sample))
         if self._hessian is not None:
             self._flush()
             hessian = _mirrored(self._hessian).div_(self.tokens)
@@ -96,6 +103,37 @@ class StatisticsCollector:
         norms = squares.sqrt() if self._needs >= Needs.COLUMN_NORMS else None
         cross = self._cross.div_(self.tokens) if self._cross is not None else None
         return Statistics(self.tokens, torch.cat(self._sample), norms, hessian, cross)
+
+    @property
+    def sampled(self) -> int:
+        """Rows kept of the inputs."""
+        return sum(map(len, self._sample))
+
+    def share(
+        self, processes: Processes, owner: int | None, tokens: int, sampled: Sequence[int]
+    ) -> None:
+        """Add up what all processes have counted of one input.
+
+        Args:
+            processes: each of them calls this.
+            owner: where the sums are wanted, None for everywhere; elsewhere the number of tokens
+                is all that is left.
+            tokens: of all processes.
+            sampled: rows that each has kept.
+        """
+        self._flush()
+        sums = self._squares if self._hessian is None else self._hessian
+        sample = sums.new_zeros(sum(sampled), self.columns)
+        if self._sample:
+            before = sum(sampled[: processes.rank])
+            sample[before : before + self.sampled] = torch.cat(self._sample)
+        for tensor in (sums, sample, self._cross):
+            if tensor is not None:
+                processes.sum(tensor, owner)
+        self.tokens, self._sample = tokens, [sample]
+        if owner not in (None, processes.rank):
+            self._elsewhere, self._sample = True, [sample[:0].clone()]
+            self._hessian = self._cross = None
 
     def _flush(self) -> None:
         if not self._pending:

@@ -12,6 +12,7 @@ HfSparseError
 ├── FormatError       tensors do not fit a storage format                            (ValueError)
 │   └── CheckpointError   ... and were read from a file; names the file and the tensor
 ├── PackageError      an optional package is needed, and isn't installed            (ImportError)
+├── ProcessError     one of several processes failed or is gone                   (RuntimeError)
 ├── SaveError         a checkpoint could not be written                                 (OSError)
 └── HubError          the Hub refused a push, or can't be reached                       (OSError)
 
@@ -71,6 +72,10 @@ class CheckpointError(FormatError):
 
 class PackageError(HfSparseError, ImportError):
     """Something needs an optional package that isn't installed; the message names the extra."""
+
+
+class ProcessError(HfSparseError, RuntimeError):
+    """One of the processes that prune together failed, is gone, or prunes something else."""
 
 
 class SaveError(HfSparseError, OSError):

@@ -14,6 +14,6 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(f"transformers.{name}")
 
 
-def progress_bar(total: int, description: str) -> Any:
+def progress_bar(total: int, description: str, shown: bool = True) -> Any:
     """A tqdm bar that `transformers.logging.disable_progress_bar()` silences."""
-    return transformers_logging.tqdm(total=total, desc=description)
+    return transformers_logging.tqdm(total=total, desc=description, disable=not shown)

@@ -224,7 +224,7 @@ def _most(bits: UInt8[Tensor, "rows bytes"], m: int) -> int:
     if m == 4:
         bits = torch.stack([bits & 15, bits >> 4])
     if m in _WORDS and on_cpu(bits):
-        return int(np.bitwise_count(bits.numpy().view(_WORDS[m])).max())
+        return int(np.bitwise_count(bits.contiguous().numpy().view(_WORDS[m])).max())
     return int(unpack_bits(bits, bits.shape[1] * 8 // m * m).view(-1, m).sum(dim=1).max())
 
 

@@ -88,7 +88,6 @@ def solve_layer(
     plan: LayerPlan,
     observed: Observed | None = None,
     metric: OutputMetric | None = None,
-    keep_dense: bool = False,
 ) -> tuple[PrunedLayer, Tensor]:
     """Solve one layer: what is known of it, and the weight to write into it, in its orientation.
 
@@ -100,7 +99,6 @@ def solve_layer(
     name, axes = plan.target.name, plan.target.axes
     statistics = observed.statistics if observed else None
     with plan.target.weight() as weight:
-        dense = axes.own(weight.clone()) if keep_dense else None
         if statistics is not None and statistics.sample.device != weight.device:
             raise CalibrationError(
                 f"layer {name}: weight on {weight.device}, inputs on {statistics.sample.device}"
@@ -120,7 +118,7 @@ def solve_layer(
     seconds = time.perf_counter() - started
     report = _report(plan, sparse, solution, observed, relative_error, seconds)
     beside = None if low_rank is None else sparse
-    pruned = PrunedLayer(plan, report, dense, solution.quantized, beside, low_rank)
+    pruned = PrunedLayer(plan, report, None, solution.quantized, beside, low_rank)
     return pruned, axes.own(whole)
 
 

@@ -15,6 +15,7 @@ from ..calibration.load import load_calibration
 from ..calibration.tokenizers import load_tokenizer
 from ..config.sparse_config import SparseConfig
 from ..core.errors import ConfigError
+from ..core.processes import Processes
 from ..core.torch_settings import own_settings
 from ..kernels.cpu.wide import wide_products
 from ..layers.default_dense import default_dense
@@ -26,7 +27,7 @@ from .half_pruned import Progress, check_not_half_pruned, marked_if_broken_off
 from .report import PruningReport
 from .residence import Residence
 from .run import run
-from .wrappers import make_ordinary
+from .wrappers import check_not_sharded, make_ordinary
 
 
 def prune_in_place(
@@ -34,8 +35,12 @@ def prune_in_place(
     config: SparseConfig,
     measurements: DenseMeasurements | None = None,
     residence: Residence | None = None,
+    processes: Processes | None = None,
 ) -> PruningReport:
     """Prune any module tree; its pruned layers become `SparseLinear`s.
+
+    Where several processes call it, each with the whole model, they share the samples and the
+    layers, and end with the same model.
 
     Args:
         model: dense, and no wrapper; routers, and of a transformers model heads and tied weights
@@ -43,6 +48,7 @@ def prune_in_place(
         config: what to do.
         measurements: from `measurements_of`, for runs over copies of one model with the same data.
         residence: where its blocks are while they aren't at work; None for memory.
+        processes: that call this together; None for those of the process group.
 
     Raises:
         ConfigError: the model is quantised or sparse already, or the config doesn't suit it.
@@ -50,7 +56,8 @@ def prune_in_place(
     """
     # Of a model in files nothing is changed, and a run over it can go on.
     marked = marked_if_broken_off(model) if residence is None else nullcontext(Progress())
-    with own_settings(input_device(model)), marked as progress:
+    processes = processes or Processes.here()
+    with own_settings(input_device(model)), marked as progress, processes.together():
         make_ordinary(model)
         with _marked_quantized(model), unfused_experts(model), wide_products(model):
             report = run(
@@ -61,14 +68,16 @@ def prune_in_place(
                 progress,
                 measurements,
                 residence,
+                processes,
             )
         speed_up_head(model)
     return report
 
 
 def require_dense(model: nn.Module) -> None:
-    """Raise a ConfigError if a model is quantised, sparse or half pruned already."""
+    """Raise a ConfigError if a model is quantised, sparse, half pruned or sharded already."""
     check_not_half_pruned(model)
+    check_not_sharded(model)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if _is_unpacked_gguf(model, quantizer):
         return

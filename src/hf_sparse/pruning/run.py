@@ -21,6 +21,7 @@ from ..calibration.load import load_calibration
 from ..config.sparse_config import SparseConfig
 from ..core.errors import CalibrationError
 from ..core.logging import get_logger
+from ..core.processes import ALONE, Processes
 from ..kernels.machine import Environment
 from ..layers import sparse_layers
 from ..layers.activations import round_activations
@@ -29,6 +30,7 @@ from ..layers.prefer import prefer
 from ..layers.select import select_targets
 from ..solvers import make_solver
 from .dense_measurements import DenseMeasurements
+from .exchange import check_alike
 from .half_pruned import Progress
 from .plan import LayerPlan, check_plans, check_weights, plan_layers, renamed
 from .report import LayerReport, PruningReport
@@ -48,6 +50,7 @@ def run(
     progress: Progress,
     measurements: DenseMeasurements | None = None,
     residence: Residence | None = None,
+    processes: Processes = ALONE,
 ) -> PruningReport:
     """Prune a model in place and replace its pruned layers by sparse ones.
 
@@ -60,6 +63,7 @@ def run(
         measurements: the calibration data, and what other runs over copies of this model have
             measured on them; None to load the config's data.
         residence: where its blocks are while they aren't at work; None for memory.
+        processes: that call this together.
 
     Returns:
         What was done to each layer.
@@ -80,6 +84,7 @@ def run(
     if measurements is None:
         measurements = DenseMeasurements(load_calibration(model, config, load_tokenizer))
     record = measurements.data.record if measurements.data else None
+    check_alike(processes, config, measurements.data, [plan.target.name for plan in plans])
     residence.begin(model, blocks, config, record)
     _check_weights(plans, blocks, residence)
     with _evaluating(model):
@@ -91,7 +96,9 @@ def run(
             plans, left_dense = renamed(model, before, plans, left_dense)
             blocks = find_blocks(model, [plan.target.name for plan in plans], config.blocks)
             measurements = DenseMeasurements(measurements.data)  # it is another dense model
-        solver_run = BlockSolver(model, config, solver, measurements, progress, residence)
+        solver_run = BlockSolver(
+            model, config, solver, measurements, progress, residence, processes
+        )
         if plans:
             solver_run.prune(plans, blocks)
     _tell_unreached(solver_run.unreached, bool(solver_run.layers))

@@ -6,21 +6,25 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.forward import missing_input
 from ..calibration.layer_statistics import Observed
+from ..calibration.owners import Owners
 from ..calibration.stage_walk import walk_stages
 from ..config.sparse_config import SparseConfig
 from ..core.logging import progress_bar
+from ..core.processes import ALONE, Processes
 from ..core.statistics import OutputMetric
 from ..layers.blocks import Block
 from ..layers.replace import ModuleParents, write_weight
 from ..solvers import Solver
 from ..solvers.layer_solver import LayerSolver
 from .dense_measurements import DenseMeasurements
+from .exchange import Solved, exchange
 from .half_pruned import Progress
 from .one_layer import PrunedLayer, solve_layer
 from .plan import LayerPlan
@@ -29,6 +33,8 @@ from .residence import FinishedBlock, Residence
 from .sparsity_per_layer import allocate, exactly
 
 NO_GRADIENT = "no gradient of the sampled batches reached it: refitted by its inputs alone"
+# What was seen of the layers of a stage, by name; None without data.
+Stage: TypeAlias = dict[str, Observed] | dict[str, None]
 NO_TOKEN = "no calibration token reached it"
 
 
@@ -42,6 +48,7 @@ class BlockSolver:
         measurements: the data, and what is known of the dense model.
         progress: is told of each layer that is about to change.
         residence: where blocks are that aren't at work.
+        processes: that share the samples and the layers, each with a model of its own.
 
     Attributes:
         layers: reports of the layers that are packed, in the order of solving.
@@ -57,7 +64,9 @@ class BlockSolver:
         measurements: DenseMeasurements,
         progress: Progress,
         residence: Residence,
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes, self._owners = processes, Owners(processes, config.needs)
         self._model, self._config, self._measurements = model, config, measurements
         self._progress, self._residence = progress, residence
         self._parents = ModuleParents(model)
@@ -84,7 +93,8 @@ class BlockSolver:
         plans = self._prepared(plans, blocks)
         self._clock = time.perf_counter()
         steps = closing(self._solve_all(plans, blocks))
-        with progress_bar(len(plans), "Pruning") as bar, steps as layers:
+        shown = self._processes.is_first
+        with progress_bar(len(plans), "Pruning", shown) as bar, steps as layers:
             for label, layer in layers:
                 bar.set_description(f"Pruning: {label}", refresh=False)
                 bar.set_postfix_str(layer.brief(), refresh=False)
@@ -104,7 +114,11 @@ class BlockSolver:
             return plans
         targets = {plan.target.name: plan.target for plan in plans}
         at_work = self._residence.at_work
-        zeros = allocate(self._model, config, targets, blocks, self._measurements, metrics, at_work)
+        zeros = self._processes.from_first(
+            lambda: allocate(
+                self._model, config, targets, blocks, self._measurements, metrics, at_work
+            )
+        )
         return [
             LayerPlan(plan.target, exactly(zeros[plan.target.name], plan.target.shape))
             for plan in plans
@@ -117,11 +131,11 @@ class BlockSolver:
         by_name = {plan.target.name: plan for plan in plans}
         before = len(self._residence.finished)
         with closing(self._walk(blocks)) as walk:
-            for done, (block, layers) in enumerate(walk, before + 1):
+            for done, (block, stages) in enumerate(walk, before + 1):
                 with self._residence.at_work(block):
-                    for name, observed in layers:
-                        yield f"block {done} of {len(blocks)}", self._solve(by_name[name], observed)
-                        del observed
+                    for found in stages:
+                        for report in self._solve_stage(found, by_name):
+                            yield f"block {done} of {len(blocks)}", report
                     # It has fed its pruned outputs on: its dense weights can go.
                     packed = self._pack()
                     seconds = self._count_seconds(block.name)
@@ -134,23 +148,24 @@ class BlockSolver:
                 has = f", the data have {', '.join(sorted(given))}"
                 self.unreached[name] = f"{NO_TOKEN}: {missing}{has}" if missing else NO_TOKEN
 
-    def _walk(
-        self, blocks: Sequence[Block]
-    ) -> Generator[tuple[Block, Iterable[tuple[str, Observed | None]]]]:
-        """Each block with its layers' names and statistics, which are None without data."""
+    def _walk(self, blocks: Sequence[Block]) -> Generator[tuple[Block, Iterable[Stage]]]:
+        """Each block with its layers' statistics by name, which are None without data, by stage."""
         if self._measurements.data is None:
             finished = self._residence.finished
             for block in blocks:
                 if block.name not in finished:
-                    yield block, ((name, None) for name in block.targets)
+                    layers = {name: self._model.get_submodule(name) for name in block.targets}
+                    self._owners.assign([[name] for name in layers], layers)
+                    yield block, (dict.fromkeys(layers),)
             return
         yield from walk_stages(
             self._model,
             blocks,
-            self._measurements.batches,
+            self._processes.share(self._measurements.batches),
             self._config,
             self._dense_weights,
             self._residence.activations,
+            self._owners if self._processes.size > 1 else None,
         )
 
     def _count_seconds(self, block: str) -> float:
@@ -173,19 +188,39 @@ class BlockSolver:
             for name, weight in weights.items():
                 modules[name].weight.data = weight  # type: ignore[union-attr,assignment]
 
-    def _solve(self, plan: LayerPlan, observed: Observed | None) -> LayerReport:
-        """Solve one layer and write the pruned weight into it, still dense."""
+    def _solve_stage(self, found: Stage, plans: Mapping[str, LayerPlan]) -> Iterator[LayerReport]:
+        """Solve a stage's layers and write the pruned weights into them, still dense."""
+        names = list(found)
+        if self._processes.size == 1:
+            for name in names:
+                yield self._take(name, *self._solve(plans[name], found.pop(name)))
+            return
+        own: dict[str, Solved] = {}
+        for name in filter(self._owners.is_own, names):
+            own[name] = self._solve(plans[name], found.pop(name))
+        found.clear()
+        for name, solved in exchange(self._processes, own, plans, names).items():
+            yield self._take(name, *solved)
+
+    def _solve(self, plan: LayerPlan, observed: Observed | None) -> Solved:
         name = plan.target.name
         metric = self._metrics.get(name)
-        keep_dense = self._config.target == "dense"
-        pruned, weight = solve_layer(self._solver, plan, observed, metric, keep_dense)
+        pruned, weight = solve_layer(self._solver, plan, observed, metric)
         report = replace(pruned.report, block=self._blocks[name])
         if self._config.metric == "fisher" and metric is None:
             report = replace(report, notes=(*report.notes, NO_GRADIENT))
-        self._pruned[name] = replace(pruned, report=report)
+        return replace(pruned, report=report), weight
+
+    def _take(self, name: str, pruned: PrunedLayer, weight: Tensor) -> LayerReport:
+        """Write a pruned weight into its layer."""
+        if self._config.target == "dense":
+            with pruned.plan.target.weight() as before:
+                dense = pruned.plan.target.axes.own(before.clone())
+            pruned = replace(pruned, dense=dense)
+        self._pruned[name] = pruned
         self._progress.solved.add(name)
-        write_weight(plan.target.module, weight)
-        return report
+        write_weight(pruned.plan.target.module, weight)
+        return pruned.report
 
     def _pack(self) -> tuple[LayerReport, ...]:
         """Replace the layers pruned since by sparse ones; their complete reports."""

@@ -162,6 +162,7 @@ def prune(
         own = {"tokenizer": processor} if sparse_config.tokenizer is None else {}
         prune_loaded(pruned, sparse_config.replaced(**own))
     parts = [part for part in (pruned, processor) if part is not None]
+    _only_the_first_goes_on()
     write_folder(
         output, lambda folder: [part.save_pretrained(folder) for part in parts], is_own_card
     )
@@ -193,7 +194,16 @@ def _from_disk_to_disk(
 
     typer.echo(estimate(model, config, revision=revision, dtype=dtype), err=True)
     report = prune_checkpoint(model, config, output, revision=revision, dtype=dtype, **options)
+    _only_the_first_goes_on()
     return Pruned(report, output, None)
+
+
+def _only_the_first_goes_on() -> None:
+    """Of processes that a launcher started: the others have done their part."""
+    from hf_sparse.core.processes import Processes
+
+    if not Processes.here().is_first:
+        raise typer.Exit
 
 
 def check_push(repository: str, create_pr: bool) -> None:

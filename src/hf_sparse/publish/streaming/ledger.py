@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from contextlib import closing, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from ...calibration.activations import Activations
 from ...checkpoint.staging import lock, new_file, sync
 from ...core.errors import SaveError
+from ...core.processes import ALONE, Processes
 from ...pruning.residence import FinishedBlock
 from .manifest import (
     BLOCKS,
@@ -56,15 +58,29 @@ class Ledger:
         folder: created if it isn't there.
         run: what the result depends on beside the config: names and values as text.
         resumable: keep what a later run needs to go on.
+        processes: each has a ledger of one folder, and the first writes it; all of them call all
+            that isn't a property.
 
     Raises:
         SaveError: the folder can't be used, or another run is at work in it.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, str], resumable: bool) -> None:
-        self._folder, self._resumable = folder, resumable
+    def __init__(
+        self,
+        folder: Path,
+        run: Mapping[str, str],
+        resumable: bool,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._folder, self._resumable, self._processes = folder, resumable, processes
         self._run = dict(run)
         self._manifest = Manifest(VERSION, self._run)
+        self._held: int | None = None
+        processes.from_first(self._take)
+
+    def _take(self) -> None:
+        """Make the folder this run's."""
+        folder = self._folder
         parts = folder / BLOCKS, folder / OUTPUTS
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +94,6 @@ class Ledger:
                 path.mkdir(exist_ok=True)
         except OSError as error:
             raise SaveError(f"can't keep a run in {str(folder)!r}: {error}") from error
-        self._held: int | None = None
         if os.name == "posix":
             self._held = lock(folder)
             if self._held is None:
@@ -96,6 +111,11 @@ class Ledger:
             CheckpointError: a file is damaged or missing.
         """
         self._run |= {f"config: {k}": json.dumps(v) for k, v in settings.items()}
+        self._manifest = self._processes.from_first(self._found)
+        return {e.name: FinishedBlock(e.layers, e.seconds) for e in self._manifest.blocks}
+
+    def _found(self) -> Manifest:
+        """What a run before has left, or one that begins."""
         found = read_manifest(self._folder)
         if found is not None:
             check_same(found.run, self._run, self._folder)
@@ -104,12 +124,14 @@ class Ledger:
         named = {entry.file for entry in self._manifest.blocks} | set(self._manifest.outputs)
         self._remove_all_but(named)
         self._write_manifest()
-        return {e.name: FinishedBlock(e.layers, e.seconds) for e in self._manifest.blocks}
+        return self._manifest
 
     def activations(self, waiting: Path | None) -> Activations:
         """Where passes wait, and what was kept of them."""
         kept = self._folder / OUTPUTS if self._resumable else None
-        self._activations = Activations(waiting, kept, self._stand_ins(), self._manifest.standing)
+        self._activations = Activations(
+            waiting, kept, self._stand_ins(), self._manifest.standing, self._processes
+        )
         return self._activations
 
     @property
@@ -129,6 +151,20 @@ class Ledger:
         Raises:
             SaveError: there is no room, or the like; the blocks before are as they were.
         """
+        # Behind this all have written their own passes' outputs.
+        told = self._processes.gather(self._activations.standing)
+        standing = {name: digest for theirs in told for name, digest in theirs.items()}
+        write = partial(self._write, name, tensors, metadata, done, standing)
+        self._manifest = self._processes.from_first(write)
+
+    def _write(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        done: FinishedBlock,
+        standing: Mapping[str, str],
+    ) -> Manifest:
         place = self._folder / BLOCKS / f"{len(self._manifest.blocks):05}.safetensors"
         try:
             written = new_file(place)
@@ -144,11 +180,11 @@ class Ledger:
             self._manifest = Manifest(VERSION, self._run, blocks)
             needed = {path.name for path in self._activations.needed(self._stand_ins())}
             outputs = {name: digest for name, digest in kept.items() if name in needed}
-            standing = self._activations.standing
-            self._manifest = Manifest(VERSION, self._run, blocks, outputs, dict(standing))
+            self._manifest = Manifest(VERSION, self._run, blocks, outputs, standing)
             self._write_manifest()
-            for name in kept.keys() - needed:
-                (self._folder / OUTPUTS / name).unlink()
+            for file in kept.keys() - needed:
+                (self._folder / OUTPUTS / file).unlink()
+            return self._manifest
         except (OSError, SafetensorError) as error:
             again = "run it again to go on from there" if self._resumable else "nothing is kept"
             raise SaveError(
@@ -169,6 +205,9 @@ class Ledger:
 
     def clear(self) -> None:
         """Remove the run; the folder too, if nothing else is in it."""
+        self._processes.from_first(self._clear)
+
+    def _clear(self) -> None:
         (self._folder / MANIFEST).unlink(missing_ok=True)
         self._remove_all_but(())
         self._remove_waiting()

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from ...config.sparse_config import SparseConfig
 from ...core.inverse_factor import factorise
 from ...core.precision import full_precision
+from ...core.processes import ALONE
 from ...core.statistics import Needs
 from ...pruning.prune import prune_in_place
 from .source import no_bars
@@ -62,10 +63,10 @@ def measure_rates(config: SparseConfig, dtype: torch.dtype) -> Rates:
         allocation="uniform",
     )
     with no_bars():
-        prune_in_place(layer, toy)  # what is needed for the first time is loaded
+        prune_in_place(layer, toy, processes=ALONE)  # what is needed for the first time is loaded
         layer = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False)).to(dtype)
         started = time.perf_counter()
-        prune_in_place(layer, toy)
+        prune_in_place(layer, toy, processes=ALONE)
         seconds = time.perf_counter() - started
     if config.needs is Needs.HESSIAN:
         seconds -= SIDE**3 / double + (TOKENS * SIDE**2 + SIDE**3) / single

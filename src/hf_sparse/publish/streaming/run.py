@@ -27,6 +27,7 @@ from ...checkpoint.state_dict import sparse_state_dict
 from ...config.sparse_config import SparseConfig
 from ...core.errors import ConfigError, SaveError
 from ...core.logging import get_logger
+from ...core.processes import Processes
 from ...layers.counts import num_parameters
 from ...pruning.report import PruningReport
 from ..card import is_own_card
@@ -59,7 +60,8 @@ def prune_checkpoint(
 
     The result has the bytes of `from_pretrained(..., quantization_config=config)` followed by
     `save_pretrained`. Each block is read, pruned, packed and written, and then forgotten, on
-    the CPU.
+    the CPU. Where several processes call it (torchrun, accelerate), each reads the block, with a
+    share of the samples; the first writes, and all need the folders to be the same.
 
     Args:
         model_id_or_path: folder or Hub id of a dense model with safetensors files.
@@ -83,6 +85,8 @@ def prune_checkpoint(
             in checkpoint_dir is another one; says what differs.
         CheckpointError: the model isn't stored in safetensors files that hold all of it.
         SaveError: the result, or a finished block, can't be written.
+        ProcessError: another process failed or is gone; with checkpoint_dir the run can go on,
+            also in another number of processes.
         HfSparseError: see `hf_sparse.core.errors`.
     """
     if not isinstance(config, SparseConfig):
@@ -95,10 +99,18 @@ def prune_checkpoint(
     spill = _must_spill(skeleton, config, target, max_memory)
     source = SourceWeights(skeleton.folder, skeleton.twin, skeleton.dtype)
     resumable = checkpoint_dir is not None
-    identity = _identity(skeleton, source) if resumable else {}
+    processes = Processes.here()
     with (
-        _folder_for(target, checkpoint_dir) as kept,
-        closing(Ledger(kept, identity, resumable)) as ledger,
+        processes.together(),
+        _folder_for(target, checkpoint_dir, processes) as kept,
+        closing(
+            Ledger(
+                kept,
+                processes.from_first(lambda: _identity(skeleton, source) if resumable else {}),
+                resumable,
+                processes,
+            )
+        ) as ledger,
         _waiting(kept, spill) as waiting,
     ):
         residence = Streamed(source, ledger, waiting)
@@ -114,7 +126,7 @@ def prune_checkpoint(
             if processor is not None:
                 processor.save_pretrained(folder)
 
-        write_folder(target, write, keep=is_own_card)
+        processes.from_first(lambda: write_folder(target, write, keep=is_own_card))
         ledger.clear()
     return report
 
@@ -180,17 +192,21 @@ def _identity(skeleton: Skeleton, source: SourceWeights) -> dict[str, str]:
 
 
 @contextmanager
-def _folder_for(target: Path, checkpoint_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
+def _folder_for(
+    target: Path, checkpoint_dir: str | os.PathLike[str] | None, processes: Processes
+) -> Iterator[Path]:
     """Where finished blocks go: a folder beside the output that goes at the end, by default."""
     if checkpoint_dir is not None:
         yield Path(checkpoint_dir)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=".hf_sparse-run-"))
+    made = partial(tempfile.mkdtemp, dir=target.parent, prefix=".hf_sparse-run-")
+    folder = Path(processes.from_first(made))
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if processes.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -160,10 +160,9 @@ class _Merge:
         blocks = find_blocks(self._base, list(self._adapted.sparse), self._config.blocks)
         walk = walk_stages(self._base, blocks, batches, self._config, self.unmerged)
         with closing(walk):
-            for _, layers in walk:
-                for name, observed in layers:
-                    self._solve(name, observed)
-                    del observed
+            for found in (stage for _, stages in walk for stage in stages):
+                for name in list(found):
+                    self._solve(name, found.pop(name))
                     bar.update()
 
     def _module(self, name: str) -> nn.Module:
