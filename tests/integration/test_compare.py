@@ -119,7 +119,6 @@ def test_the_dense_model_is_measured_once(tiny, settings, held_out, monkeypatch)
         counted(monkeypatch, name, calls)
     methods = {
         "balanced": {"method": "balanced"},
-        "best": {"method": "best"},
         "fast, fisher": {"method": "fast", "allocation": "fisher"},
         "wanda, owl": {"method": "wanda", "allocation": "owl"},
         "sparsegpt, owl": {"method": "sparsegpt", "allocation": "owl"},
