@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_sparse import SaveError
 from hf_sparse.checkpoint import staging
 from hf_sparse.checkpoint.folder import write_folder
 from hf_sparse.checkpoint.staging import staging_folder
@@ -90,3 +91,11 @@ def test_a_hidden_folder_of_a_living_save_stays(tmp_path):
         save(tmp_path)
         assert first.is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("name", ["", "a" * 300, "/".join(["d" * 200] * 25), "a\0b"])
+def test_a_name_that_no_folder_can_have_is_an_error(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SaveError, match="can't save to"):
+        write_folder(name, lambda place: None)
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 import copy
 import os
 import threading
+import warnings
 
 import fresh
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from conftest import logits
-from hf_sparse import CheckpointError, SparseConfig, TrainingError
+from hf_sparse import CheckpointError, ConfigError, SparseConfig, TrainingError
 from hf_sparse.layers import sparse_layers
 from hf_sparse.training import finish_training, prepare_for_training
 
@@ -243,7 +244,25 @@ def sharded(model):
     return torch.distributed.fsdp.fully_shard(model, mesh=mesh)
 
 
-@pytest.mark.parametrize("wrap", [distributed, sharded])
+def sharded_as_one_vector(model):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*NO_SHARD")  # one process
+        return torch.distributed.fsdp.FullyShardedDataParallel(
+            model, device_id=torch.device("cpu"), use_orig_params=True
+        )
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_model_whose_weights_fsdp_has_spread_is_not_pruned(tiny, one_process, part):
+    if part:
+        tiny.model.layers[0] = sharded_as_one_vector(tiny.model.layers[0])
+    model = tiny if part else sharded_as_one_vector(tiny)
+    where = r"model\.layers\.0" if part else "the model"
+    with pytest.raises(ConfigError, match=rf"{where} is wrapped in Full.*prune the model first"):
+        hf_sparse.prune(model, SparseConfig(method="magnitude"))
+
+
+@pytest.mark.parametrize("wrap", [distributed, sharded, sharded_as_one_vector])
 @pytest.mark.parametrize("prepare", [prepare_for_training, lambda m: get_peft_model(m, lora())])
 def test_wrapped_for_several_processes_it_has_the_same_gradients(
     sparse, token_ids, one_process, wrap, prepare

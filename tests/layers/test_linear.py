@@ -266,3 +266,12 @@ def test_the_repr_tells_sizes_format_and_its_parameters(name):
     assert f"format={name}" in text
     for key, value in layer.format.parameters().items():
         assert f"{key}={value}" in text
+
+
+@every_format
+def test_integers_are_refused_since_the_weight_would_be_rounded_to_them(name):
+    layer = sparse_layer(name, make_weight())
+    for _ in ("stored", "resolved"):
+        with pytest.raises(TypeError, match=r"x is torch\.int64"):
+            layer(torch.ones(2, 11, dtype=torch.int64))
+        layer.resolve()

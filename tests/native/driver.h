@@ -25,6 +25,12 @@ int32_t tile_pack_bitmask(int64_t, int64_t, const uint8_t*, const void*, int64_t
 int32_t tile_unpack(const Weight*, uint8_t*, void*, ParallelFor);
 int32_t tile_linear(const Weight*, int32_t, const void*, int32_t, int64_t, int64_t, const void*,
                     int32_t, void*, int32_t, int64_t, ParallelFor);
+int32_t whole_keep_highest(int64_t, int64_t, const float*, int64_t, uint8_t*, ParallelFor);
+int32_t whole_nonzero_bits(int64_t, int64_t, const void*, int64_t, int32_t, uint8_t*, ParallelFor);
+int32_t whole_kept_items(int64_t, int64_t, const void*, int64_t, const uint8_t*, int64_t, void*,
+                         ParallelFor);
+int32_t whole_zero_outside(int64_t, const void*, int64_t, const uint8_t*, void*, ParallelFor);
+int32_t whole_all_finite(int64_t, const void*, int32_t);
 int32_t tile_row(const Row*, const void*, void*);
 int32_t integer_row(const Row*, const void*, void*);
 int32_t tile_decode(const Weight*, int32_t, int64_t, int64_t, void*, int32_t, int64_t, int32_t,

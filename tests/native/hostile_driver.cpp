@@ -169,7 +169,7 @@ void one_integer_weight() {
   if (chance(0.1)) w.bits = dtype(kCodes4);
   if (chance(0.1)) w.kept = w.masks ? static_cast<int32_t>(uniform(-2, 10)) : made.kept;
   // Groups may be larger than they were, not smaller: there are no more scales.
-  if (chance(0.2)) w.group_size = chance(0.5) ? made.group + number(8) : number(0);
+  if (chance(0.2)) w.group_size = chance(0.5) ? made.group + uniform(1, 16) : number(0);
   if (w.group_size > 0 && w.group_size < made.group) w.group_size = made.group;
   if (chance(0.1)) w.masks = pointer(w.masks);
   if (chance(0.1)) w.scales = nullptr;
@@ -216,6 +216,45 @@ void one_dense_row() {
                          dtype(kF32), pointer(y.data), dtype(kF32), nullptr));
 }
 
+// Functions over whole weights, in buffers of exact size.
+void one_whole_weight() {
+  const int64_t rows = uniform(1, 20), k = chance(0.7) ? uniform(1, 70) : uniform(70, 700);
+  const int64_t sizes[] = {1, 2, 4, 8}, size = sizes[uniform(0, 3)], row_bytes = ceil_div(k, 8);
+  Bytes items(rows * k * size), bits(rows * row_bytes), mask(rows * k), scores(rows * k * 4);
+  for (int64_t i = 0; i < rows * k * size; ++i) {
+    items.data[i] = static_cast<uint8_t>(chance(0.5) ? 0 : uniform(0, 255));
+  }
+  for (int64_t i = 0; i < rows * k; ++i) {
+    const float odd[] = {NAN, INFINITY, -INFINITY, -0.0f};
+    store_from_float(scores.data, i, kF32,
+                     chance(0.9) ? static_cast<float>(uniform(-3, 3)) : odd[uniform(0, 3)]);
+  }
+  const auto own = [](int64_t usual) {
+    const int64_t no_count[] = {0, -1, INT64_MIN, kMaxStride + 1, INT64_MAX};
+    return chance(0.95) ? usual : no_count[uniform(0, 4)];
+  };
+  const auto own_size = [&] { return chance(0.9) ? size : uniform(-1, 20) * 16 + 3; };
+  counted("keep_highest",
+          whole_keep_highest(own(rows), own(k), pointer(reinterpret_cast<float*>(scores.data)),
+                             chance(0.9) ? uniform(1, k) : number(k), pointer(mask.data), nullptr));
+  for (int64_t i = 0; i < rows * k; ++i) mask.data[i] = static_cast<uint8_t>(chance(0.5));
+  const int32_t sign = static_cast<int32_t>(number(1));
+  counted("nonzero_bits", whole_nonzero_bits(own(rows), own(k), pointer(items.data), own_size(),
+                                             sign, pointer(bits.data), nullptr));
+  expect(whole_nonzero_bits(rows, k, items.data, size, 1, bits.data, nullptr) == kOk, "bits");
+  if (chance(0.2)) bits.data[uniform(0, rows * row_bytes - 1)] ^= uint8_t{0x81};
+  int64_t count = 0;
+  for (int64_t i = 0; i < rows * row_bytes; ++i) count += __builtin_popcount(bits.data[i]);
+  if (chance(0.1)) count = chance(0.5) ? uniform(0, count) : -1;
+  Bytes kept(count < 0 || count > rows * k ? 0 : count * size);
+  counted("kept_items", whole_kept_items(own(rows), own(k), pointer(items.data), own_size(),
+                                         pointer(bits.data), count, pointer(kept.data), nullptr));
+  const int32_t finite = whole_all_finite(own(rows * k), pointer(scores.data), dtype(kF32));
+  ++outcomes[finite < 0 ? "all_finite: refused" : "all_finite: answered"];
+  counted("zero_outside", whole_zero_outside(own(rows * k), pointer(items.data), own_size(),
+                                             pointer(mask.data), pointer(items.data), nullptr));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -223,6 +262,7 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases; ++i) one_weight();
   for (int i = 0; i < cases; ++i) one_integer_weight();
   for (int i = 0; i < cases; ++i) one_dense_row();
+  for (int i = 0; i < cases; ++i) one_whole_weight();
   int64_t calls = 0;
   for (const auto& [outcome, count] : outcomes) {
     std::printf("%8lld  %s\n", static_cast<long long>(count), outcome.c_str());

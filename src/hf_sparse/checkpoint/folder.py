@@ -34,16 +34,22 @@ def write_folder(
     Raises:
         SaveError: the path is a file, or writing failed; says what is there now.
     """
+    if not os.fspath(save_directory):
+        raise SaveError("can't save to a folder without a name: pass '.' for the current one")
     target = Path(save_directory)
-    if target.exists() and not target.is_dir():
-        raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
     try:
+        if target.exists() and not target.is_dir():
+            raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
         with staging_folder(target) as staging:
             _fill(staging, save, target)
             put_in_place(staging, target, keep)
     except SaveError:
         raise
     except OSError as error:
+        raise SaveError(f"can't save to {str(target)!r}: {error}") from error
+    except ValueError as error:
+        if "\0" not in str(target):
+            raise
         raise SaveError(f"can't save to {str(target)!r}: {error}") from error
 
 

@@ -13,6 +13,7 @@ from ..formats import Format
 from ..formats.base import Packed
 from .base import Considered, Kernel, Stored, Verdict
 from .gpu.room import dense_cost
+from .reference import check_not_integer
 
 
 class DenseKernel(Kernel):
@@ -46,6 +47,7 @@ class DenseKernel(Kernel):
     def linear(
         self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "*batch out"]:
+        check_not_integer(x)
         own_bias = None if bias is None else bias.to(x.dtype)
         return F.linear(x, self._weight.to(x.dtype), own_bias)
 

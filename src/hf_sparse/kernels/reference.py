@@ -62,6 +62,12 @@ class SparseLinearFunction(torch.autograd.Function):
         )
 
 
+def check_not_integer(x: Tensor) -> None:
+    """Raise a TypeError if a weight cast to x's dtype would lose its fractions."""
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"x is {x.dtype}, expected floating-point numbers")
+
+
 def _values_gradient(
     fmt: Layout, packed: dict[str, Tensor], grad: Tensor, x: Tensor
 ) -> Float[Tensor, "..."]:
@@ -86,7 +92,12 @@ def sparse_linear(
     shape: tuple[int, int],
     packed: dict[str, Tensor],
 ) -> Float[Tensor, "*batch out"]:
-    """`F.linear(x, W, bias)` in x's dtype, W given packed."""
+    """`F.linear(x, W, bias)` in x's dtype, W given packed.
+
+    Raises:
+        TypeError: x holds integers, to which W would be rounded.
+    """
+    check_not_integer(x)
     if transformed():  # which knows the derivatives of what is done here, not of the function
         return F.linear(x, fmt.unpack(packed, shape, x.dtype), bias)
     keys = tuple(packed)

@@ -27,7 +27,7 @@ from .half_pruned import Progress, check_not_half_pruned, marked_if_broken_off
 from .report import PruningReport
 from .residence import Residence
 from .run import run
-from .wrappers import make_ordinary
+from .wrappers import check_not_sharded, make_ordinary
 
 
 def prune_in_place(
@@ -75,8 +75,9 @@ def prune_in_place(
 
 
 def require_dense(model: nn.Module) -> None:
-    """Raise a ConfigError if a model is quantised, sparse or half pruned already."""
+    """Raise a ConfigError if a model is quantised, sparse, half pruned or sharded already."""
     check_not_half_pruned(model)
+    check_not_sharded(model)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if _is_unpacked_gguf(model, quantizer):
         return

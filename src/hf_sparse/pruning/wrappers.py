@@ -10,6 +10,8 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.optim.swa_utils import AveragedModel
 
+from ..core.errors import ConfigError
+
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
@@ -31,6 +33,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _mixed(model: Any) -> nn.Module:
     base: nn.Module = model.base_model.model
     return base
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Raise a ConfigError if FSDP's first version has put weights into one vector for all.
+
+    They are parts of it from then on, of this process, which no sparse layer can replace. Those of
+    its second version are tensors of a type that tells.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # whoever wrapped it has imported it
+    for name, module in model.named_modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ConfigError(
+                f"{name or 'the model'} is wrapped in FullyShardedDataParallel, its weights are "
+                "spread over processes: prune the model first, then wrap it"
+            )
 
 
 def make_ordinary(model: nn.Module) -> None:

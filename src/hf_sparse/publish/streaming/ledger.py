@@ -15,8 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
-from contextlib import closing, suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -167,9 +167,8 @@ class Ledger:
     ) -> Manifest:
         place = self._folder / BLOCKS / f"{len(self._manifest.blocks):05}.safetensors"
         try:
-            written = new_file(place)
-            save_file(dict(tensors), written, dict(metadata))
-            _settle(written, place)
+            with _written(place) as written:
+                save_file(dict(tensors), written, dict(metadata))
             kept = {}
             for path in sorted((self._folder / OUTPUTS).iterdir()):
                 sync(path)
@@ -237,9 +236,8 @@ class Ledger:
         for part in (BLOCKS, OUTPUTS):
             sync(self._folder / part)
         place = self._folder / MANIFEST
-        written = new_file(place)
-        written.write_text(json.dumps(asdict(self._manifest), indent=1), encoding="utf-8")
-        _settle(written, place)
+        with _written(place) as written:
+            written.write_text(json.dumps(asdict(self._manifest), indent=1), encoding="utf-8")
         sync(self._folder)
 
 
@@ -265,9 +263,12 @@ def _list_of(name: str) -> str:
     return head if last.isdigit() else name
 
 
-def _settle(written: Path, place: Path) -> None:
-    """Bring a file to the disk and to its place."""
+@contextmanager
+def _written(place: Path) -> Iterator[Path]:
+    """A file to write, which then goes to the disk and to its place; none is left of a failure."""
+    written = new_file(place)
     try:
+        yield written
         sync(written)
         os.replace(written, place)
     finally:

@@ -80,8 +80,9 @@ TILE_EXPORT int32_t whole_keep_highest(int64_t rows, int64_t n, const float* sco
 TILE_EXPORT int32_t whole_nonzero_bits(int64_t rows, int64_t k, const void* items,
                                        int64_t item_size, int32_t sign, uint8_t* bits,
                                        ParallelFor pool) {
-  const int64_t place = place_of(item_size), row_bytes = ceil_div(k, 8);
+  const int64_t place = place_of(item_size);
   if (!is_count(rows) || !is_count(k) || place < 0) return kBadSize;
+  const int64_t row_bytes = ceil_div(k, 8);
   if (!items || !bits) return kNoArray;
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -96,8 +97,9 @@ TILE_EXPORT int32_t whole_nonzero_bits(int64_t rows, int64_t k, const void* item
 TILE_EXPORT int32_t whole_kept_items(int64_t rows, int64_t k, const void* items, int64_t item_size,
                                      const uint8_t* bits, int64_t count, void* out,
                                      ParallelFor pool) {
-  const int64_t place = place_of(item_size), row_bytes = ceil_div(k, 8);
+  const int64_t place = place_of(item_size);
   if (!is_count(rows) || !is_count(k) || place < 0) return kBadSize;
+  const int64_t row_bytes = ceil_div(k, 8);
   if (!items || !bits || (!out && count > 0)) return kNoArray;
   std::vector<int64_t> start;
   try {
