@@ -15,6 +15,7 @@ from ..core.low_rank import LowRank
 from ..core.statistics import OutputMetric
 from ..formats import Dense, choose_format
 from ..formats.bitmask import Bitmask
+from ..layers import SparseLinear
 from ..layers.replace import ModuleParents, pack_linear
 from ..solvers import Solution
 from ..solvers.layer_solver import LayerSolver
@@ -51,14 +52,15 @@ class PrunedLayer:
         module, pattern, low_rank = self.plan.target.module, self.plan.pattern, self.low_rank
         with self.plan.target.weight() as whole:
             weight = whole if self.sparse is None else self.sparse
-            self._check_zeros(weight)
             held = self.quantized or weight
             fmt = choose_format(held, pattern, requested)
             if isinstance(fmt, Dense) and low_rank is None:
+                self._check_zeros(count_zeros(weight))
                 return self.report
             if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
                 fmt = choose_format(weight, pattern, Bitmask.name)
             sparse = pack_linear(module, held, fmt, low_rank)
+            self._check_zeros(_stored_zeros(sparse, weight.numel()))
             parents.replace(module, sparse)
             stored = sparse.resident_bytes()  # before a kernel takes the weight over
             sparse.resolve()
@@ -71,8 +73,7 @@ class PrunedLayer:
             bytes_resident=stored,
         )
 
-    def _check_zeros(self, stored: Tensor) -> None:
-        zeros = count_zeros(stored)
+    def _check_zeros(self, zeros: int) -> None:
         if zeros != self.report.zeros:
             name = self.plan.target.name
             raise SolveError(
@@ -81,6 +82,15 @@ class PrunedLayer:
                 "its weight, e.g. a hook. Remove that, or leave the layer dense with "
                 f"modules_to_not_convert=[{name!r}]"
             )
+
+
+def _stored_zeros(sparse: SparseLinear, weights: int) -> int:
+    """Zeros of a packed layer, in what will be saved; values that lie there as they are need not
+    be unpacked for it."""
+    values = sparse.packed.get("weight")
+    if values is None or not values.is_floating_point():
+        return count_zeros(sparse.sparse_weight)
+    return weights - values.numel() + count_zeros(values)
 
 
 def solve_layer(
