@@ -1,5 +1,6 @@
 """What every test shares: checked shapes, no network, the models and texts of the project."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -61,6 +62,16 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Whole models first: a process is left idle by a long test that starts last."""
     items.sort(key=lambda item: item.path.parent.name not in ("integration", "sweep"))
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: garbage is looked for without going through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # plugins that are imported for the summary look for what refers to them
 
 
 @pytest.fixture

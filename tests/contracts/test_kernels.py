@@ -75,9 +75,9 @@ def made(name: str, stored: Stored) -> Considered:
 
 def cases() -> list:
     """Each kernel with each kind of weight that it takes, or with the reason why it takes none."""
-    found = []
+    found, weights = [], {kind: store(kind) for kind in KINDS}
     for name in KERNELS:
-        verdicts = {kind: made(name, store(kind)) for kind in KINDS}
+        verdicts = {kind: made(name, stored) for kind, stored in weights.items()}
         taken = [kind for kind, considered in verdicts.items() if considered.kernel is not None]
         if name != IntegerKernel.name:  # the others round nothing
             taken = [kind for kind in taken if "rounded" not in kind]
@@ -89,9 +89,10 @@ def cases() -> list:
     return found
 
 
-every_kernel = pytest.mark.parametrize(("name", "kind"), cases())
+CASES = cases()
+every_kernel = pytest.mark.parametrize(("name", "kind"), CASES)
 one_kind = pytest.mark.parametrize(
-    ("name", "kind"), [next(c for c in cases() if c.values[0] == name) for name in KERNELS]
+    ("name", "kind"), list({case.values[0]: case for case in reversed(CASES)}.values())[::-1]
 )
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 

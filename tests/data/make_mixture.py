@@ -28,11 +28,15 @@ METHODS = ("magnitude", "wanda", "sparsegpt")
 LENGTH, STEPS, BATCH, RATE = 128, 500, 16, 4e-3
 SPREAD = 0.8  # of the logarithms of the norms' scales
 EVALUATED = 64
-# At the same bytes: experts and half of the weights inside them; weights alone.
+# Share of experts removed, zeros inside, bits: by bytes.
 COMBINED = (
-    {"experts": 0.25, "sparsity": 0.5},
-    {"experts": None, "sparsity": 0.0},
-    {"experts": None, "sparsity": 0.7},
+    (None, 0.0, 4),
+    (0.25, 0.0, 4),
+    (None, 0.0, 3),
+    (None, 0.5, 4),
+    (None, 0.6, 4),
+    (0.25, 0.5, 4),
+    (None, 0.7, 4),
 )
 
 
@@ -123,10 +127,11 @@ def main():
             for score in (*SCORES, 0, 1, 2):
                 found = perplexity(with_fewer(folder, share, score))
                 sys.stdout.write(f"experts={share} {score} {found:.3f}\n")
-        for settings in COMBINED:
-            model = with_fewer(folder, **settings, bits=4, group_size=64)
+        for experts, sparsity, bits in COMBINED:
+            model = with_fewer(folder, experts, sparsity=sparsity, bits=bits, group_size=64)
             held = model.hf_quantizer.report.bytes_after
-            sys.stdout.write(f"{settings}, 4 bits: {held} bytes, {perplexity(model):.3f}\n")
+            sys.stdout.write(f"experts={experts}, sparsity={sparsity}, bits={bits}: ")
+            sys.stdout.write(f"{held} bytes, {perplexity(model):.3f}\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import re
 
+import fresh
 import pytest
 import torch
 
@@ -87,7 +88,13 @@ def test_figures_alone_are_printed_as_json(cli, tmp_path):
     assert json.loads(out) == json.loads((tmp_path / "results.json").read_text())
 
 
-def test_a_model_is_measured_end_to_end(bench):
+def test_a_model_is_measured_end_to_end(bench, monkeypatch):
+    def forked(command, **_):
+        _, _, module, *arguments = command
+        code = f"import runpy; runpy.run_module({module!r}, run_name='__main__')"
+        return fresh.run(code, *arguments, imported=fresh.LOADED)
+
+    monkeypatch.setattr(endtoend.subprocess, "run", forked)
     results = bench("model", "--presets", "tiny", "--prompt", "8", "--tokens", "2", "--rounds", "1")
     assert [point["dtype"] for point in results["speed"]] == ["fp32", "bf16"]
     for point in results["speed"]:

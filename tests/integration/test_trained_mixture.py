@@ -65,3 +65,13 @@ def test_a_quarter_of_its_experts_goes_best_by_what_the_output_loses(trained):
         assert model.config.num_local_experts == 3
         found[score] = mixture.perplexity(model)
     assert dense < found.pop("reap") < min(found.values())
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_what_all_tokens_lose_chooses_experts_as_well_as_what_each_of_them_loses(trained, share):
+    folder, _ = trained
+    reap, contribution = (
+        mixture.perplexity(mixture.with_fewer(folder, share, score))
+        for score in ("reap", "contribution")
+    )
+    assert contribution <= reap

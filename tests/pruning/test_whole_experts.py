@@ -73,7 +73,7 @@ class Masked(nn.Module):
         return scores, gates, chosen
 
 
-@pytest.mark.parametrize("score", ["reap", "frequency", "norm"])
+@pytest.mark.parametrize("score", ["reap", "contribution", "frequency", "norm"])
 @pytest.mark.parametrize(("make", "renormalises"), [(mixtral, True), (olmoe, False)])
 def test_what_is_left_computes_as_if_no_token_went_to_the_others(
     make, renormalises, score, token_ids
@@ -88,8 +88,13 @@ def test_what_is_left_computes_as_if_no_token_went_to_the_others(
         block = dense.get_submodule(mixture.name.removesuffix(".experts"))
         block.gate = Masked(block.gate, mixture.removed, renormalises)
     torch.testing.assert_close(logits(model, token_ids), logits(dense, token_ids))
+    tokens = [share * token_ids.numel() for share in mixture.shares]
     if score == "frequency":
-        assert mixture.scores == tuple(share * token_ids.numel() for share in mixture.shares)
+        assert list(mixture.scores) == tokens
+    if score == "contribution":
+        reap = hf_sparse.prune(make(), config(token_ids)).experts[-1].scores
+        sums = [mean * number for mean, number in zip(reap, tokens, strict=True)]
+        assert mixture.scores == pytest.approx(sums)
 
 
 def test_each_group_of_a_router_loses_as_many_and_corrections_go_with_the_rows(token_ids):
@@ -232,7 +237,7 @@ def test_what_cannot_be_is_refused_and_the_model_stays_as_it_was(make, arguments
         ({"experts": 1}, "0 < s < 1"),
         ({"experts": 25}, "for 25 % pass 0.25"),
         ({"experts": 0}, "0 < s < 1"),
-        ({"expert_score": "random"}, "'reap' or 'frequency' or 'norm'"),
+        ({"expert_score": "random"}, "'reap' or 'contribution' or 'frequency' or 'norm'"),
         ({"expert_budget": "model"}, "'layer' or 'global'"),
     ],
 )

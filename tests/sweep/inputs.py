@@ -109,8 +109,9 @@ def random_inputs(
         if masked:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     image = _id(config, IMAGE_TOKENS)
-    if "mm_token_type_ids" in names and "pixel_values" in inputs and image is not None:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == image).long()
+    if "pixel_values" in inputs and image is not None:
+        for name in names & {"mm_token_type_ids", "moe_mm_token_type_ids"}:
+            inputs[name] = (inputs["input_ids"] == image).long()
     return inputs
 
 

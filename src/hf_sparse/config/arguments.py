@@ -45,11 +45,13 @@ class Arguments(LayerArguments):
     expert_score: Argument[str, str] = Argument(
         "reap",
         'What an expert is worth: "reap", the mean over its tokens of gate times norm of its '
-        'output, "frequency", the number of its tokens, or "norm", the sum of its outputs\' norms.',
+        'output, "contribution", the sum instead, "frequency", the number of its tokens, or '
+        '"norm", the sum of its outputs\' norms.',
         EXPERTS,
-        partial(choice, allowed=("reap", "frequency", "norm")),
+        partial(choice, allowed=("reap", "contribution", "frequency", "norm")),
         shell_help="What an expert is worth: reap, the mean over its tokens of gate times norm of "
-        "its output, frequency, the number of its tokens, or norm, the sum of its outputs' norms.",
+        "its output, contribution, the sum instead, frequency, the number of its tokens, or norm, "
+        "the sum of its outputs' norms.",
     )
     expert_budget: Argument[str, str] = Argument(
         "layer",

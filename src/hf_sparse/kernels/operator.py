@@ -13,12 +13,10 @@ small layer than its product takes.
 from __future__ import annotations
 
 import weakref
-from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensor
@@ -26,12 +24,10 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..core.recording import transformed
-from .base import Considered, Kernel, Stored, Verdict
 
 INPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 W = TypeVar("W")
-P = TypeVar("P", bound=Callable[..., Tensor])
 
 
 class AliveWeights(Generic[W]):
@@ -230,80 +226,19 @@ class _LinearMap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _apply(grads[0], ctx.pair[::-1], *ctx.weight)
+        grad = apply(grads[0], ctx.pair[::-1], *ctx.weight)
         return grad, *(None for _ in range(1 + len(ctx.weight)))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return _apply(tangents[0], ctx.pair, *ctx.weight)
+        return apply(tangents[0], ctx.pair, *ctx.weight)
 
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        return _apply(x.movedim(dims[0], 0), *rest), 0
+        return apply(x.movedim(dims[0], 0), *rest), 0
 
 
-def _apply(x: Tensor, pair: tuple[CustomOpDef, CustomOpDef], *weight: Any) -> Tensor:
+def apply(x: Tensor, pair: tuple[CustomOpDef, CustomOpDef], *weight: Any) -> Tensor:
+    """`pair[0]` of x and a weight, differentiable by `torch.func` and forwards too."""
     y: Tensor = _LinearMap.apply(x, pair, *weight)  # type: ignore[no-untyped-call]
     return y
-
-
-class PackedKernel(Kernel, Generic[P]):
-    """A kernel that multiplies through an operator made here.
-
-    Attributes:
-        product: makes x W' of x.
-        operators, alive: what `define_product` made; of x and `operands()`.
-    """
-
-    operators: ClassVar[tuple[CustomOpDef, CustomOpDef]]
-    alive: ClassVar[AliveWeights[Any]]
-
-    def __init__(self, product: P, zeros: Tensor | None = None) -> None:
-        """Zero points the file needs and the product doesn't: codes are q - z."""
-        self.product = product
-        self._zeros = zeros
-        self.alive.add(product, self.operands())
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["product"], state["_zeros"])  # type: ignore[misc]
-
-    @classmethod
-    def consider(cls, stored: Stored) -> Considered:
-        reason = cls.obstacle(stored)
-        return cls.take(stored) if reason is None else cls.refuse(reason)
-
-    @staticmethod
-    @abstractmethod
-    def obstacle(stored: Stored) -> str | None:
-        """Why a stored weight can't be multiplied in this form here; None if it may be."""
-
-    @classmethod
-    @abstractmethod
-    def take(cls, stored: Stored) -> Considered:
-        """`consider` where there is no obstacle."""
-
-    @classmethod
-    def refuse(cls, reason: str, speedup: float | None = None) -> Considered:
-        """What a weight comes to that isn't taken."""
-        return Considered(Verdict(cls.name, False, reason, speedup))
-
-    @abstractmethod
-    def operands(self) -> tuple[Any, ...]:
-        """The weight as the operator takes it, behind x."""
-
-    def linear(
-        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None
-    ) -> Float[Tensor, "*batch out"]:
-        if unwatched(x, bias):
-            y: Tensor = self._straight(x, bias)
-            return y
-        if transformed():
-            y = _apply(x, self.operators, *self.operands())
-        else:
-            y = self.operators[0](x, *self.operands())
-        return y if bias is None else y + bias.to(y.dtype)
-
-    def _straight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`linear` without the operator."""
-        y: Tensor = self.product(x)
-        return y if bias is None else y + bias.to(y.dtype)

@@ -104,8 +104,10 @@ def solve_layer(
                 f"layer {name}: weight on {weight.device}, inputs on {statistics.sample.device}"
             )
         residual = observed.residual if observed else None
-        before, dtype = weight.float(), weight.dtype
+        dtype = weight.dtype
         try:
+            solver.prepare(statistics)
+            before = weight.float()
             solution = solver.solve(before, statistics, plan.pattern, residual, metric)
         except SolveError as error:
             raise SolveError(f"layer {name}: {error}") from None

@@ -52,6 +52,9 @@ class Solver(ABC):
     def check_shape(self, shape: tuple[int, int]) -> None:  # noqa: B027 - most take any
         """Raise a SolveError that says what to do unless the method takes an (out, in) weight."""
 
+    def prepare(self, statistics: Statistics) -> None:  # noqa: B027 - most need nothing
+        """Do what statistics alone allow, while the weight is not in memory in fp32 yet."""
+
     @abstractmethod
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         """Prune one fp32 weight to `pattern`.

@@ -48,6 +48,16 @@ class LayerSolver:
     low_rank: int = 0
 
     @full_precision()
+    def prepare(self, statistics: Statistics | None) -> None:
+        """What can be done before the weight takes memory in fp32.
+
+        Raises:
+            SolveError: the Hessian is unusable.
+        """
+        if statistics is not None and statistics.cross is None:
+            self.solver.prepare(statistics)
+
+    @full_precision()
     def solve(
         self,
         weight: Float[Tensor, "out in"],

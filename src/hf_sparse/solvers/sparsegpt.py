@@ -67,6 +67,9 @@ class SparseGPT(Solver):
         "to make up for them (Frantar & Alistarh 2023)."
     )
 
+    def prepare(self, statistics: Statistics) -> None:
+        statistics.inverse_factor(self.damping, self.spend_hessian)
+
     def solve(self, weight: Weight, statistics: Statistics | None, pattern: Pattern) -> Solution:
         assert statistics is not None
         factor = statistics.inverse_factor(self.damping, self.spend_hessian)

@@ -17,7 +17,7 @@ from hf_sparse.kernels.gpu import triton_decode, triton_product
 @pytest.mark.parametrize(
     ("columns", "kept", "sparsity", "dtype"),
     [
-        (4096, 4096, 0.5, torch.int8),
+        (1024, 1024, 0.5, torch.int8),
         (4096, 2048, 0.0, torch.int16),
         (300_000, 140_000, 0.0, torch.int32),
     ],
@@ -29,7 +29,7 @@ def test_anchors_take_the_least_bits_that_hold_them(columns, kept, sparsity, dty
     assert packed.anchors.dtype == dtype
     check(packed)
     assert torch.equal(unpack.codes(packed), weight)
-    if columns > 4096:
+    if columns > 1024:
         return  # the interpreter would take minutes
     x = torch.randn(1, columns, device=DEVICE)
     expected = x.double() @ weight.double().T

@@ -13,6 +13,7 @@ from ...checkpoint.folder import write_folder
 from ...core.data_record import DataRecord
 from ...core.json_records import json_text
 from ...core.untrusted_text import markdown_text, printable
+from ...kernels.machine import Environment
 from .plot import draw, require_matplotlib
 from .point import ComparisonPoint
 
@@ -33,7 +34,7 @@ class Comparison:
         methods: each method's own arguments.
         data: how the calibration data were made; None if there were none.
         evaluation: how the evaluation data were made; None if the caller evaluates.
-        machine: processor or GPU, and threads.
+        environment: machine and versions.
     """
 
     model: str
@@ -44,7 +45,7 @@ class Comparison:
     methods: Mapping[str, Mapping[str, Any]]
     data: DataRecord | None
     evaluation: DataRecord | None
-    machine: str
+    environment: Environment
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values; scores that aren't finite as None."""
@@ -138,7 +139,7 @@ class Comparison:
             parts.append(f"calibrated on {_described(self.data)}")
         if self.evaluation:
             parts.append(f"evaluated on {_described(self.evaluation)}")
-        return "; ".join([*parts, self.machine])
+        return "; ".join([*parts, str(self.environment)])
 
 
 def _described(record: DataRecord) -> str:

@@ -19,10 +19,10 @@ from ...core.data_record import DataRecord
 from ...core.errors import ConfigError, EvaluationError, HfSparseError
 from ...core.logging import get_logger, progress_bar
 from ...core.renamed import renamed_arguments
+from ...kernels.machine import Environment
 from ...pruning.dense_measurements import DenseMeasurements
 from ...pruning.prune import measurements_of, prune_in_place, require_dense
 from ..data import evaluating, load_data
-from ..generation import machine
 from ..perplexity import perplexity
 from .point import ComparisonPoint
 from .result import Comparison
@@ -106,7 +106,7 @@ def compare(
         methods=_arguments(methods),
         data=measurements.data.record if measurements.data else None,
         evaluation=record,
-        machine=machine(device),
+        environment=Environment.here(device),
     )
 
 

@@ -15,7 +15,7 @@ from ...core.logging import get_logger
 from ...formats import Quantized
 from ..base import Considered, Stored, Verdict
 from ..codes import more_than_8_bits
-from ..operator import PackedKernel
+from ..packed_kernel import PackedKernel
 from ..token_classes import fastest, in_words, over
 from . import library, speed
 from .product import Product, W, classes_of

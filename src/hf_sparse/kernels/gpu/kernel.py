@@ -13,7 +13,8 @@ from ...formats import Format, Quantized
 from ...formats.base import Packed
 from ..base import Considered, Stored, Verdict
 from ..codes import more_than_8_bits
-from ..operator import PackedKernel, define_product
+from ..operator import define_product
+from ..packed_kernel import PackedKernel
 from ..token_classes import fastest, in_words
 from . import timing, triton_works
 from .check import checked

@@ -34,7 +34,8 @@ from ...formats import Format
 from ...formats.base import Packed
 from ...formats.n_of_m import NMPacked
 from ..base import Considered, Stored, Verdict
-from ..operator import PackedKernel, check_input, define_product
+from ..operator import check_input, define_product
+from ..packed_kernel import PackedKernel
 from ..token_classes import TokenClass, fastest, in_words
 from . import timing
 

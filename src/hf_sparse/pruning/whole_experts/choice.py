@@ -1,9 +1,10 @@
 """Which experts stay: those with the highest scores, in each layer or in all layers together.
 
-    reap        mean over the tokens routed to expert j of g_j(x) ||f_j(x)||: what its removal
-                takes from the output (Lasby et al. 2025, REAP)
-    frequency   how many tokens are routed to it
-    norm        sum over these of ||f_j(x)||, its activation norm (Jaiswal et al. 2025)
+    reap          mean over the tokens routed to expert j of g_j(x) ||f_j(x)||: what its removal
+                  takes from the output of such a token (Lasby et al. 2025, REAP)
+    contribution  their sum: what it takes from the output of all tokens
+    frequency     how many tokens are routed to it
+    norm          sum over these of ||f_j(x)||, its activation norm (Jaiswal et al. 2025)
 
 Where a router first chooses groups of consecutive experts, each group loses as many.
 """
@@ -24,6 +25,7 @@ from ...layers.mixtures import Mixture
 
 SCORES: Mapping[str, Callable[[ExpertStatistics], Tensor]] = {
     "reap": lambda seen: seen.gated_norms / seen.tokens.clamp_min(1),
+    "contribution": lambda seen: seen.gated_norms,
     "frequency": lambda seen: seen.tokens.double(),
     "norm": lambda seen: seen.norms,
 }
