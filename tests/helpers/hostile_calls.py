@@ -52,7 +52,7 @@ def stored(random_: random.Random, coded: bool = False) -> Stored:
         fmt: Any = Quantized(grid, Bitmask())
         tensors = fmt.pack(grid.fit(weight, weight != 0).round(weight))
         rounded = "int8" if coded else None
-        return Stored(fmt, tensors, (rows, columns), torch.float32, rounded)
+        return Stored(fmt, tensors, (rows, columns), torch.float32, activations=rounded)
     weight = weight.to(DTYPES[kind])
     return Stored(Bitmask(), Bitmask().pack(weight), (rows, columns), weight.dtype)
 
