@@ -8,7 +8,8 @@ import pytest
 import hf_sparse
 from hf_sparse.core import errors
 
-BUILTIN = {base.__name__: base for base in (ValueError, ArithmeticError, OSError, ImportError)}
+BASES = (ValueError, ArithmeticError, OSError, ImportError, RuntimeError)
+BUILTIN = {base.__name__: base for base in BASES}
 
 
 def drawn_tree() -> dict[str, tuple[str | None, str | None]]:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from hf_sparse import Comparison, ComparisonPoint, EvaluationError, SaveError
+from hf_sparse import Comparison, ComparisonPoint, Environment, EvaluationError, SaveError
 from hf_sparse.core.data_record import DataRecord
 
 
@@ -37,7 +37,7 @@ def comparison(*points, **changes):
         "methods": {"wanda": {"method": "wanda"}, "obc": {"method": "obc"}},
         "data": DataRecord("calibration.txt", "ab", 4, 64),
         "evaluation": None,
-        "machine": "a processor, 1 threads",
+        "environment": Environment("a processor", 2, 1, "avx2", "cpu", "Linux x86_64"),
     }
     return Comparison(**(values | changes))
 

@@ -234,7 +234,7 @@ class Group(Processes):
 
     def _who(self) -> str:
         who = ", ".join(f"process {rank}" for rank in self._gone) or "a process on another machine"
-        return f"{who} of {self.size} is gone, and the others can't go on without it"
+        return f"of {self.size} processes these ended, and the others can't go on: {who}"
 
 
 def _is_alive(pid: int) -> bool:
