@@ -408,6 +408,11 @@ def test_models_that_are_none_are_refused_before_anything_is_loaded(fails, tmp_p
             *command, tmp_path / "file", *more
         )
         assert "is not JSON" in fails(*command, tmp_path / "odd", *more)
+    for adapter in ("./nowhere", "nowhere"):
+        said = fails("merge", sparse, "--adapter", adapter, *output)
+        assert f"there is no folder {adapter}" in said
+    for command in (["prune"], ["explain"], ["inspect"], ["export"]):
+        more = output if command[0] in ("prune", "export") else []
         said = fails(*command, "nobody/nothing", *more)
         assert "no folder nobody/nothing, and from the Hub: the Hub can't be reached" in said
     assert not (tmp_path / "out").exists()

@@ -135,8 +135,8 @@ def _check_adapter(adapter: str) -> None:
     folder = Path(adapter).expanduser()
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         raise Failure(f"the folder {adapter} has no adapter_config.json: it is no PEFT adapter")
-    if not folder.is_dir() and looks_local(adapter):
-        raise Failure(f"there is no folder {adapter}")
+    if not folder.is_dir() and (looks_local(adapter) or "/" not in adapter):
+        raise Failure(f"there is no folder {adapter}, and an adapter's Hub id is like you/name")
 
 
 COMMAND = Command(
