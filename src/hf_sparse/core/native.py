@@ -50,7 +50,10 @@ def find() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(found[0]))
         version = library.tile_abi_version()
         if version != ABI_VERSION:
-            return f"{found[0]} has ABI version {version}, this package needs {ABI_VERSION}"
+            return (
+                f"{found[0]} has ABI version {version}, this package needs {ABI_VERSION}: install "
+                "the package again, which builds it"
+            )
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = _I32, arguments

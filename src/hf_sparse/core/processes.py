@@ -216,7 +216,7 @@ class Group(Processes):
                 if self._find_gone():
                     break
                 waited.wait(0.25)
-            raise ProcessError(f"{self._who()} ({error})") from None
+            raise ProcessError(self._who()) from error
 
     def _watch(self, over: threading.Event) -> None:
         import _thread

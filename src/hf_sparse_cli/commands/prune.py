@@ -191,8 +191,10 @@ def _from_disk_to_disk(
     options: Mapping[str, Any],
 ) -> Pruned:
     from hf_sparse import estimate, prune_checkpoint
+    from hf_sparse.core.processes import Processes
 
-    typer.echo(estimate(model, config, revision=revision, dtype=dtype), err=True)
+    if Processes.here().is_first:
+        typer.echo(estimate(model, config, revision=revision, dtype=dtype), err=True)
     report = prune_checkpoint(model, config, output, revision=revision, dtype=dtype, **options)
     _only_the_first_goes_on()
     return Pruned(report, output, None)
