@@ -12,6 +12,7 @@ from ..core.grids import Grid
 from ..core.patterns import Pattern, parse_pattern
 from ..core.statistics import Needs
 from ..formats import check_format_name
+from ..layers.attention.interface import parts
 from .arguments import ARGUMENTS, RENAMED, Arguments, documented, unknown_arguments
 from .contradictions import (
     check_format,
@@ -63,6 +64,8 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
             low_rank=self.low_rank,
             bits=self.bits,
         )
+        if self.attention is not None:
+            parts(self.attention)
         if self.format != "auto":
             check_format_name(self.format)
         check_format(
@@ -170,11 +173,13 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         values["tokenizer"] = describe_tokenizer(self.tokenizer)
         for name in ("sparsity", "allocation"):
             values[name] = as_pairs(values[name])
+        values["attention"] = None if self.attention is None else self.attention.to_dict()
         return {"quant_method": self.quant_method, **values}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What holds of a config that is passed for a checkpoint that has its own."""
-        return {"prefer": self.prefer, "activations": self.activations}
+        attention = {} if self.attention is None else {"attention": self.attention}
+        return {"prefer": self.prefer, "activations": self.activations, **attention}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the method's defaults, and always method, sparsity and pattern."""

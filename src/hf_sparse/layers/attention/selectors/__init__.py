@@ -1,0 +1,14 @@
+"""What picks the pairs that are attended to exactly, one file each."""
+
+from __future__ import annotations
+
+from ....core.registry import Registry
+from ..base import Selector
+from .block import BlockSelector
+from .own import OwnSelector
+
+SELECTORS: Registry[Selector] = Registry(
+    "selector",
+    Selector,  # type: ignore[type-abstract]
+    (OwnSelector, BlockSelector),
+)
