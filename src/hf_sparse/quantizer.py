@@ -17,8 +17,9 @@ from transformers.quantizers import (
     register_quantizer,
 )
 
-from .calibration.attention import apply_attention, check_attention
+from .calibration.attention import apply_attention, check_attention, learn
 from .calibration.sources import check_source
+from .checkpoint.attention_file import read_attention
 from .checkpoint.commit import PAGE_FILE
 from .checkpoint.headers import PackedLayer, read_layers
 from .checkpoint.load import build_layers, finish_layers
@@ -211,6 +212,7 @@ class SparseQuantizer(HfQuantizer):
             speed_up_head(model)
             _install(model)
             apply_attention(model, self.quantization_config)
+            read_attention(model, Path(self._files[0]).parent)
         else:
             self.prune(model)
 
@@ -238,6 +240,7 @@ class SparseQuantizer(HfQuantizer):
         model.hf_quantizer = self
         _install(model)
         apply_attention(model, config)
+        learn(model, config)
         return self.report
 
     def _dequantize(

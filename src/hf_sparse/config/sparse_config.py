@@ -116,6 +116,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
                 "to prune with it"
             )
         needed = self.needs > Needs.NOTHING or self.stages or self.allocation in ("owl", "fisher")
+        needed = needed or (self.attention is not None and parts(self.attention)[0].learns)
         if self.dataset is None and (needed or self.experts is not None):
             raise ConfigError(
                 f"{self._describe_needs()} needs calibration data: pass dataset= a Hub id, the "
@@ -134,6 +135,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
             "low_rank": 0,
             "allocation": "uniform",
             "experts": None,
+            "attention": None,
         }
         name = next(k for k, v in plain.items() if getattr(self, k) != v)
         return f"{name}={getattr(self, name)!r}"

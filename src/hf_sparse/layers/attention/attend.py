@@ -49,7 +49,7 @@ def block_part(inputs: Inputs, blocks: Tensor, dropout: float = 0.0) -> Part:
     some_missing = not bool(inputs.valid.all())
     partial = inputs.part.gather(2, blocks.clamp(min=0)) & (blocks >= 0)
     masked = partial.sum(dim=2).amax(dim=0).tolist()
-    widths = (blocks >= 0).sum(dim=2).amax(dim=0).tolist()
+    widths = (blocks >= 0).sum(dim=2).amax(dim=0).clamp(min=1).tolist()
     short = (blocks < 0).any(dim=0)
     parts = []
     for i, (width, first) in enumerate(zip(widths, masked, strict=True)):

@@ -87,7 +87,7 @@ class Inputs:
 
     @cached_property
     def near(self) -> Tensor:
-        """Blocks that see each other and are neighbours, or the first seen; likewise."""
+        """How near they are, from 2 to 0; likewise."""
         return self._by_stream(self.mask.view(self.size).near)
 
     @cached_property

@@ -20,16 +20,13 @@ EXACT = "sdpa"
 
 def install(
     model: PreTrainedModel, settings: AttentionSettings, example: Mapping[str, Any] | None = None
-) -> dict[str, nn.Module]:
+) -> None:
     """Give a model sparse attention; what its selector learns comes later.
 
     Args:
         model: on the device where it runs.
         settings: the method and its numbers.
         example: inputs of a forward pass; None makes some up from the model's config.
-
-    Returns:
-        The attention layers that it reached, by name.
 
     Raises:
         ConfigError: the model's attention can't be this one, or no inputs can be made up; it then
@@ -38,13 +35,12 @@ def install(
     parts(settings)
     before = model.config._attn_implementation
     try:
-        modules = _reached(model, settings.method, example)
+        called = _called(model, settings.method, example)
     except BaseException:
         model.set_attn_implementation(before)
         raise
-    for module in modules.values():
-        setattr(module, STATE, AttentionState(settings, {}))
-    return modules
+    for module, (heads, channels) in called.items():
+        setattr(module, STATE, AttentionState(settings, heads, channels))
 
 
 def remove(model: PreTrainedModel) -> None:
@@ -54,12 +50,12 @@ def remove(model: PreTrainedModel) -> None:
     model.set_attn_implementation(EXACT)
 
 
-def _reached(
+def _called(
     model: PreTrainedModel, method: str, example: Mapping[str, Any] | None
-) -> dict[str, nn.Module]:
-    """The attention layers that call an implementation in one exact pass."""
+) -> dict[nn.Module, tuple[int, int]]:
+    """The layers that call an attention in one exact pass, with their key heads and channels."""
     kind = type(model).__name__
-    called: list[nn.Module] = []
+    called: dict[nn.Module, tuple[int, int]] = {}
 
     def observe(
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float
@@ -69,11 +65,11 @@ def _reached(
                 f"{kind} makes the mask of {type(module).__name__} itself, maybe with a bias in "
                 f"it, which {method!r} can't follow: leave attention out"
             )
-        called.append(module)
+        called[module] = k.shape[1], k.shape[3]
 
     inputs = dict(example) if example is not None else _made_up(model)
     model.set_attn_implementation(method)
-    with _quiet(model), observed(observe):
+    with quiet(model), observed(observe):
         try:
             model(**inputs)
         except HfSparseError:
@@ -82,13 +78,12 @@ def _reached(
             raise ConfigError(
                 f"{kind} can't run with attention {method!r}: {type(error).__name__}: {error}"
             ) from error
-    names = {module: name for name, module in model.named_modules()}
     if not called:
         raise ConfigError(
             f"{kind} doesn't call transformers' attention interface: its attention can't be "
             f"{method!r}, leave attention out"
         )
-    return {names[module]: module for module in called if module in names}
+    return called
 
 
 def _made_up(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -109,7 +104,7 @@ def _made_up(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """No gradients and no dropout; the model's mode is restored."""
     training = model.training
     model.eval()

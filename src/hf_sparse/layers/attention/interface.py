@@ -6,7 +6,7 @@ its mask itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -43,11 +43,23 @@ class AttentionState(nn.Module):
     """Settings of one attention, and tensors that its selector has learned.
 
     The tensors are no part of the model's state dict: exact attention knows nothing of them.
+
+    Attributes:
+        settings: the model's.
+        heads, channels: of its keys.
     """
 
-    def __init__(self, settings: AttentionSettings, learned: dict[str, Tensor]) -> None:
+    def __init__(self, settings: AttentionSettings, heads: int, channels: int) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.heads, self.channels = settings, heads, channels
+
+    @property
+    def learns(self) -> bool:
+        """Does its selector need what `take` gets?"""
+        return parts(self.settings)[0].learns
+
+    def take(self, learned: Mapping[str, Tensor]) -> None:
+        """Hold what was learned."""
         for name, tensor in learned.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -127,6 +139,12 @@ def attention(
         )
     learned = state.learned() if state is not None else {}
     return sparse(query, key, value, attention_mask, scale, settings, learned, dropout), None
+
+
+def states(model: nn.Module) -> dict[str, AttentionState]:
+    """Those of a model's attention layers, by the layers' names."""
+    found = {name: getattr(module, STATE, None) for name, module in model.named_modules()}
+    return {name: state for name, state in found.items() if isinstance(state, AttentionState)}
 
 
 def sparse(

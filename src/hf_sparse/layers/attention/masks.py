@@ -36,7 +36,8 @@ class BlockView:
         whole: each query that sees anything sees all of the keys; (batch, query blocks, key
             blocks).
         part: at least one query sees some of the keys, and not whole; likewise.
-        near: they are neighbours, or it is the first block seen; likewise.
+        near: 2 for a query block's own place, 1 for its neighbours and the first block that it
+            sees, 0 for others; likewise.
         valid: keys that are no padding, filled up to whole blocks; (batch, key blocks * size).
         counts: valid keys; (batch, key blocks).
     """
@@ -164,7 +165,7 @@ class LazyMask:
         leading = visible.int().argmax(dim=-1, keepdim=True) == torch.arange(
             blocks, device=valid.device
         )
-        near = visible & (beside | leading)
+        near = (visible & touches).float() + (visible & (beside | leading))
         return BlockView(size, whole, visible & ~whole, near, valid, counts)
 
 

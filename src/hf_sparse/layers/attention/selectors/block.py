@@ -34,7 +34,7 @@ class BlockSelector(Selector):
     def _weights(self, inputs: Inputs) -> Tensor:
         """Shares of attention of key blocks, more than 1 for near ones; (streams, query blocks,
         key blocks)."""
-        weights = inputs.near.float()
+        weights = inputs.near.clone()
         centroids, sizes = inputs.centroids.mT, inputs.counts.float().log()[:, None]
         for i, seen in enumerate(ends(inputs.whole)):
             if seen == 0:

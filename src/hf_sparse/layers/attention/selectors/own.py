@@ -39,5 +39,6 @@ class OwnSelector(Selector):
     def select(
         self, inputs: Inputs, settings: AttentionSettings, learned: Mapping[str, Tensor]
     ) -> Selection:
-        nothing = torch.full_like(inputs.whole, -torch.inf, dtype=torch.float32)
-        return Selection(best_blocks(inputs, nothing, 1))
+        return Selection(
+            best_blocks(inputs, inputs.near.masked_fill(inputs.near < 2, -torch.inf), 1)
+        )
