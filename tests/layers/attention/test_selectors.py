@@ -84,12 +84,12 @@ def test_selected_pairs_are_exact_and_others_are_the_residual_s(selector, residu
 
 def test_random_features_come_near_to_the_exponential():
     torch.manual_seed(0)
-    query, key = torch.randn(1, 1, 16, 8) / 2, torch.randn(1, 1, 16, 8) / 2
+    query, key = torch.randn(1, 1, 16, 8) / 4, torch.randn(1, 1, 16, 8) / 4
     inputs = Inputs.of(query, key, key, LazyMask.plain(query, key, False), 1.0, 8)
     index = torch.arange(16)[None]
     found = RESIDUALS["favor"](inputs, settings(features=20000)).scores(index, index)
     error = found.exp()[0] / (query @ key.mT).exp()[0, 0] - 1
-    assert error.abs().mean() < 0.1
+    assert error.abs().max() < 0.1
 
 
 def test_routing_finds_groups_that_are_there():

@@ -67,7 +67,8 @@ def _norm(vectors: Tensor) -> Tensor:
 
 
 def _log_features(vectors: Tensor, directions: Tensor) -> Tensor:
-    return vectors @ directions.T - vectors.square().sum(dim=-1, keepdim=True) / 2
+    logs: Tensor = vectors @ directions.T - vectors.square().sum(dim=-1, keepdim=True) / 2
+    return logs
 
 
 def _orthogonal(channels: int, features: int, seed: int) -> Tensor:
