@@ -77,4 +77,8 @@ def _orthogonal(channels: int, features: int, seed: int) -> Tensor:
     count = -(-features // channels)
     normal = torch.randn(count, channels, channels, generator=generator)
     lengths = torch.randn(features, channels, generator=generator).norm(dim=-1, keepdim=True)
-    return torch.linalg.qr(normal)[0].flatten(0, 1)[:features] * lengths
+    bases, upper = torch.linalg.qr(normal)
+    # Its signs are LAPACK's otherwise, and directions not evenly spread.
+    bases = bases * upper.diagonal(dim1=1, dim2=2).sign()[:, None]
+    directions: Tensor = bases.flatten(0, 1)[:features] * lengths
+    return directions
