@@ -33,12 +33,14 @@ from .core.errors import (
 )
 from .evaluation import (
     Agreement,
+    AttentionDiagnosis,
     Evaluation,
     GenerationSpeed,
     Perplexity,
     TaskResults,
     Texts,
     agreement,
+    diagnose_attention,
     evaluate,
     evaluate_tasks,
     generation_speed,
@@ -76,6 +78,7 @@ def __getattr__(name: str) -> _Any:
 __all__ = [
     "AdapterError",
     "Agreement",
+    "AttentionDiagnosis",
     "AttentionSettings",
     "CalibrationError",
     "CheckpointError",
@@ -116,6 +119,7 @@ __all__ = [
     "clear_checkpoint",
     "compare",
     "convert",
+    "diagnose_attention",
     "estimate",
     "evaluate",
     "evaluate_tasks",
