@@ -12,7 +12,7 @@ import hf_sparse
 from hf_sparse import ConfigError, Evaluation, EvaluationError
 
 IDS = [torch.randint(3, 50, (64,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
-SMALL = {"keys": 16, "block": 8}
+SMALL = {"keys": 16, "block": 8, "key_block": 4}
 
 
 @pytest.fixture(scope="module")
