@@ -15,6 +15,7 @@ from ..formats import check_format_name
 from .arguments import ARGUMENTS, RENAMED, Arguments, documented, unknown_arguments
 from .contradictions import (
     check_format,
+    check_input_sparsity,
     check_method,
     resolve_allocation,
     resolve_sparsity,
@@ -63,6 +64,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
             low_rank=self.low_rank,
             bits=self.bits,
         )
+        check_input_sparsity(self.input_sparsity, self.bits)
         if self.format != "auto":
             check_format_name(self.format)
         check_format(
@@ -113,7 +115,8 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
                 "to prune with it"
             )
         needed = self.needs > Needs.NOTHING or self.stages or self.allocation in ("owl", "fisher")
-        if self.dataset is None and (needed or self.experts is not None):
+        shares = self.experts, self.input_sparsity
+        if self.dataset is None and (needed or any(share is not None for share in shares)):
             raise ConfigError(
                 f"{self._describe_needs()} needs calibration data: pass dataset= a Hub id, the "
                 "path of a text, JSON, csv or parquet file, or a list of strings, token ids or "
@@ -131,6 +134,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
             "low_rank": 0,
             "allocation": "uniform",
             "experts": None,
+            "input_sparsity": None,
         }
         name = next(k for k, v in plain.items() if getattr(self, k) != v)
         return f"{name}={getattr(self, name)!r}"

@@ -31,7 +31,8 @@ class LayerExplanation:
         name: the module's name.
         shape: (out, in).
         format: how it is stored, e.g. "bitmask" or "4-bit bitmask".
-        kernel: what multiplies: "tile" (native), "dense" (decoded once) or "reference".
+        kernel: what multiplies: "tile", "columns" or "integer" (native), "dense" (decoded once) or
+            "reference".
         bytes_dense: of the dense weight in the layer's dtype.
         bytes_resident: of what is in memory.
         speedup: over the dense product at one token, measured on this machine; None if not
@@ -39,6 +40,7 @@ class LayerExplanation:
         ways: for each class of numbers of tokens, how products are made and what was measured;
             empty if there is no choice.
         trace: every kernel that was considered, with the reason; the last one is used.
+        skipped_inputs: share of the inputs that count as 0, of the calibration data's.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LayerExplanation:
     speedup: float | None
     ways: tuple[Way, ...]
     trace: tuple[Verdict, ...]
+    skipped_inputs: float = 0.0
 
     @property
     def why(self) -> str:
@@ -100,6 +103,9 @@ class Explanation:
             speed = self.speedup.get(name)
             gain = "not measured" if speed is None else f"{speed:.2f} times as fast"
             lines.append(f"over dense {name}: {share:.3f} of the bytes; a token's products {gain}")
+        shares = [layer.skipped_inputs for layer in self.layers if layer.skipped_inputs]
+        if shares:
+            lines.append(f"{len(shares)} count {max(shares):.0%} of their inputs as 0")
         if used["dense"]:
             lines.append(
                 f"{used['dense']} are dense in memory (the saving is on disk only): "
@@ -171,6 +177,7 @@ def explain(model: nn.Module) -> Explanation:
             speedup=layer.trace[-1].speedup,
             ways=layer.trace[-1].ways,
             trace=layer.trace,
+            skipped_inputs=0.0 if layer.threshold is None else layer.threshold.share,
         )
         for name, layer in modules.items()
     ]
