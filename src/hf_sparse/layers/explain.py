@@ -19,6 +19,7 @@ from ..kernels.gpu import timing
 from ..kernels.machine import processor
 from ..kernels.token_classes import Way
 from .head import HeadLinear
+from .head_preview import PreviewedHead
 from .linear import SparseLinear, sparse_layers
 from .prefer import dense_bytes
 
@@ -67,8 +68,8 @@ class Explanation:
     Attributes:
         machine: the processor, the threads, the versions and the native paths.
         layers: one each.
-        head: what the dense output head gains from the native product of one token; None if it
-            doesn't use it.
+        head: what the dense output head gains from the native product of one token, or how many
+            candidates a preview leaves it; None if it has neither.
         speedup: of all sparse layers' products of one token together, as they are held; over dense
             ones of each dtype, by its name; without those that were not measured.
     """
@@ -183,8 +184,10 @@ def explain(model: nn.Module) -> Explanation:
     ]
     heads = (
         f"dense head {name}: native at one token, {module.speedup:.2f}"
-        for name, module in model.named_modules()
         if isinstance(module, HeadLinear)
+        else f"dense head {name}: {module.preview.candidates} candidates of a preview are exact"
+        for name, module in model.named_modules()
+        if isinstance(module, (HeadLinear, PreviewedHead))
     )
     return Explanation(
         f"{machine}; {library.describe()}",
