@@ -148,12 +148,15 @@ def test_the_smallest_layers_are_solved(shape, sparsity):
 
 def test_a_gram_is_relative_to_its_mean_diagonal_and_a_sketch_is_raised_to_the_exact_one():
     gram = torch.tensor([[2.0, 1], [1, 6]])
-    found = OutputMetric(gram.diagonal().clone(), gram).matrix()
-    torch.testing.assert_close(found, gram / 4)
-    sketch = torch.tensor([[1.0, 2.0]])
-    found = OutputMetric(torch.tensor([3.0, 1.0]), sketch=sketch).matrix()
-    torch.testing.assert_close(found, torch.tensor([[3.0, 2], [2, 4]]) / 2)
-    assert not OutputMetric(torch.zeros(3), torch.zeros(3, 3)).matrix().any()
+    whole = OutputMetric(gram.diagonal().clone(), gram)
+    sketch = OutputMetric(torch.tensor([3.0, 1.0]), sketch=torch.tensor([[1.0, 2.0]]))
+    none = OutputMetric(torch.zeros(2), torch.zeros(2, 2))
+    raised = torch.tensor([[3.0, 2], [2, 4]])
+    for metric, expected in ((whole, gram / 4), (sketch, raised / 2), (none, torch.zeros(2, 2))):
+        found = metric.relative(0.5)
+        expected = expected + 0.5 * torch.eye(2)
+        torch.testing.assert_close(found.times(torch.eye(2)), expected)
+        torch.testing.assert_close(found.diagonal, expected.diagonal())
 
 
 @dataclass(frozen=True)

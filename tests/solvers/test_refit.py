@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_sparse.core.statistics import OutputMetric
 from hf_sparse.solvers.refinement.refit import OUTPUT_DAMPING, keep_better, refit, refit_fisher
 
 
@@ -19,6 +20,10 @@ def problem(rows: int, columns: int, share: float = 0.5, seed: int = 0):
     generator = torch.Generator().manual_seed(100 * rows + columns + 7919 * seed)
     target = torch.randn(rows, columns, generator=generator)
     return target, torch.rand(rows, columns, generator=generator) < share
+
+
+def of_outputs(gram: torch.Tensor) -> OutputMetric:
+    return OutputMetric(gram.diagonal().clone(), gram)
 
 
 def row_losses(weight, target, hessian) -> torch.Tensor:
@@ -106,7 +111,7 @@ def test_what_the_mask_removed_stays_exactly_zero(steps):
     target, mask = problem(7, 30)
     hessian, metric = spd(30).float(), spd(7).float()
     plain = refit(target * mask, target, mask, hessian, steps)
-    weighted = refit_fisher(target * mask, target, mask, hessian, metric, steps)
+    weighted = refit_fisher(target * mask, target, mask, hessian, of_outputs(metric), steps)
     for found in (plain, weighted):
         assert not found[~mask].any()
         assert not torch.equal(found, target * mask)
@@ -116,7 +121,7 @@ def test_no_steps_change_nothing():
     target, mask = problem(5, 12)
     start = target * mask
     assert torch.equal(refit(start, target, mask, spd(12).float(), 0), start)
-    found = refit_fisher(start, target, mask, spd(12).float(), spd(5).float(), 0)
+    found = refit_fisher(start, target, mask, spd(12).float(), of_outputs(spd(5).float()), 0)
     assert torch.equal(found, start)
 
 
@@ -125,7 +130,7 @@ def test_arguments_are_left_as_they_were():
     tensors = [target * mask, target, mask, spd(12).float(), spd(5).float()]
     before = [tensor.clone() for tensor in tensors]
     refit(*tensors[:4], 5)
-    refit_fisher(*tensors, 5)
+    refit_fisher(*tensors[:4], of_outputs(tensors[4]), 5)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
@@ -147,7 +152,7 @@ def test_rows_of_zeros_and_rows_without_a_kept_weight_stay_zero():
     hessian, metric = spd(20).float(), torch.eye(6)
     for found in (
         refit(target * mask, target, mask, hessian, 20),
-        refit_fisher(target * mask, target, mask, hessian, metric, 20),
+        refit_fisher(target * mask, target, mask, hessian, of_outputs(metric), 20),
     ):
         assert not found[:2].any()
         assert bool(torch.isfinite(found).all())
@@ -174,9 +179,22 @@ def test_the_fisher_refit_reaches_the_solution_of_the_kronecker_system(shape):
     hessian, metric = spd(shape[1], 20).float(), spd(shape[0], 20, seed=1).float()
     metric /= metric.diagonal().mean()
     damped = metric.double() + OUTPUT_DAMPING * torch.eye(len(metric), dtype=torch.float64)
-    found = refit_fisher(target * mask, target, mask, hessian, metric, 60)
+    found = refit_fisher(target * mask, target, mask, hessian, of_outputs(metric), 60)
     expected = kronecker_solution(target, mask, hessian, damped)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_sketch_of_the_metric_is_refitted_in_as_the_matrix_it_stands_for():
+    target, mask = problem(7, 12)
+    sketch = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    diagonal = sketch.square().sum(dim=0) * torch.tensor([1, 1, 1, 1, 1, 2, 3.0])
+    matrix = sketch.T @ sketch
+    matrix.diagonal().copy_(diagonal)
+    found, expected = (
+        refit_fisher(target * mask, target, mask, spd(12).float(), metric, 5)
+        for metric in (OutputMetric(diagonal, sketch=sketch), OutputMetric(diagonal, matrix))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 20])
@@ -187,7 +205,7 @@ def test_the_fisher_refit_is_never_worse_than_its_start_in_its_own_metric(steps,
     metric /= metric.diagonal().mean()
     damped = metric + OUTPUT_DAMPING * torch.eye(8)
     start = refit(target * mask, target, mask, hessian, 10)
-    found = refit_fisher(start, target, mask, hessian, metric, steps)
+    found = refit_fisher(start, target, mask, hessian, of_outputs(metric), steps)
     before = fisher_loss(start, target, hessian, damped)
     assert fisher_loss(found, target, hessian, damped) <= before * (1 + 1e-5)
 
@@ -196,11 +214,11 @@ def test_outputs_that_the_loss_does_not_feel_are_damped_and_the_result_is_finite
     target, mask = problem(6, 15)
     hessian = spd(15).float()
     metric = torch.diag(torch.tensor([0.0, 0, 2, 2, 1, 1]))
-    found = refit_fisher(target * mask, target, mask, hessian, metric, 200)
+    found = refit_fisher(target * mask, target, mask, hessian, of_outputs(metric), 200)
     # The metric is diagonal: rows don't mix, so the inputs metric's solution is this one's.
     expected = least_squares(target, mask, hessian)
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
-    none = refit_fisher(target * mask, target, mask, hessian, torch.zeros(6, 6), 200)
+    none = refit_fisher(target * mask, target, mask, hessian, of_outputs(torch.zeros(6, 6)), 200)
     torch.testing.assert_close(none.double(), expected, rtol=1e-2, atol=1e-2)
 
 
@@ -210,7 +228,7 @@ def test_a_refit_that_overflows_gives_its_start_back():
     hessian = 1e25 * spd(9).float()
     start = 1e20 * target * mask
     assert torch.equal(refit(start, 1e20 * target, mask, hessian, 5), start)
-    found = refit_fisher(start, 1e20 * target, mask, hessian, torch.eye(4), 5)
+    found = refit_fisher(start, 1e20 * target, mask, hessian, of_outputs(torch.eye(4)), 5)
     assert torch.equal(found, start)
 
 

@@ -117,13 +117,37 @@ class OutputMetric:
     gram: Float[Tensor, "out out"] | None = None
     sketch: Float[Tensor, "rows out"] | None = None
 
-    def matrix(self) -> Float[Tensor, "out out"]:
-        """G, or F'F with its diagonal raised to G's where it falls short; relative to the mean
-        of the diagonal."""
+    def relative(self, damping: float) -> RelativeMetric:
+        """G over the mean of its diagonal, with damping times the unit matrix added."""
+        mean = self.diagonal.mean().clamp_min(torch.finfo(self.diagonal.dtype).tiny)
         if self.gram is not None:
-            matrix = self.gram.clone()
-        else:
-            assert self.sketch is not None
-            matrix = self.sketch.T @ self.sketch
-            matrix.diagonal().copy_(torch.maximum(matrix.diagonal(), self.diagonal))
-        return matrix.div_(self.diagonal.mean().clamp_min(torch.finfo(matrix.dtype).tiny))
+            matrix = self.gram / mean
+            matrix.diagonal().add_(damping)
+            return RelativeMetric(matrix.diagonal(), matrix)
+        assert self.sketch is not None
+        factor = self.sketch / mean.sqrt()
+        sketched = factor.square().sum(dim=0)
+        missing = (self.diagonal / mean - sketched).clamp_min(0) + damping
+        return RelativeMetric(sketched + missing, None, factor, missing)
+
+
+@dataclass(frozen=True)
+class RelativeMetric:
+    """G as a refit multiplies by it: a matrix, or F'F and what the sketch F lacks of its diagonal.
+
+    F'F is never formed: for layers with many outputs it would be most of the work and memory.
+    """
+
+    diagonal: Float[Tensor, " out"]
+    matrix: Float[Tensor, "out out"] | None = None
+    factor: Float[Tensor, "rows out"] | None = None
+    missing: Float[Tensor, " out"] | None = None
+
+    def times(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """G W."""
+        if self.matrix is not None:
+            return self.matrix @ weight
+        assert self.factor is not None
+        assert self.missing is not None
+        product = self.factor.T @ (self.factor @ weight)
+        return product.addcmul_(self.missing[:, None], weight)

@@ -41,16 +41,17 @@ class ADMM(Solver):
         shifted = layer.normal.clone()
         shifted.diagonal().add_(1)
         inverse = torch.linalg.inv(shifted.double()).float()
-        value = layer.weight
-        dual = torch.zeros_like(value)
+        value = layer.weight.clone()
+        sparse, dual = torch.empty_like(value), torch.zeros_like(value)
+        right = torch.empty_like(value)
         mask = torch.ones_like(value, dtype=torch.bool)
-        sparse = value
         for i in range(ITERATIONS):
-            value = value + dual
+            value.add_(dual)
             if i < GROWTH:
                 share = 1 - (1 - (i + 1) / GROWTH) ** 3
-                mask = partial_mask(pattern, value.abs(), share)
-            sparse = value * mask
-            dual = value - sparse
-            value = (layer.goal + sparse - dual) @ inverse
+                mask = partial_mask(pattern, torch.abs(value, out=right), share)
+            torch.mul(value, mask, out=sparse)
+            torch.sub(value, sparse, out=dual)
+            torch.add(layer.goal, sparse, out=right).sub_(dual)
+            torch.mm(right, inverse, out=value)
         return layer.solution(sparse, mask)

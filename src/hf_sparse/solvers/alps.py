@@ -52,17 +52,19 @@ class ALPS(Solver):
                 "pass method='admm' or 'balanced'"
             ) from None
         values, vectors = values.float().clamp_min(0), vectors.float()
-        sparse, dual = layer.weight, torch.zeros_like(layer.weight)
+        sparse, dual = layer.weight.clone(), torch.zeros_like(layer.weight)
+        right, shifted = torch.empty_like(sparse), torch.empty_like(sparse)
         mask = torch.ones_like(sparse, dtype=torch.bool)
         checked, penalty = mask, FIRST_PENALTY
         for i in range(ITERATIONS):
             if i % CHECK_EVERY == 0:
                 inverse = (vectors / (values + penalty)) @ vectors.T
-            value = (layer.goal + penalty * sparse - dual) @ inverse
-            shifted = value + dual / penalty
-            mask = pattern.mask(shifted.abs())
-            sparse = shifted * mask
-            dual = penalty * (shifted - sparse)
+            # In place: fresh memory for every term takes longer than the product.
+            torch.mul(sparse, penalty, out=right).add_(layer.goal).sub_(dual)
+            torch.mm(right, inverse, out=shifted).add_(dual.div_(penalty))
+            mask = pattern.mask(torch.abs(shifted, out=right))
+            torch.mul(shifted, mask, out=sparse)
+            torch.sub(shifted, sparse, out=dual).mul_(penalty)
             if (i + 1) % CHECK_EVERY == 0:
                 changed = int((mask & ~checked).sum()) / max(1, int(mask.sum()))
                 penalty *= next(factor for share, factor in STEPS if changed >= share)

@@ -145,8 +145,7 @@ class LayerSolver:
         mask = solution.mask
         weight = refit(solution.weight, target, mask, hessian, self.refit_steps)
         if metric is not None:
-            sensitivity = metric.matrix()
-            weight = refit_fisher(weight, target, mask, hessian, sensitivity, self.refit_steps)
+            weight = refit_fisher(weight, target, mask, hessian, metric, self.refit_steps)
         return replace(solution, weight=weight)
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...core.shapes import Hessian, Mask, Weight
+from ...core.statistics import OutputMetric
 
 # Of the mean of diag G, added to it: directions the sampled gradients didn't show count, too.
 OUTPUT_DAMPING = 0.02
@@ -41,14 +42,15 @@ def refit(start: Weight, target: Weight, mask: Mask, hessian: Hessian, steps: in
     residual = ((target - start) @ hessian) * mask
     direction = residual * inverse
     gain = (residual * direction).sum(dim=1, keepdim=True)
-    for _ in range(steps):
-        image = direction @ hessian
-        step = _ratio(gain, (direction * image).sum(dim=1, keepdim=True))
-        weight += step * direction
-        residual -= step * (image * mask)
-        scaled = residual * inverse
-        before, gain = gain, (residual * scaled).sum(dim=1, keepdim=True)
-        direction = scaled + _ratio(gain, before) * direction
+    image, scaled = torch.empty_like(weight), torch.empty_like(weight)
+    for _ in range(steps):  # in place: fresh memory for every term takes as long as the product
+        torch.mm(direction, hessian, out=image)
+        step = _ratio(gain, torch.mul(direction, image, out=scaled).sum(dim=1, keepdim=True))
+        weight += torch.mul(direction, step, out=scaled)
+        residual -= image.mul_(mask).mul_(step)
+        torch.mul(residual, inverse, out=scaled)
+        before, gain = gain, torch.mul(residual, scaled, out=image).sum(dim=1, keepdim=True)
+        direction.mul_(_ratio(gain, before)).add_(scaled)
     return keep_better(weight, start, target, hessian)
 
 
@@ -57,32 +59,32 @@ def refit_fisher(
     target: Weight,
     mask: Mask,
     hessian: Hessian,
-    metric: Float[Tensor, "out out"],
+    metric: OutputMetric,
     steps: int,
 ) -> Weight:
-    """PCG in the Fisher metric; arguments as `refit`'s, and G relative to its mean diagonal.
+    """PCG in the Fisher metric; arguments as `refit`'s, and G.
 
     Start it from `refit`'s result: from further away the same steps lead to less.
     """
-    metric = metric.clone()
-    metric.diagonal().add_(OUTPUT_DAMPING)
-    inverse = 1 / torch.outer(metric.diagonal(), hessian.diagonal())
+    felt = metric.relative(OUTPUT_DAMPING)
+    inverse = 1 / torch.outer(felt.diagonal, hessian.diagonal())
     weight = start.clone()
-    first = metric @ (target - start) @ hessian
+    first = felt.times(target - start) @ hessian
     residual = first * mask
     direction = residual * inverse
     gain = (residual * direction).sum()
+    image, scaled = torch.empty_like(weight), torch.empty_like(weight)
     for _ in range(steps):
-        image = metric @ direction @ hessian
-        step = _ratio(gain, (direction * image).sum())
-        weight += step * direction
-        residual -= step * (image * mask)
-        scaled = residual * inverse
-        before, gain = gain, (residual * scaled).sum()
-        direction = scaled + _ratio(gain, before) * direction
+        torch.mm(felt.times(direction), hessian, out=image)
+        step = _ratio(gain, torch.mul(direction, image, out=scaled).sum())
+        weight += torch.mul(direction, step, out=scaled)
+        residual -= image.mul_(mask).mul_(step)
+        torch.mul(residual, inverse, out=scaled)
+        before, gain = gain, torch.mul(residual, scaled, out=image).sum()
+        direction.mul_(_ratio(gain, before)).add_(scaled)
     old = ((target - start) * first).sum()
     difference = target - weight
-    new = (difference * (metric @ difference @ hessian)).sum()
+    new = (difference * (felt.times(difference) @ hessian)).sum()
     return weight if bool(new < old) else start
 
 
