@@ -71,6 +71,7 @@ def everything_set() -> SparseConfig:
         calibrate_all_experts=True,
         format="bitmask",
         activations="int8",
+        attention={"method": "hs_block", "keys": 2048},
     )
 
 
@@ -110,6 +111,7 @@ def test_defaults_are_those_of_the_documentation():
         "prefer": "auto",
         "activations": None,
         "input_sparsity": None,
+        "attention": None,
     }
 
 
