@@ -23,7 +23,7 @@ from ..layers.blocks import Block
 from ..layers.replace import ModuleParents, write_weight
 from ..solvers import Solver
 from ..solvers.layer_solver import LayerSolver
-from .dense_measurements import DenseMeasurements
+from .dense_measurements import DenseLayers, DenseMeasurements
 from .exchange import Solved, exchange
 from .half_pruned import Progress
 from .one_layer import PrunedLayer, solve_layer
@@ -117,11 +117,9 @@ class BlockSolver:
         if config.allocation == "uniform":
             return plans
         targets = {plan.target.name: plan.target for plan in plans}
-        at_work = self._residence.at_work
+        dense = DenseLayers(self._model, blocks, targets, self._residence.at_work)
         zeros = self._processes.from_first(
-            lambda: allocate(
-                self._model, config, targets, blocks, self._measurements, metrics, at_work
-            )
+            lambda: allocate(dense, config, self._measurements, metrics)
         )
         return [
             LayerPlan(plan.target, exactly(zeros[plan.target.name], plan.target.shape))
