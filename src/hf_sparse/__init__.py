@@ -6,11 +6,13 @@ Importing the package registers the quantisation method `hf_sparse` with transfo
 from importlib.metadata import version as _version
 from typing import Any as _Any
 
+from .calibration.attention import use_attention
 from .checkpoint.compressed_tensors import Conversion, convert
 from .checkpoint.dense_export import export_dense
 from .config.recipes import register_solver
 from .config.sparse_config import SparseConfig
 from .core import renamed as _renamed
+from .core.attention_settings import AttentionSettings
 from .core.data_record import DataRecord
 from .core.errors import (
     AdapterError,
@@ -74,6 +76,7 @@ def __getattr__(name: str) -> _Any:
 __all__ = [
     "AdapterError",
     "Agreement",
+    "AttentionSettings",
     "CalibrationError",
     "CheckpointError",
     "Comparison",
@@ -130,5 +133,6 @@ __all__ = [
     "register_solver",
     "round_activations",
     "split_low_rank",
+    "use_attention",
     "write_report",
 ]

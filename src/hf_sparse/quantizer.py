@@ -17,7 +17,9 @@ from transformers.quantizers import (
     register_quantizer,
 )
 
+from .calibration.attention import apply_attention, check_attention, learn
 from .calibration.sources import check_source
+from .checkpoint.attention_file import read_attention
 from .checkpoint.commit import PAGE_FILE
 from .checkpoint.headers import PackedLayer, read_layers
 from .checkpoint.load import build_layers, finish_layers
@@ -39,6 +41,7 @@ from .layers.head import restore_head, speed_up_head
 from .layers.prefer import prefer as prefer_form
 from .layers.replace import ModuleParents, unpack_linear
 from .pruning.dense_measurements import DenseMeasurements
+from .pruning.plain import make_plain, unmark
 from .pruning.prune import check_before_loading, prune_in_place, require_dense
 from .pruning.report import PruningReport
 from .pruning.residence import Residence
@@ -81,6 +84,7 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     model = unwrapped(model)
     require_dense(model)
     if not isinstance(model, PreTrainedModel):
+        check_attention(model, config)
         return prune_in_place(model, config)
     return SparseQuantizer(config, pre_quantized=False).prune(model)
 
@@ -207,6 +211,8 @@ class SparseQuantizer(HfQuantizer):
             layers_round_activations(model, activations)
             speed_up_head(model)
             _install(model)
+            apply_attention(model, self.quantization_config)
+            read_attention(model, Path(self._files[0]).parent)
         else:
             self.prune(model)
 
@@ -219,18 +225,22 @@ class SparseQuantizer(HfQuantizer):
             model: loaded; or without weights, and `residence` has them.
             residence: where its blocks are while they aren't at work; None for memory.
         """
-        measurements, self._measurements = self._measurements, None
+        config, measurements = self.quantization_config, self._measurements
+        self._measurements = None
+        check_attention(model, config)
         self.report = prune_in_place(model, self.quantization_config, measurements, residence)
         if self.report.data is not None:
             self.quantization_config = self.quantization_config.replaced(dataset=self.report.data)
         if self.report.experts and not sparse_layers(model):
-            _make_plain(model)
+            make_plain(model)
         else:
             model.config.quantization_config = self.quantization_config
             model.is_quantized = True
             model.quantization_method = QUANT_METHOD
         model.hf_quantizer = self
         _install(model)
+        apply_attention(model, config)
+        learn(model, config)
         return self.report
 
     def _dequantize(
@@ -246,7 +256,7 @@ class SparseQuantizer(HfQuantizer):
             parents.replace(sparse, unpack_linear(sparse, empty, held))
             logger.debug("%s is dense again", name)
         restore_head(model)
-        _unmark(model)
+        unmark(model)
         remove_saving(model)
         model.__dict__.pop("num_parameters", None)
         return model
@@ -282,18 +292,3 @@ def _install(model: PreTrainedModel) -> None:
     """What a sparse model does otherwise than its class: saving, and counting parameters."""
     install_saving(model)
     model.num_parameters = partial(num_parameters, model)  # type: ignore[method-assign]
-
-
-def _make_plain(model: PreTrainedModel) -> None:
-    """Take back what transformers has noted of a model that was to be quantised."""
-    model.config.__dict__.pop("quantization_config", None)
-    model.__dict__.pop("quantization_method", None)
-    model.is_quantized = False
-    _unmark(model)
-
-
-def _unmark(model: PreTrainedModel) -> None:
-    """Let no config say any more that weights are to be used through their layers alone."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = False

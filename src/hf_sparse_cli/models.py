@@ -102,6 +102,14 @@ def read_dense_config(model: str, revision: str | None, gguf_file: str | None) -
     return {}
 
 
+def require_dense(model: str, revision: str | None, gguf_file: str | None) -> None:
+    """Raise a Failure unless there is such a model, and it is dense; see `read_dense_config`."""
+    method = quantisation(read_dense_config(model, revision, gguf_file))
+    if method:
+        kind = "sparse already" if method == "hf_sparse" else f"quantised with {method}"
+        raise Failure(f"{model} is {kind}: pass the dense model that it was made from")
+
+
 def require_sparse(model: str, config: Mapping[str, Any]) -> None:
     """Raise a Failure unless the config is that of a checkpoint that hf_sparse wrote."""
     method = quantisation(config)

@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import DECODER
-from torch import nn
+from tiny_models import MIXTURE, drawn, tiny_mixtral
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     SwitchTransformersConfig,
@@ -22,30 +19,16 @@ from hf_sparse.layers.experts import unfused_experts
 from hf_sparse.layers.mixtures import find_mixtures
 from hf_sparse.pruning.dense_measurements import DenseMeasurements
 
-SIZES = DECODER | {"head_dim": 6, "num_experts_per_tok": 2}
-
-
-def build(model):
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-def mixtral():
-    """Gates of the chosen experts add up to 1."""
-    return build(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)))
-
 
 def qwen2_moe():
     """Gates don't; an expert that all tokens go to beside the others."""
     sizes = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 20}
-    return build(Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **sizes, num_experts=5)))
+    return drawn(Qwen2MoeForCausalLM(Qwen2MoeConfig(**MIXTURE, **sizes, num_experts=5)))
 
 
 def gpt_oss():
     """Transposed, with biases and a gate of their own."""
-    return build(GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, sliding_window=16)))
+    return drawn(GptOssForCausalLM(GptOssConfig(**MIXTURE, num_local_experts=4, sliding_window=16)))
 
 
 def switch():
@@ -55,7 +38,7 @@ def switch():
         num_decoder_layers=2, num_sparse_decoder_layers=1, num_heads=2, num_experts=3,
         decoder_start_token_id=0,
     )  # fmt: skip
-    return build(SwitchTransformersForConditionalGeneration(config))
+    return drawn(SwitchTransformersForConditionalGeneration(config))
 
 
 def measured(model, batches: list[Batch]):
@@ -90,7 +73,7 @@ def add(sums, experts, args):
         sums[:, expert] += torch.stack([routed.sum(), norm[routed].sum(), (weight * norm).sum()])
 
 
-@pytest.mark.parametrize("make", [mixtral, qwen2_moe, gpt_oss])
+@pytest.mark.parametrize("make", [tiny_mixtral, qwen2_moe, gpt_oss])
 def test_they_are_those_of_double_precision(make, token_ids):
     batches = [{"input_ids": ids} for ids in token_ids.split(5)]
     found = measured(make(), batches)
@@ -142,8 +125,8 @@ def test_padding_does_not_count(token_ids):
     rows = [token_ids[i, :length] for i, length in enumerate((16, 9, 4))]
     for i, row in enumerate(rows):
         padded[i, : len(row)], mask[i, : len(row)] = row, 1
-    found = measured(mixtral(), [{"input_ids": padded, "attention_mask": mask}])
-    alone = measured(mixtral(), [{"input_ids": row[None]} for row in rows])
+    found = measured(tiny_mixtral(), [{"input_ids": padded, "attention_mask": mask}])
+    alone = measured(tiny_mixtral(), [{"input_ids": row[None]} for row in rows])
     for name, seen in found.items():
         assert seen.entered == alone[name].entered == 29
         assert seen.tokens.tolist() == alone[name].tokens.tolist()
@@ -151,7 +134,7 @@ def test_padding_does_not_count(token_ids):
 
 
 def test_the_model_computes_the_same_meanwhile_and_keeps_no_graph(token_ids):
-    model, outputs = mixtral(), []
+    model, outputs = tiny_mixtral(), []
     model.model.layers[1].register_forward_hook(lambda m, args, out: outputs.append(out))
     measured(model, [{"input_ids": token_ids}])
     with torch.no_grad():
@@ -162,7 +145,7 @@ def test_the_model_computes_the_same_meanwhile_and_keeps_no_graph(token_ids):
 
 
 def test_an_expert_with_infinite_outputs_is_an_error_that_names_it(token_ids):
-    model = mixtral()
+    model = tiny_mixtral()
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[2] *= 1e38
         model.model.layers[1].mlp.experts.gate_up_proj[2] *= 1e5

@@ -71,6 +71,7 @@ def everything_set() -> SparseConfig:
         calibrate_all_experts=True,
         format="bitmask",
         activations="int8",
+        attention={"method": "hs_block", "keys": 2048},
     )
 
 
@@ -109,6 +110,7 @@ def test_defaults_are_those_of_the_documentation():
         "format": "auto",
         "prefer": "auto",
         "activations": None,
+        "attention": None,
     }
 
 

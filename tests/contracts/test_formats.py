@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import in_one_test
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
@@ -38,8 +39,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GROUPS = [None, (2, 4), (1, 4), (4, 8), (3, 5), (1, 2), (16, 32)]
 
 every_format = pytest.mark.parametrize("name", FORMATS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+every_dtype = in_one_test(dtype=DTYPES)
+every_shape = in_one_test(shape=SHAPES)
 
 
 def make_weight(shape, groups, dtype=torch.float32, seed=0) -> torch.Tensor:

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from cases import in_one_test
 from torch import nn
 
 import hf_sparse
@@ -94,7 +95,7 @@ every_kernel = pytest.mark.parametrize(("name", "kind"), CASES)
 one_kind = pytest.mark.parametrize(
     ("name", "kind"), list({case.values[0]: case for case in reversed(CASES)}.values())[::-1]
 )
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+every_shape = in_one_test(shape=SHAPES)
 
 
 @pytest.fixture

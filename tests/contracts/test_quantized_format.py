@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from cases import in_one_test
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,7 @@ GRIDS = [
     Grid(bits, size, sym) for bits in (8, 4, 3) for size in (None, 5, 128) for sym in (True, False)
 ]
 every_layout = pytest.mark.parametrize("name", FORMATS)
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+every_shape = in_one_test(shape=SHAPES)
 every_grid = pytest.mark.parametrize(
     "grid", GRIDS, ids=lambda g: f"{g.bits}-{g.group_size}-{'sym' if g.sym else 'asym'}"
 )
@@ -94,7 +95,7 @@ def test_codes_scales_and_zero_points_come_back_exactly(name, shape, grid):
 
 @every_layout
 @every_grid
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@in_one_test(dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_unpacking_gives_code_times_scale_in_the_dtype_that_is_asked_for(name, grid, dtype):
     fmt, packed, weight = packed_case(name, grid)
     unpacked = fmt.unpack(packed, (4, 13), dtype)

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from cases import in_one_test
 
 from conftest import assert_said
 from hf_sparse import SparseConfig
@@ -22,7 +23,7 @@ UNSTRUCTURED = [0.0, 0.29, 0.5, 0.95]
 N_OF_M = [(2, 4), (4, 8), (1, 4), (3, 5)]
 
 every_solver = pytest.mark.parametrize("method", SOLVERS)
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+every_shape = in_one_test(shape=SHAPES)
 pruning_solver = pytest.mark.parametrize(
     "method", [name for name, cls in SOLVERS.items() if not cls.chooses_pattern]
 )
@@ -76,7 +77,7 @@ def test_a_solution_is_an_fp32_weight_that_is_zero_outside_its_mask(method, shap
 
 @pruning_solver
 @every_shape
-@pytest.mark.parametrize("percent", [0, 1, 29, 50, 95, 99])
+@in_one_test(percent=[0, 1, 29, 50, 95, 99])
 def test_the_number_of_zeros_is_exactly_the_floor_of_the_share(method, shape, percent):
     mask = solve(method, make_weight(shape), Unstructured(percent / 100)).mask
     rows, columns = shape

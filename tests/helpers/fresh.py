@@ -1,7 +1,7 @@
 """Python code in processes of their own, forked from one that has imported what takes long.
 
-That is torch and no more, or hf_sparse and transformers, too. As a program, this is that process:
-it reads jobs as lines of JSON and answers each with the exit status.
+That is torch and transformers without hf_sparse, or with it. As a program, this is that process: it
+reads jobs as lines of JSON and answers each with the exit status.
 """
 
 import atexit
@@ -16,12 +16,12 @@ from functools import cache
 from pathlib import Path
 
 LIMIT = 300  # seconds
-BARE = "torch._dynamo"
-LOADED = "hf_sparse"
+PLAIN = ("torch._dynamo", "transformers.models.llama.modeling_llama")
+LOADED = ("hf_sparse",)
 
 
 def run(
-    code: str, *args: object, env: dict[str, str] | None = None, imported: str = BARE
+    code: str, *args: object, env: dict[str, str] | None = None, imported: tuple[str, ...] = PLAIN
 ) -> subprocess.CompletedProcess:
     """What `python -c code args` would be, as subprocess.run with text captured.
 
@@ -29,7 +29,7 @@ def run(
         code: is run as the main module.
         args: sys.argv[1:].
         env: the whole environment; that of this process if None.
-        imported: BARE or LOADED, what the process has imported before.
+        imported: PLAIN or LOADED, what the process has imported before.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -47,9 +47,9 @@ def run(
 
 
 @cache
-def _server(imported: str) -> subprocess.Popen:
+def _server(imported: tuple[str, ...]) -> subprocess.Popen:
     """Ends with this process: when its input is closed."""
-    command = [sys.executable, __file__, imported]
+    command = [sys.executable, __file__, *imported]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)
     return server
@@ -75,7 +75,8 @@ def _read_hub_settings() -> None:
 
 
 if __name__ == "__main__":
-    importlib.import_module(sys.argv[1])
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     job = _next_job()
     signal.alarm(LIMIT)
     for stream, path in zip((1, 2), job["files"], strict=True):

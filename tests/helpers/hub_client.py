@@ -41,7 +41,7 @@ class Client:
     home: Path
 
     def run(
-        self, code: str, *args: object, imported: str = fresh.LOADED, **env: str
+        self, code: str, *args: object, imported: tuple[str, ...] = fresh.LOADED, **env: str
     ) -> subprocess.CompletedProcess[str]:
         """The finished process; whether it failed is for the caller to say."""
         nowhere = "http://127.0.0.1:9"

@@ -10,6 +10,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -25,6 +27,7 @@ SIZES = {
 }
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODER = SIZES | TOKENS | {"num_key_value_heads": 2}
+MIXTURE = DECODER | {"head_dim": 6, "num_experts_per_tok": 2}
 GPT2 = TOKENS | {"vocab_size": 61, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}
 T5 = {
     "vocab_size": 61,
@@ -46,6 +49,20 @@ def build(model: Callable[[Any], PreTrainedModel], config: Any) -> Any:
 def tiny_llama(**changes) -> LlamaForCausalLM:
     """Two blocks; head not tied."""
     return build(LlamaForCausalLM, LlamaConfig(**(DECODER | changes)))
+
+
+def drawn(model: PreTrainedModel, std: float = 0.3) -> Any:
+    """With weights so large that a mixture's routers decide clearly; in eval mode."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model.eval()
+
+
+def tiny_mixtral(**changes) -> MixtralForCausalLM:
+    """Two blocks of four experts; the gates of the two chosen ones add up to 1."""
+    config = MixtralConfig(**MIXTURE | {"num_local_experts": 4} | changes)
+    return drawn(MixtralForCausalLM(config))
 
 
 def tiny_bert(cls: type[PreTrainedModel], **changes) -> PreTrainedModel:

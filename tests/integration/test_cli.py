@@ -471,7 +471,7 @@ def test_compare_says_at_once_what_it_can_not_do(fails, dense, sparse, text, tmp
     monkeypatch.setattr(hf_sparse, "compare", pytest.fail)
     options = ["--methods", "wanda", "--sparsities", "0.5", *compare_options(text)]
     said = fails("compare", sparse, *options, "--output", tmp_path / "out")
-    assert "is quantised with hf_sparse: compare starts from a dense model" in said
+    assert "is sparse already: pass the dense model that it was made from" in said
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = fails("compare", dense, *options, "--plot", "--output", tmp_path / "out")
     assert "--plot needs matplotlib: pip install matplotlib" in said

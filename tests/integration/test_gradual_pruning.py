@@ -249,19 +249,6 @@ class Uneven(Solver):
 
 
 @dataclass(frozen=True)
-class Forgets(Solver):
-    """Keeps what was smallest, so that it brings back what is gone."""
-
-    name: ClassVar[str] = "forgets"
-    needs: ClassVar[Needs] = Needs.NOTHING
-
-    def solve(self, weight, statistics, pattern):
-        zeros = pattern.zeros(weight.numel())
-        mask = keep_highest(-weight.abs().view(1, -1), zeros).view_as(weight)
-        return Solution(weight.where(mask, 0), mask)
-
-
-@dataclass(frozen=True)
 class Smallest(Solver):
     """Would keep what is smallest, and so what is gone."""
 
@@ -269,8 +256,20 @@ class Smallest(Solver):
     needs: ClassVar[Needs] = Needs.NOTHING
 
     def solve(self, weight, statistics, pattern):
-        mask = pattern.mask(-weight.abs())
+        mask = self.mask(-weight.abs(), pattern)
         return Solution(weight.where(mask, 0), mask)
+
+    def mask(self, scores, pattern):
+        return pattern.mask(scores)
+
+
+class Forgets(Smallest):
+    """Chooses without the pattern's help, so that it brings back what is gone."""
+
+    name: ClassVar[str] = "forgets"
+
+    def mask(self, scores, pattern):
+        return keep_highest(scores.view(1, -1), pattern.zeros(scores.numel())).view_as(scores)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])

@@ -191,7 +191,7 @@ sys.modules["hf_sparse"] = None  # an import of it fails, as if it were not inst
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained("me/tiny-sparse", ignore_mismatched_sizes=True)
 """
-    done = client.run(code, imported=fresh.BARE)
+    done = client.run(code, imported=fresh.PLAIN)
     assert done.returncode != 0
     lines = done.stderr.splitlines()
     assert any("quantization type" in line and "hf_sparse" in line for line in lines)

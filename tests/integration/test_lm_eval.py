@@ -1,5 +1,6 @@
 """lm-eval on a sparse checkpoint, with a task of our own in a local folder."""
 
+import functools
 import json
 import os
 import subprocess
@@ -44,6 +45,15 @@ def _cache(tmp_path, monkeypatch):
     """Nothing is left in the user's cache."""
     config = pytest.importorskip("datasets").config
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_manager():
+    """lm-eval looks through its thousands of tasks once."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "TaskManager", functools.cache(tasks.TaskManager))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +130,8 @@ def test_the_stock_program_runs_it_through_hf_sparse_run(sparse, task, tmp_path)
     assert json.loads(file.read_text())["results"]["questions"]["acc,none"] == 0.6
 
 
-def test_a_task_that_lm_eval_does_not_know_is_named(trained, tokenizer, tmp_path):
+def test_a_task_that_lm_eval_does_not_know_is_named(trained, tokenizer, task, tmp_path):
     with pytest.raises(EvaluationError, match="lm-eval has no task 'no_such_task'"):
-        hf_sparse.evaluate_tasks(trained, tokenizer, ["no_such_task"])
+        hf_sparse.evaluate_tasks(trained, tokenizer, ["no_such_task"], include_path=task)
     with pytest.raises(EvaluationError, match="nowhere' is no folder"):
         hf_sparse.evaluate_tasks(trained, tokenizer, ["x"], include_path=tmp_path / "nowhere")

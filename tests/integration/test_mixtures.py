@@ -8,7 +8,7 @@ import fresh
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import DECODER
+from tiny_models import MIXTURE, drawn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -28,31 +28,25 @@ from conftest import FIXTURES, logits
 from hf_sparse import SparseConfig, SparseLinear
 from hf_sparse.layers import SparseExperts
 
-SIZES = DECODER | {"head_dim": 6, "num_experts_per_tok": 2}
-
 
 def mixtral():
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+    return MixtralForCausalLM(MixtralConfig(**MIXTURE, num_local_experts=4))
 
 
 def qwen3_moe():
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=6))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**MIXTURE, moe_intermediate_size=16, num_experts=6))
 
 
 def gpt_oss():
     """Transposed experts with biases."""
-    return GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, sliding_window=16))
+    return GptOssForCausalLM(GptOssConfig(**MIXTURE, num_local_experts=4, sliding_window=16))
 
 
 FAMILIES = [mixtral, qwen3_moe, gpt_oss]
 
 
 def build(make):
-    torch.manual_seed(0)
-    model = make().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return drawn(make(), std=0.2)
 
 
 def state(model):
@@ -143,7 +137,7 @@ def test_tied_experts_stay_dense_and_tied(monkeypatch, token_ids, tmp_path):
     """Those of the last two blocks are one; the first block's are pruned."""
     ties = {"model.layers.2.mlp.experts": "model.layers.1.mlp.experts"}
     monkeypatch.setattr(MixtralForCausalLM, "_tied_weights_keys", ties)
-    sizes = SIZES | {"num_hidden_layers": 3, "tie_word_embeddings": True}
+    sizes = MIXTURE | {"num_hidden_layers": 3, "tie_word_embeddings": True}
     dense = build(lambda: MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4)))
     dense.save_pretrained(tmp_path / "dense")
     config = SparseConfig(dataset=token_ids, num_samples=12)

@@ -17,6 +17,13 @@ every_format = pytest.mark.parametrize("name", FORMATS)
 LEADING = [(), (3,), (2, 3), (0,), (2, 1, 3)]
 
 
+def every_product(test):
+    """With and without a bias, of inputs of every rank."""
+    for name, values in (("leading", LEADING), ("bias", [True, False])):
+        test = pytest.mark.parametrize(name, values, ids=str)(test)
+    return every_format(test)
+
+
 def make_weight(out: int = 5, columns: int = 11, dtype=torch.float32) -> torch.Tensor:
     """2 of 4 kept, which every format takes."""
     weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -91,9 +98,7 @@ def test_it_holds_fewer_bytes_than_the_dense_weight(name):
     assert held < 0.6 * weight.nbytes
 
 
-@every_format
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("leading", LEADING, ids=str)
+@every_product
 def test_the_product_is_the_dense_layer_s(name, bias, leading):
     weight = make_weight()
     layer, x = sparse_layer(name, weight, bias), make_input(*leading, 11)
@@ -103,9 +108,7 @@ def test_the_product_is_the_dense_layer_s(name, bias, leading):
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@every_format
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("leading", LEADING, ids=str)
+@every_product
 def test_gradients_of_input_and_bias_are_the_dense_layer_s(name, bias, leading):
     weight = make_weight()
     layer, x = sparse_layer(name, weight, bias), make_input(*leading, 11)

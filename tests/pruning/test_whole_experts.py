@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from tiny_models import DECODER, tiny_llama
+from tiny_models import DECODER, MIXTURE, drawn, tiny_llama, tiny_mixtral
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,24 +23,10 @@ import hf_sparse
 from conftest import logits
 from hf_sparse import CalibrationError, ConfigError, PruningReport, SolveError, SparseConfig
 
-SIZES = DECODER | {"head_dim": 6, "num_experts_per_tok": 2}
-
-
-def build(model):
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-def mixtral(**changes):
-    """Renormalises the gates of the chosen experts."""
-    return build(MixtralForCausalLM(MixtralConfig(**SIZES | {"num_local_experts": 4} | changes)))
-
 
 def olmoe():
     """Doesn't; its config has another name for the number, and as many heads as experts."""
-    return build(OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=4)))
+    return drawn(OlmoeForCausalLM(OlmoeConfig(**MIXTURE, num_experts=4)))
 
 
 def deepseek_v3(**changes):
@@ -50,7 +36,7 @@ def deepseek_v3(**changes):
         topk_group=1, n_shared_experts=1, moe_intermediate_size=16, q_lora_rank=8, kv_lora_rank=8,
         qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=6, first_k_dense_replace=1,
     )  # fmt: skip
-    return build(DeepseekV3ForCausalLM(DeepseekV3Config(**sizes | changes)))
+    return drawn(DeepseekV3ForCausalLM(DeepseekV3Config(**sizes | changes)))
 
 
 def config(token_ids, **arguments):
@@ -74,7 +60,7 @@ class Masked(nn.Module):
 
 
 @pytest.mark.parametrize("score", ["reap", "contribution", "frequency", "norm"])
-@pytest.mark.parametrize(("make", "renormalises"), [(mixtral, True), (olmoe, False)])
+@pytest.mark.parametrize(("make", "renormalises"), [(tiny_mixtral, True), (olmoe, False)])
 def test_what_is_left_computes_as_if_no_token_went_to_the_others(
     make, renormalises, score, token_ids
 ):
@@ -114,7 +100,7 @@ def test_each_group_of_a_router_loses_as_many_and_corrections_go_with_the_rows(t
 
 
 def test_it_is_saved_as_an_ordinary_checkpoint_with_its_report_and_card(token_ids, tmp_path):
-    mixtral().save_pretrained(tmp_path / "dense")
+    tiny_mixtral().save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "dense", quantization_config=config(token_ids)
     )
@@ -135,7 +121,7 @@ def test_it_is_saved_as_an_ordinary_checkpoint_with_its_report_and_card(token_id
 
 
 def test_sparsity_and_bits_hold_inside_what_is_left(token_ids, tmp_path):
-    model = mixtral()
+    model = tiny_mixtral()
     report = hf_sparse.prune(model, config(token_ids, sparsity=0.5, bits=4, group_size=8))
     names = [layer.name for layer in report.layers if "experts" in layer.name]
     assert names == [
@@ -158,11 +144,11 @@ def test_sparsity_and_bits_hold_inside_what_is_left(token_ids, tmp_path):
 
 def test_what_is_left_is_pruned_on_what_the_others_tokens_now_do(token_ids):
     """As a model that never had the experts."""
-    model = mixtral()
+    model = tiny_mixtral()
     report = hf_sparse.prune(model, config(token_ids, sparsity=0.5, method="wanda"))
-    smaller = mixtral()
+    smaller = tiny_mixtral()
     hf_sparse.prune(smaller, config(token_ids))
-    dense = mixtral(num_local_experts=3)
+    dense = tiny_mixtral(num_local_experts=3)
     dense.load_state_dict(smaller.state_dict())
     alone = hf_sparse.prune(dense, SparseConfig(method="wanda", dataset=token_ids))
     assert torch.equal(logits(model, token_ids), logits(dense, token_ids))
@@ -170,7 +156,7 @@ def test_what_is_left_is_pruned_on_what_the_others_tokens_now_do(token_ids):
 
 
 def test_targets_are_named_as_in_the_model_as_it_was(token_ids):
-    model = mixtral()
+    model = tiny_mixtral()
     (first, _) = hf_sparse.prune(copy.deepcopy(model), config(token_ids)).experts
     last = max(set(range(4)) - set(first.removed))
     target = rf"layers\.0\.mlp\.experts\.{last}"
@@ -191,7 +177,7 @@ class LayeredMixtral(MixtralForCausalLM):
 
 
 def test_a_global_budget_takes_the_lowest_scores_of_all_layers(token_ids, tmp_path):
-    model = build(LayeredMixtral(MixtralConfig(**SIZES, num_local_experts=4)))
+    model = drawn(LayeredMixtral(MixtralConfig(**MIXTURE, num_local_experts=4)))
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[1:3] *= 1e-3
     report = hf_sparse.prune(model, config(token_ids, expert_budget="global"))
@@ -207,14 +193,18 @@ def test_a_global_budget_takes_the_lowest_scores_of_all_layers(token_ids, tmp_pa
 
 def test_a_family_with_one_number_for_all_layers_refuses_a_global_budget(token_ids):
     with pytest.raises(ConfigError, match=r"one number, num_local_experts.*expert_budget='layer'"):
-        hf_sparse.prune(mixtral(), config(token_ids, expert_budget="global"))
+        hf_sparse.prune(tiny_mixtral(), config(token_ids, expert_budget="global"))
 
 
 @pytest.mark.parametrize(
     ("make", "arguments", "match"),
     [
-        (mixtral, {"experts": 0.75}, "sends each token to 2 experts, and 1 of 4 would be left"),
-        (mixtral, {"experts": 0.2}, r"removes none of the 4 experts .* at least 0\.25"),
+        (
+            tiny_mixtral,
+            {"experts": 0.75},
+            "sends each token to 2 experts, and 1 of 4 would be left",
+        ),
+        (tiny_mixtral, {"experts": 0.2}, r"removes none of the 4 experts .* at least 0\.25"),
         (deepseek_v3, {"experts": 0.375}, r"removes 3 of the 8 .* 2 groups .* pass 0\.25 or 0\.5"),
         (deepseek_v3, {"experts": 0.75}, "1 of 8 would be left in the 1 groups"),
         (tiny_llama, {}, "LlamaForCausalLM has no experts that can be taken apart"),
@@ -248,7 +238,7 @@ def test_arguments_that_make_no_sense_are_refused(arguments, match, token_ids):
 
 def test_experts_need_data_whatever_the_method():
     with pytest.raises(ConfigError, match=r"experts=0\.25 needs calibration data"):
-        hf_sparse.prune(mixtral(), SparseConfig(experts=0.25, method="magnitude"))
+        hf_sparse.prune(tiny_mixtral(), SparseConfig(experts=0.25, method="magnitude"))
 
 
 def test_sparsity_is_none_beside_experts_unless_asked_for():
@@ -257,14 +247,14 @@ def test_sparsity_is_none_beside_experts_unless_asked_for():
 
 
 def test_a_router_that_looks_experts_up_is_refused(token_ids):
-    model = mixtral()
+    model = tiny_mixtral()
     model.model.layers[0].mlp.gate.register_buffer("table", torch.zeros(61, 2, dtype=torch.long))
     with pytest.raises(ConfigError, match=r"gate\.table holds whole numbers"):
         hf_sparse.prune(model, config(token_ids))
 
 
 def test_what_the_config_does_not_describe_is_refused(token_ids):
-    model = mixtral()
+    model = tiny_mixtral()
     model.model.layers[0].extra = nn.Linear(3, 3)
     with pytest.raises(ConfigError, match=r"isn't the model that its config.*layers\.0\.extra"):
         hf_sparse.prune(model, config(token_ids))
@@ -272,7 +262,7 @@ def test_what_the_config_does_not_describe_is_refused(token_ids):
 
 
 def test_few_tokens_are_warned_of(token_ids, caplog):
-    model = mixtral()
+    model = tiny_mixtral()
     for layer in model.model.layers:  # all tokens go to the same two
         layer.mlp.gate.weight.data.zero_()
     with caplog.at_level(logging.WARNING):
@@ -284,7 +274,7 @@ def test_few_tokens_are_warned_of(token_ids, caplog):
 
 
 def test_after_an_error_behind_the_removal_the_model_refuses_to_be_used(token_ids):
-    model = mixtral()
+    model = tiny_mixtral()
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.mul_(1e30)
         model.model.layers[0].self_attn.o_proj.weight.mul_(1e-30)

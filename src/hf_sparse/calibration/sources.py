@@ -68,6 +68,15 @@ def check_source(dataset: Any) -> None:
         _require_datasets(str(dataset))
 
 
+def all_numbers(dataset: Any) -> bool:
+    """Are data at hand that are token ids or model inputs, and can be drawn more than once?"""
+    if isinstance(dataset, (str, Path, Mapping)) or not _has_places(dataset):
+        return False
+    items = (Item(i, dataset[i]) for i in range(len(dataset)))
+    first = next((item for item in items if item.kind is not Kind.BLANK), None)
+    return first is not None and first.kind in (Kind.IDS, Kind.INPUTS)
+
+
 def _has_places(dataset: Any) -> bool:
     """Can its items be drawn by number, as those of a list, or of one of torch's data sets?"""
     return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")

@@ -31,6 +31,8 @@ from .weight_files import CONFIG_FILE, INDEX, POINTER, SINGLE
 REPORT_FILE = "pruning_report.json"
 EVALUATION_FILE = "pruning_evaluation.json"
 PAGE_FILE = "pruning_report.html"
+# What its attention has learned.
+ATTENTION_FILE = "sparse_attention.safetensors"
 
 _SHARD = re.compile(r"model(?:\.(.+))?-\d{5}-of-\d{5}\.safetensors")
 _WHOLE = re.compile(r"model(?:\.(.+))?\.safetensors|model\.safetensors\.index(?:\.(.+))?\.json")
@@ -101,7 +103,7 @@ def stale_files(
     for variant in {_variant(name) for name in new if _is_whole(name)}:
         infix = f".{variant}" if variant else ""
         index = f"model.safetensors.index{infix}.json"
-        stale |= {f"model{infix}.safetensors", index, REPORT_FILE, EVALUATION_FILE}
+        stale |= {f"model{infix}.safetensors", index, REPORT_FILE, EVALUATION_FILE, ATTENTION_FILE}
         if index in held:
             shards = [name for name in _named_files(fetch(index)) if _SHARD.fullmatch(name)]
             stale |= {name for name in shards if _variant(name) == variant}

@@ -16,7 +16,16 @@ from typing import Any
 
 from ..config.keys import QUANT_METHOD, SAVE_KEY
 from ..core.errors import CheckpointError
-from .weight_files import CONFIG_FILE, GUARD, INDEX, POINTER, SINGLE, read_object
+from .header import read_header
+from .weight_files import (
+    CONFIG_FILE,
+    GUARD,
+    INDEX,
+    POINTER,
+    SINGLE,
+    read_object,
+    weight_files,
+)
 
 _BLOCK = 1 << 23
 # Bytes that the id of a single file has of each tensor: training changes them all, and reading a
@@ -43,8 +52,8 @@ def sort_metadata(path: str | os.PathLike[str]) -> None:
 def mark_save(folder: Path) -> None:
     """Write the id of a complete save into its config.json, its shards and their index.
 
-    And the guard against readers that know no sparse weights. Only if config.json is a sparse
-    model's: no other reader asks for them.
+    And, if there are packed layers, the guard against readers that know none. Only if config.json
+    is a sparse model's: no other reader asks for them.
     """
     config, index = read_object(folder / CONFIG_FILE), read_object(folder / INDEX)
     settings = config.get("quantization_config")
@@ -55,7 +64,13 @@ def mark_save(folder: Path) -> None:
         _write_json(folder / INDEX, index)
     elif (folder / SINGLE).is_file():
         settings[SAVE_KEY] = id_of_file(folder / SINGLE)
-    _write_json(folder / CONFIG_FILE, config | {POINTER: GUARD})
+    guard = {POINTER: GUARD} if _packs(folder) else {}
+    _write_json(folder / CONFIG_FILE, config | guard)
+
+
+def _packs(folder: Path) -> bool:
+    """Does a save have packed layers? Without any, every reader may have its dense ones."""
+    return any(read_header(path).layers() for path in weight_files(folder)[:1])
 
 
 def id_of_file(path: str | os.PathLike[str]) -> str:

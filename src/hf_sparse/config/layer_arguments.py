@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ..core.attention_settings import AttentionSettings, check_attention
 from ..core.preferences import PREFERENCES
 from .argument import Argument
 from .checks import choice, group_width, integer, optional, positive, regexes
@@ -18,6 +19,7 @@ WHAT = "what to prune"
 HOW = "method"
 DATA = "data"
 STORAGE = "storage"
+ATTENTION = "attention"
 THE_METHOD = "what the method says"
 
 
@@ -221,4 +223,19 @@ class LayerArguments:
         STORAGE,
         partial(choice, allowed=(None, "int8")),
         "nothing",
+    )
+    attention: Argument[
+        str | Mapping[str, Any] | AttentionSettings | None, AttentionSettings | None
+    ] = Argument(
+        None,
+        'Sparse attention of the model: a method, e.g. "hs_block", or a dict with its settings, '
+        '{"method": "hs_block", "keys": 1024}. Saved with the model, which has it again where '
+        "hf_sparse loads it. With sparsity 0 it is all that changes. `from_pretrained` takes it "
+        "for a sparse checkpoint, too, and `hf_sparse.use_attention` changes it later.",
+        ATTENTION,
+        check_attention,
+        "exact",
+        shell_help="Sparse attention of the model: a method, e.g. hs_block, or JSON with its "
+        'settings, \'{"method": "hs_block", "keys": 1024}\'. Saved with the model, which has it '
+        "again where hf_sparse loads it. With sparsity 0 it is all that changes.",
     )

@@ -12,6 +12,7 @@ from ..core.grids import Grid
 from ..core.patterns import Pattern, parse_pattern
 from ..core.statistics import Needs
 from ..formats import check_format_name
+from ..layers.attention.interface import parts
 from .arguments import ARGUMENTS, RENAMED, Arguments, documented, unknown_arguments
 from .contradictions import (
     check_format,
@@ -63,6 +64,8 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
             low_rank=self.low_rank,
             bits=self.bits,
         )
+        if self.attention is not None:
+            parts(self.attention)
         if self.format != "auto":
             check_format_name(self.format)
         check_format(
@@ -113,6 +116,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
                 "to prune with it"
             )
         needed = self.needs > Needs.NOTHING or self.stages or self.allocation in ("owl", "fisher")
+        needed = needed or (self.attention is not None and parts(self.attention)[0].learns)
         if self.dataset is None and (needed or self.experts is not None):
             raise ConfigError(
                 f"{self._describe_needs()} needs calibration data: pass dataset= a Hub id, the "
@@ -131,6 +135,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
             "low_rank": 0,
             "allocation": "uniform",
             "experts": None,
+            "attention": None,
         }
         name = next(k for k, v in plain.items() if getattr(self, k) != v)
         return f"{name}={getattr(self, name)!r}"
@@ -170,11 +175,13 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
         values["tokenizer"] = describe_tokenizer(self.tokenizer)
         for name in ("sparsity", "allocation"):
             values[name] = as_pairs(values[name])
+        values["attention"] = None if self.attention is None else self.attention.to_dict()
         return {"quant_method": self.quant_method, **values}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What holds of a config that is passed for a checkpoint that has its own."""
-        return {"prefer": self.prefer, "activations": self.activations}
+        attention = {} if self.attention is None else {"attention": self.attention}
+        return {"prefer": self.prefer, "activations": self.activations, **attention}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the method's defaults, and always method, sparsity and pattern."""

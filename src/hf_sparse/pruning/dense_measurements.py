@@ -7,10 +7,12 @@ a layer's inputs come from blocks that are pruned already, by each method in its
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -29,8 +31,23 @@ from ..layers.select import Target
 from .allocation import cost_quantiles, outlier_share
 
 T = TypeVar("T")
-# A context in which a block's weights are in memory.
-AtWork: TypeAlias = Callable[[Block], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class DenseLayers:
+    """What is measured.
+
+    Attributes:
+        model: the dense model.
+        blocks: its blocks, each with the names of its layers to prune.
+        targets: the layers to prune, by name.
+        at_work: a context in which a block's weights are in memory.
+    """
+
+    model: nn.Module
+    blocks: Sequence[Block]
+    targets: Mapping[str, Target]
+    at_work: Callable[[Block], AbstractContextManager[None]]
 
 
 class DenseMeasurements:
@@ -60,34 +77,18 @@ class DenseMeasurements:
         key = ("metrics", _layers(blocks), config.seed)
         return self._once(key, lambda: collect_metrics(model, blocks, self.batches, config.seed))
 
-    def outliers(
-        self,
-        model: nn.Module,
-        blocks: Sequence[Block],
-        targets: Mapping[str, Target],
-        at_work: AtWork,
-    ) -> Mapping[str, float]:
+    def outliers(self, dense: DenseLayers) -> Mapping[str, float]:
         """Each layer's block's share of outliers, on an evenly spaced part of the batches."""
-        key = ("outliers", _layers(blocks))
-        return self._once(key, lambda: _outliers(model, blocks, targets, self.batches, at_work))
+        key = ("outliers", _layers(dense.blocks))
+        return self._once(key, lambda: _outliers(dense, self.batches))
 
     def costs(
-        self,
-        model: nn.Module,
-        blocks: Sequence[Block],
-        targets: Mapping[str, Target],
-        metrics: Mapping[str, OutputMetric],
-        config: SparseConfig,
-        at_work: AtWork,
+        self, dense: DenseLayers, metrics: Mapping[str, OutputMetric], config: SparseConfig
     ) -> Mapping[str, Tensor]:
         """Quantiles of what removing each layer's weights costs, on an evenly spaced part of the
         batches; `metrics` are those of the config's seed."""
-        damp = config.damping
-        key = ("costs", _layers(blocks), config.seed, damp)
-        batches = self.batches
-        return self._once(
-            key, lambda: _costs(model, blocks, targets, batches, metrics, damp, at_work)
-        )
+        key = ("costs", _layers(dense.blocks), config.seed, config.damping)
+        return self._once(key, lambda: _costs(dense, self.batches, metrics, config.damping))
 
     def experts(
         self, model: nn.Module, mixtures: Mapping[str, Mixture]
@@ -126,37 +127,28 @@ def _experts(
     return found
 
 
-def _outliers(
-    model: nn.Module,
-    blocks: Sequence[Block],
-    targets: Mapping[str, Target],
-    batches: Sequence[Batch],
-    at_work: AtWork,
-) -> dict[str, float]:
+def _outliers(dense: DenseLayers, batches: Sequence[Batch]) -> dict[str, float]:
     """Each layer's block's share of outliers."""
 
     def outliers(name: str, statistics: Statistics) -> float:
         assert statistics.column_norms is not None
-        with targets[name].weight() as weight:
+        with dense.targets[name].weight() as weight:
             return outlier_share(weight.float(), statistics.column_norms) * weight.numel()
 
-    found = _measured(model, blocks, targets, batches, Needs.COLUMN_NORMS, outliers, at_work)
+    found = _measured(dense, batches, Needs.COLUMN_NORMS, outliers)
     shares = {}
-    for block in blocks:
+    for block in dense.blocks:
         names = [name for name in block.targets if name in found]
-        size = sum(targets[name].shape[0] * targets[name].shape[1] for name in names)
+        size = sum(math.prod(dense.targets[name].shape) for name in names)
         shares.update({name: sum(found[n] for n in names) / size for name in names})
     return shares
 
 
 def _costs(
-    model: nn.Module,
-    blocks: Sequence[Block],
-    targets: Mapping[str, Target],
+    dense: DenseLayers,
     batches: Sequence[Batch],
     metrics: Mapping[str, OutputMetric],
     damping: float,
-    at_work: AtWork,
 ) -> dict[str, Tensor]:
     """Quantiles of what removing each layer's weights costs."""
 
@@ -165,30 +157,27 @@ def _costs(
             return None
         # H^-1 = U'U, so its diagonal is that of U's columns squared.
         inverse_diagonal = statistics.inverse_factor(damping).upper.square().sum(dim=0)
-        with targets[name].weight() as weight:
+        with dense.targets[name].weight() as weight:
             return cost_quantiles(weight.float(), metrics[name].diagonal, inverse_diagonal)
 
-    found = _measured(model, blocks, targets, batches, Needs.HESSIAN, costs, at_work)
+    found = _measured(dense, batches, Needs.HESSIAN, costs)
     return {name: cost for name, cost in found.items() if cost is not None}
 
 
 def _measured(
-    model: nn.Module,
-    blocks: Sequence[Block],
-    targets: Mapping[str, Target],
+    dense: DenseLayers,
     batches: Sequence[Batch],
     needs: Needs,
     measure: Callable[[str, Statistics], T],
-    at_work: AtWork,
 ) -> dict[str, T]:
     """Walk the dense model and measure every layer; statistics live for their block alone."""
     used = batches[:: round(1 / SHARE)]
     found: dict[str, T] = {}
-    walk = closing(iter(BlockWalk(model, blocks, used)))
-    with walk as visits, progress_bar(len(blocks), "Allocating") as bar:
+    walk = closing(iter(BlockWalk(dense.model, dense.blocks, used)))
+    with walk as visits, progress_bar(len(dense.blocks), "Allocating") as bar:
         for visit in visits:
-            layers = {name: targets[name].module for name in visit.block.targets}
-            with at_work(visit.block):
+            layers = {name: dense.targets[name].module for name in visit.block.targets}
+            with dense.at_work(visit.block):
                 observed = collect_statistics(visit, layers, needs)
                 leave = visit.leave
                 del visit  # nor do its inputs outlive it

@@ -16,6 +16,7 @@ from ..calibration.layer_statistics import Observed
 from ..calibration.owners import Owners
 from ..calibration.stage_walk import walk_stages
 from ..config.sparse_config import SparseConfig
+from ..core.freed_memory import freed_memory_returned
 from ..core.logging import progress_bar
 from ..core.processes import ALONE, Processes
 from ..core.statistics import OutputMetric
@@ -23,7 +24,7 @@ from ..layers.blocks import Block
 from ..layers.replace import ModuleParents, write_weight
 from ..solvers import Solver
 from ..solvers.layer_solver import LayerSolver
-from .dense_measurements import DenseMeasurements
+from .dense_measurements import DenseLayers, DenseMeasurements
 from .exchange import Solved, exchange
 from .half_pruned import Progress
 from .one_layer import PrunedLayer, solve_layer
@@ -113,11 +114,9 @@ class BlockSolver:
         if config.allocation == "uniform":
             return plans
         targets = {plan.target.name: plan.target for plan in plans}
-        at_work = self._residence.at_work
+        dense = DenseLayers(self._model, blocks, targets, self._residence.at_work)
         zeros = self._processes.from_first(
-            lambda: allocate(
-                self._model, config, targets, blocks, self._measurements, metrics, at_work
-            )
+            lambda: allocate(dense, config, self._measurements, metrics)
         )
         return [
             LayerPlan(plan.target, exactly(zeros[plan.target.name], plan.target.shape))
@@ -130,7 +129,7 @@ class BlockSolver:
         """Solve block by block; yields where it is, and the report of each layer that is done."""
         by_name = {plan.target.name: plan for plan in plans}
         before = len(self._residence.finished)
-        with closing(self._walk(blocks)) as walk:
+        with freed_memory_returned() as give_back, closing(self._walk(blocks)) as walk:
             for done, (block, stages) in enumerate(walk, before + 1):
                 with self._residence.at_work(block):
                     for found in stages:
@@ -140,6 +139,7 @@ class BlockSolver:
                     packed = self._pack()
                     seconds = self._count_seconds(block.name)
                     self._residence.finish(block, FinishedBlock(packed, seconds))
+                give_back()
         batches = self._measurements.batches
         given = {key for batch in batches for key in batch}
         for name in by_name:

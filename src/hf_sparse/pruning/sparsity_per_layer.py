@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from torch import nn
+from collections.abc import Mapping
 
 from ..config.sparse_config import SparseConfig
 from ..core.patterns import Unstructured
 from ..core.statistics import OutputMetric
-from ..layers.blocks import Block
-from ..layers.select import Target, layer_sparsity, require_match
+from ..layers.select import layer_sparsity, require_match
 from .allocation import Curve, explicit_curves, fisher_curves, meet_budget, owl_curves
-from .dense_measurements import AtWork, DenseMeasurements
+from .dense_measurements import DenseLayers, DenseMeasurements
 
 # log costs of fp32 numbers lie within these, and owl's and explicit's t does, too.
 LOWEST, HIGHEST = -200.0, 200.0
@@ -24,19 +21,17 @@ def exactly(zeros: int, shape: tuple[int, int]) -> Unstructured:
 
 
 def allocate(
-    model: nn.Module,
+    dense: DenseLayers,
     config: SparseConfig,
-    targets: Mapping[str, Target],
-    blocks: Sequence[Block],
     measurements: DenseMeasurements,
     metrics: Mapping[str, OutputMetric],
-    at_work: AtWork,
 ) -> dict[str, int]:
     """Zeros of each layer, by name; together as many as uniform sparsity makes.
 
     Layers that the measurements behind owl and fisher don't reach get the mean sparsity.
     """
     assert isinstance(config.sparsity, float)
+    targets = dense.targets
     sizes = {name: target.shape[0] * target.shape[1] for name, target in targets.items()}
     budget = sum(Unstructured(config.sparsity).zeros(size) for size in sizes.values())
     curves: dict[str, Curve]
@@ -47,9 +42,9 @@ def allocate(
         fixed = {name: layer_sparsity(config.allocation, name) for name in targets}
         curves, low, high = explicit_curves(fixed), 0.0, 1.0
     elif config.allocation == "owl":
-        curves = owl_curves(measurements.outliers(model, blocks, targets, at_work), config.sparsity)
+        curves = owl_curves(measurements.outliers(dense), config.sparsity)
     else:
-        costs = measurements.costs(model, blocks, targets, metrics, config, at_work)
+        costs = measurements.costs(dense, metrics, config)
         curves = fisher_curves(costs, config.sparsity)
     if not isinstance(config.allocation, dict):
         missing = {name: config.sparsity for name in targets if name not in curves}

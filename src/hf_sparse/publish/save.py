@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..checkpoint.attention_file import write_attention
 from ..checkpoint.commit import EVALUATION_FILE, REPORT_FILE
 from ..checkpoint.folder import write_folder
 from ..checkpoint.weight_files import CONFIG_FILE
@@ -90,11 +91,12 @@ def save_pretrained(
 
 
 def write_companions(model: PreTrainedModel, folder: Path) -> None:
-    """What goes beside the weights: the pruning report, the evaluation and the model card."""
+    """What goes beside the weights: pruning report, evaluation, learned attention, model card."""
     quantizer = model.hf_quantizer
     held = {REPORT_FILE: quantizer.report, EVALUATION_FILE: quantizer.evaluation}
     for name, value in held.items():
         if value is not None:
             text = json_text(value.to_dict())
             (folder / name).write_text(text, encoding="utf-8")
+    write_attention(model, folder)
     model_card(model, folder).save(folder / CARD)

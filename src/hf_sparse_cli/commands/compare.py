@@ -21,8 +21,7 @@ from ..models import (
     Revision,
     check_dtype,
     load,
-    quantisation,
-    read_dense_config,
+    require_dense,
 )
 from ..options import RENAMED_OPTIONS, ConfigFile, config_parameters, make_arguments
 from ..output import Overwrite, check_output
@@ -96,9 +95,7 @@ def compare(
     and comparison.png; all of them appear, or none. The model is loaded anew for each run, so only
     one is in memory at a time.
     """
-    method = quantisation(read_dense_config(model, revision, gguf_file))
-    if method:
-        raise Failure(f"{model} is quantised with {method}: compare starts from a dense model")
+    require_dense(model, revision, gguf_file)
     check_output(output, overwrite, model)
     check_dtype(dtype)
     arguments = make_arguments(settings, config)

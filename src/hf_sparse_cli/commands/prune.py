@@ -19,8 +19,7 @@ from ..models import (
     Revision,
     check_dtype,
     load,
-    quantisation,
-    read_dense_config,
+    require_dense,
 )
 from ..options import RENAMED_OPTIONS, ConfigFile, config_parameters, make_config
 from ..output import Overwrite, check_output
@@ -120,10 +119,7 @@ def prune(
     Its tokenizer or processor goes along. The folder appears complete or not at all. Whatever can
     be checked is checked before the model is loaded: the options, the output, the rights to push.
     """
-    method = quantisation(read_dense_config(model, revision, gguf_file))
-    if method:
-        kind = "sparse already" if method == "hf_sparse" else f"quantised with {method}"
-        raise Failure(f"{model} is {kind}: prune the dense model that it was made from")
+    require_dense(model, revision, gguf_file)
     streamed = bool(max_memory or checkpoint_dir or dry_run)
     if streamed and (push_to_hub or gguf_file or device_map):
         raise Failure(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import in_one_test
 
 from hf_sparse.kernels.cpu import dense_row, library
 from hf_sparse.kernels.timing import SWITCH
@@ -25,8 +26,7 @@ def assert_close(y, x, weight):
 
 @pytest.mark.parametrize("path", library.paths())
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("x_dtype", ROUNDING)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (7, 64), (4, 200), (33, 131), (130, 300)])
+@in_one_test(x_dtype=ROUNDING, shape=[(1, 1), (5, 3), (7, 64), (4, 200), (33, 131), (130, 300)])
 def test_one_token_agrees_with_float64_on_every_path(path, dtype, x_dtype, shape):
     weight, x = normal(*shape).to(dtype), normal(1, shape[1], seed=1).to(x_dtype)
     assert_close(dense_row.product(x, weight, path=path), x, weight)

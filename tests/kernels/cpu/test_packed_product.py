@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import in_one_test
 from hypothesis import given
 from hypothesis import strategies as st
 from tile_weights import FLOATS, PATHS, assert_close, many, quantised, sparse
@@ -126,9 +127,7 @@ def test_large_products_of_codes_agree_with_float64(
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value_dtype", [*FLOATS, *library.INTEGERS])
-@pytest.mark.parametrize("x_dtype", FLOATS)
-@pytest.mark.parametrize("m", [1, 4, 40])
-@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), None])
+@in_one_test(x_dtype=FLOATS, m=[1, 4, 40], bad=[float("inf"), float("-inf"), float("nan"), None])
 def test_non_finite_inputs_come_out_as_of_linear(
     path: str, value_dtype: torch.dtype, x_dtype: torch.dtype, m: int, bad: float | None
 ) -> None:

@@ -46,10 +46,13 @@ def test_memory_at_the_peak_is_the_block_its_hessians_and_the_layer_at_work(sour
 
 
 def test_time_is_work_by_rates(source):
-    rates = Rates(forward=1e6, single=2e6, double=4e6, weights=1e3, disk=1e5)
+    rates = Rates(
+        forward=1e6, single=2e6, double=4e6, weights=1e3, disk=1e5, call=0.125, start=0.25
+    )
     found = estimate(source, config(), rates=rates)
     work = found.operations
-    expected = work["forward"] / 1e6 + (work["Hessians"] + work["solving"]) / 2e6
+    expected = 0.25 + found.calls * 0.125
+    expected += work["forward"] / 1e6 + (work["Hessians"] + work["solving"]) / 2e6
     expected += work["factors"] / 4e6 + 2 * BLOCK / 1e3
     expected += (found.bytes_read + found.bytes_written) / 1e5
     assert found.seconds == pytest.approx(expected)
@@ -101,3 +104,21 @@ def test_this_machine_is_measured_in_the_dtype_of_the_model(method, tmp_path, mo
     found = estimate(tmp_path, config(method, **data))
     assert found.seconds > 0
     assert min(found.rates.forward, found.rates.double, found.rates.weights) > 0
+
+
+def test_data_that_are_at_hand_are_counted(source):
+    rows = [{"input_ids": torch.randint(3, 61, (2, 7))} for _ in range(3)]
+    found = estimate(source, SparseConfig(method="wanda", dataset=rows), measure=False)
+    assert (found.tokens, found.calls) == (3 * 2 * 7, 2 * 2 * 3)
+    ids = [list(range(3, 8)), list(range(3, 30))]
+    settings = SparseConfig(method="wanda", dataset=ids, seq_len=10, batch_size=1)
+    assert estimate(source, settings, measure=False).tokens == 5 + 10
+
+
+def test_texts_and_what_can_be_read_once_count_as_what_was_asked_for(source):
+    once = iter([{"input_ids": torch.randint(3, 61, (1, 7))}])
+    for data in (["some text"], "data.txt", once):
+        settings = SparseConfig(method="wanda", dataset=data, num_samples=5, seq_len=10)
+        found = estimate(source, settings, measure=False)
+        assert found.tokens == 5 * 10
+    assert len(list(once)) == 1

@@ -11,9 +11,8 @@ from ...formats import Format
 from ...formats.base import Packed
 from ...formats.bitmask import Bitmask
 from ..base import Stored
-from ..operator import define_product
 from . import library
-from .native_kernel import NativeKernel
+from .native_kernel import NativeKernel, native_operators
 from .pack import narrow, pack, pack_dense, unpack
 from .product import Product
 from .weight import TileWeight
@@ -42,14 +41,7 @@ class TileKernel(NativeKernel[TileWeight]):
     # x W' for a weight in the tile layout, in x's dtype. `values_dtype` numbers that of the values:
     # 0 fp32, 1 bf16, 2 fp16, 3 int8, 4 int4; the last two have scales, shared by `group_size`
     # columns.
-    operators, alive = define_product(
-        "tile_linear",
-        _OPERANDS,
-        shape=lambda *weight: weight[5:7],
-        check=_check,
-        product=lambda x, product: product(x),
-        transposed=lambda x, product: x @ product.weight.dense(x.dtype),
-    )
+    operators, alive = native_operators("tile_linear", _OPERANDS, 5, _check)
 
     @classmethod
     def _unfit(cls, stored: Stored) -> str | None:

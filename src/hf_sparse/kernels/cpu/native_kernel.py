@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Generic
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from ...core.grids import QuantizedWeight
 from ...core.logging import get_logger
 from ...formats import Quantized
 from ..base import Considered, Stored, Verdict
 from ..codes import more_than_8_bits
+from ..operator import AliveWeights, define_product
 from ..packed_kernel import PackedKernel
 from ..token_classes import fastest, in_words, over
 from . import library, speed
 from .product import Product, W, classes_of
 
 logger = get_logger(__name__)
+
+
+def native_operators(
+    name: str, operands: str, shape_at: int, check: Callable[..., Product[W]]
+) -> tuple[tuple[CustomOpDef, CustomOpDef], AliveWeights[Product[W]]]:
+    """`hf_sparse::name` and its gradient, in x's dtype; see `define_product`.
+
+    Args:
+        shape_at: where out_features and in_features stand among the operands.
+    """
+    return define_product(
+        name,
+        operands,
+        shape=lambda *weight: weight[shape_at : shape_at + 2],
+        check=check,
+        product=lambda x, product: product(x),
+        transposed=lambda x, product: x @ product.weight.dense(x.dtype),
+    )
 
 
 class NativeKernel(PackedKernel[Product[W]], Generic[W]):

@@ -7,21 +7,23 @@ With T calibration tokens, a layer of `out` x `in`, and n = `in`:
     Hessian            n^2 T, once for layers that read the same input
     its factor         n^3 in fp64, once for those
     solving            out n^2, and work that grows with the number of weights
+    the rest           time to begin and end, and for each call of a block with a batch
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from math import prod
+from math import isqrt, prod
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from transformers import PreTrainedModel
 
+from ...calibration.expected import ExpectedData
 from ...config.sparse_config import SparseConfig
 from ...core.patterns import NM, Unstructured
 from ...core.statistics import Needs
@@ -46,8 +48,10 @@ class Estimate:
 
     Attributes:
         blocks: how many there are.
+        layers: that are pruned.
         weights: that are pruned.
         tokens: of calibration.
+        calls: of blocks, each with a batch.
         operations: floating-point operations, by part.
         bytes_read: from the checkpoint, three times over with data: to check it, for one pass ahead
             of the others, and to prune it.
@@ -60,8 +64,10 @@ class Estimate:
     """
 
     blocks: int
+    layers: int
     weights: int
     tokens: int
+    calls: int
     operations: Mapping[str, float]
     bytes_read: int
     bytes_written: int
@@ -79,6 +85,20 @@ class Estimate:
     def peak_without_activations(self) -> int:
         """The same with activations in a file."""
         return self.peak - self.memory["activations"]
+
+    def timed(self, rates: Rates) -> Estimate:
+        """The same with the time that it takes on some hardware."""
+        work = self.operations
+        seconds = (
+            rates.start
+            + self.calls * rates.call
+            + work["forward"] / rates.forward
+            + (work["Hessians"] + work["solving"]) / rates.single
+            + work["factors"] / rates.double
+            + self.weights / rates.weights
+            + (self.bytes_read + self.bytes_written) / rates.disk
+        )
+        return replace(self, seconds=seconds, rates=rates)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -112,7 +132,8 @@ def estimate(
 
     Args:
         model_id_or_path: a folder with config.json, or a Hub id.
-        config: what is to be done; its data are not read, and taken to give num_samples of seq_len.
+        config: what is to be done. Token ids and model inputs in memory are counted; files and
+            texts are not read, and taken to give num_samples of seq_len.
         revision: branch, tag or commit of a Hub id.
         dtype: of the weights, as for `from_pretrained`.
         rates: of the hardware that it is for; None to measure this machine's, for some seconds.
@@ -120,18 +141,18 @@ def estimate(
 
     Raises:
         ConfigError, TargetError: the config doesn't suit the model.
+        CalibrationError: data in memory are unusable.
         CheckpointError: there is no such model.
     """
     skeleton = open_checkpoint(model_id_or_path, revision, dtype, weights=False)
+    found = estimate_model(skeleton.twin, config)
     if rates is None and measure:
-        rates = measure_rates(config, skeleton.dtype)
-    return estimate_model(skeleton.twin, config, rates)
+        rates = measure_rates(config, skeleton.dtype, isqrt(found.weights // max(1, found.layers)))
+    return found if rates is None else found.timed(rates)
 
 
-def estimate_model(
-    model: PreTrainedModel, config: SparseConfig, rates: Rates | None = None
-) -> Estimate:
-    """`estimate` of a model on meta."""
+def estimate_model(model: PreTrainedModel, config: SparseConfig) -> Estimate:
+    """`estimate` of a model on meta, without the time."""
     with unfused_experts(model):
         selection = select_targets(
             model, config.targets, config.modules_to_not_convert, default_dense(model)
@@ -139,7 +160,7 @@ def estimate_model(
         plans, _ = plan_layers(selection.targets, config, {})
         blocks = find_blocks(model, [plan.target.name for plan in plans], config.blocks)
         by_name = {plan.target.name: plan for plan in plans}
-        return _estimate(model, blocks, by_name, config, rates)
+        return _estimate(model, blocks, by_name, config)
 
 
 def _estimate(
@@ -147,18 +168,19 @@ def _estimate(
     blocks: list[Block],
     plans: Mapping[str, LayerPlan],
     config: SparseConfig,
-    rates: Rates | None,
 ) -> Estimate:
-    tokens = _tokens(model, config) if config.dataset is not None else 0
+    data = ExpectedData.of(model, config)
+    tokens = data.tokens
     itemsize = model.dtype.itemsize
     solves = config.needs is Needs.HESSIAN
     operations = dict.fromkeys(("forward", "Hessians", "factors", "solving"), 0.0)
     worst: dict[str, int] = {}
-    written = network = 0
+    written = network = calls = 0
     for block in blocks:
         targets = [plans[name].target for name in block.targets]
         groups = _groups(targets)
         stages = len(groups) if config.stages else 1
+        calls += data.batches * (stages + 1)
         size = sum(p.numel() for p in block.module.parameters())
         active = size - _idle(block, model)
         operations["forward"] += 2 * active * tokens * (stages + 1)
@@ -182,16 +204,22 @@ def _estimate(
         network = max(network, held + packed)
     inside = {id(p) for block in blocks for p in block.module.parameters()}
     outside = [p for p in model.parameters() if id(p) not in inside]
-    small = sum(p.numel() * itemsize for p in outside if p.numel() * itemsize < LARGE)
+    sizes = [p.numel() * itemsize for p in outside]
+    # A large one is copied from its file's pages when it is called, and to be written.
+    copied = {"reading": 2 * max(sizes, default=0)}
+    worst = max(worst, copied, key=lambda x: sum(x.values()))
+    small = sum(size for size in sizes if size < LARGE)
     everything = sum(p.numel() for p in model.parameters()) * itemsize
     width = getattr(model.config.get_text_config(), "hidden_size", 0) or 0
     activations = tokens * width * itemsize * (2 if config.target == "dense" else 1)
     kept = len(blocks) * activations
     result = written + sum(p.numel() for p in outside) * itemsize
-    found = Estimate(
+    return Estimate(
         blocks=len(blocks),
+        layers=len(plans),
         weights=sum(prod(plan.target.shape) for plan in plans.values()),
         tokens=tokens,
+        calls=calls,
         operations=operations,
         bytes_read=everything * (3 if tokens else 2),
         bytes_written=written + result + kept,
@@ -203,29 +231,6 @@ def _estimate(
         },
         network_bytes=network,
     )
-    if rates is None:
-        return found
-    values = {name: getattr(found, name) for name in found.__dataclass_fields__}
-    return Estimate(**values | {"seconds": _seconds(found, rates), "rates": rates})
-
-
-def _seconds(found: Estimate, rates: Rates) -> float:
-    """What an estimate's work takes on some hardware."""
-    operations = found.operations
-    return (
-        operations["forward"] / rates.forward
-        + (operations["Hessians"] + operations["solving"]) / rates.single
-        + operations["factors"] / rates.double
-        + found.weights / rates.weights
-        + (found.bytes_read + found.bytes_written) / rates.disk
-    )
-
-
-def _tokens(model: PreTrainedModel, config: SparseConfig) -> int:
-    """As many as are asked for."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = longest if isinstance(longest, int) else 2048
-    return config.num_samples * (config.seq_len or min(2048, limit))
 
 
 def _groups(targets: Iterable[Target]) -> list[tuple[int, list[Target]]]:

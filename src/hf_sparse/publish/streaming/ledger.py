@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,16 @@ WAITING = "waiting-"
 # What a run calls its files and folders: no others are removed.
 _FILES = re.compile(r"\.?\d{5}\.safetensors(-[0-9a-f]{16})?|.+@\d+( dense)?\.safetensors")
 _WAITING = re.compile(rf"{WAITING}[a-z0-9_]{{8}}")
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """A block to be written: its tensors and their file's metadata, and what is reported of it."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    done: FinishedBlock
 
 
 class Ledger:
@@ -139,13 +149,7 @@ class Ledger:
         """Of the finished blocks."""
         return [self._folder / BLOCKS / entry.file for entry in self._manifest.blocks]
 
-    def finish(
-        self,
-        name: str,
-        tensors: Mapping[str, Tensor],
-        metadata: Mapping[str, str],
-        done: FinishedBlock,
-    ) -> None:
+    def finish(self, block: PackedBlock) -> None:
         """Write a block, and what the next one needs: once this returns, it is on the disk.
 
         Raises:
@@ -154,27 +158,20 @@ class Ledger:
         # Behind this all have written their own passes' outputs.
         told = self._processes.gather(self._activations.standing)
         standing = {name: digest for theirs in told for name, digest in theirs.items()}
-        write = partial(self._write, name, tensors, metadata, done, standing)
+        write = partial(self._write, block, standing)
         self._manifest = self._processes.from_first(write)
 
-    def _write(
-        self,
-        name: str,
-        tensors: Mapping[str, Tensor],
-        metadata: Mapping[str, str],
-        done: FinishedBlock,
-        standing: Mapping[str, str],
-    ) -> Manifest:
+    def _write(self, block: PackedBlock, standing: Mapping[str, str]) -> Manifest:
         place = self._folder / BLOCKS / f"{len(self._manifest.blocks):05}.safetensors"
         try:
             with _written(place) as written:
-                save_file(dict(tensors), written, dict(metadata))
+                save_file(dict(block.tensors), written, dict(block.metadata))
             kept = {}
             for path in sorted((self._folder / OUTPUTS).iterdir()):
                 sync(path)
                 kept[path.name] = self._manifest.outputs.get(path.name) or file_digest(path)
             digest = file_digest(place) if self._resumable else ""
-            entry = Entry(name, place.name, digest, done.seconds, done.layers)
+            entry = Entry(block.name, place.name, digest, block.done.seconds, block.done.layers)
             blocks = (*self._manifest.blocks, entry)
             self._manifest = Manifest(VERSION, self._run, blocks)
             needed = {path.name for path in self._activations.needed(self._stand_ins())}
@@ -187,8 +184,8 @@ class Ledger:
         except (OSError, SafetensorError) as error:
             again = "run it again to go on from there" if self._resumable else "nothing is kept"
             raise SaveError(
-                f"{name} is pruned but can't be written to {str(self._folder)!r}: {error}; the "
-                f"blocks before it are there: {again}"
+                f"{block.name} is pruned but can't be written to {str(self._folder)!r}: {error}; "
+                f"the blocks before it are there: {again}"
             ) from error
 
     def _remove_waiting(self) -> None:

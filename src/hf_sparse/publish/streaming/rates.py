@@ -19,7 +19,7 @@ from ...pruning.prune import prune_in_place
 from .source import no_bars
 
 # Of what is measured: large enough for full speed, small enough for some seconds in all.
-SIDE, TOKENS = 1024, 256
+SMALLEST, LARGEST, TOKENS = 64, 2048, 256
 SECONDS = 1.0
 
 
@@ -33,6 +33,8 @@ class Rates:
         double: of a Hessian's factorisation in fp64.
         weights: a second that are solved and packed, beside the products.
         disk: bytes a second, read or written.
+        call: seconds that a call of a block takes beside its products.
+        start: seconds that a run takes to begin and end.
     """
 
     forward: float
@@ -40,19 +42,27 @@ class Rates:
     double: float
     weights: float
     disk: float = 1e9
+    call: float = 1.2e-3
+    start: float = 0.35
 
 
 @torch.no_grad()
-def measure_rates(config: SparseConfig, dtype: torch.dtype) -> Rates:
-    """This machine's CPU, measured for some seconds with the config's own method."""
-    x, weight = torch.randn(TOKENS, SIDE), torch.randn(SIDE, SIDE)
+def measure_rates(config: SparseConfig, dtype: torch.dtype, side: int) -> Rates:
+    """This machine's CPU, measured for some seconds with the config's own method.
+
+    Args:
+        config: what is to be done.
+        dtype: of the model.
+        side: inputs and outputs that a layer has, about; a smaller one of a large model is taken.
+    """
+    side = min(max(side, SMALLEST), LARGEST)
+    x, weight = torch.randn(TOKENS, side), torch.randn(side, side)
     low, low_weight = x.to(dtype), weight.to(dtype)
-    products = 2 * TOKENS * SIDE * SIDE
+    products = 2 * TOKENS * side * side
     with full_precision():
         single = products / _time(lambda: x @ weight)
-    double = SIDE**3 / _time(lambda: factorise(torch.eye(SIDE), 0.01))
+    double = side**3 / _time(lambda: factorise(torch.eye(side), 0.01))
     forward = products / _time(lambda: linear(low, low_weight))
-    layer = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False)).to(dtype)
     data = [{"input": low}]
     toy = config.replaced(
         dataset=data if config.dataset is not None else None,
@@ -62,15 +72,17 @@ def measure_rates(config: SparseConfig, dtype: torch.dtype) -> Rates:
         sparsity=config.sparsity if isinstance(config.sparsity, float) else None,
         allocation="uniform",
     )
-    with no_bars():
-        prune_in_place(layer, toy, processes=ALONE)  # what is needed for the first time is loaded
-        layer = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False)).to(dtype)
-        started = time.perf_counter()
+
+    def prune() -> None:
+        layer = nn.Sequential(nn.Linear(side, side, bias=False)).to(dtype)
         prune_in_place(layer, toy, processes=ALONE)
-        seconds = time.perf_counter() - started
+
+    with no_bars():
+        prune()  # what is needed for the first time is loaded
+        seconds = _time(prune)
     if config.needs is Needs.HESSIAN:
-        seconds -= SIDE**3 / double + (TOKENS * SIDE**2 + SIDE**3) / single
-    return Rates(forward, single, double, SIDE**2 / max(seconds, 1e-3))
+        seconds -= side**3 / double + (TOKENS * side**2 + side**3) / single
+    return Rates(forward, single, double, side**2 / max(seconds, 1e-3))
 
 
 def _time(work: Callable[[], object]) -> float:

@@ -20,7 +20,7 @@ from ...layers import SparseLinear, sparse_layers
 from ...layers.blocks import Block
 from ...layers.experts import SparseExperts, expert_tensors, fuse
 from ...pruning.residence import FinishedBlock, Residence
-from .ledger import Ledger
+from .ledger import Ledger, PackedBlock
 from .source import SourceWeights
 
 # Bytes: an embedding or a layer outside the blocks that has more is read when it is called.
@@ -76,7 +76,7 @@ class Streamed(Residence):
         module = model.get_submodule(block.name)
         state, described = sparse_state_dict(module, prefix)
         own = {name: _own(tensor) for name, tensor in state.items()}
-        self._ledger.finish(block.name, own, described, done)
+        self._ledger.finish(PackedBlock(block.name, own, described, done))
 
     def outside(self, name: str) -> Tensor:
         """A tensor that is in no block, as the result has it."""

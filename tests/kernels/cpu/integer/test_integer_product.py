@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import in_one_test
 from hypothesis import given
 from hypothesis import strategies as st
 from test_integer_weight import KINDS, codes_of, scales_of
@@ -57,8 +58,7 @@ def test_the_error_is_that_of_rounding_x(
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("top", [7, 127])
-@pytest.mark.parametrize("m", [1, 7])
+@in_one_test(top=[7, 127], m=[1, 7])
 def test_inputs_that_are_multiples_of_their_step_are_multiplied_exactly(path, kind, top, m):
     g = torch.Generator().manual_seed(1)
     x = torch.randint(-127, 128, (m, 300), generator=g).float()

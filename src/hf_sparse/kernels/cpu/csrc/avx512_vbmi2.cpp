@@ -66,9 +66,10 @@ struct Isa : Avx512 {
 #include "integer_dots.h"
 #include "integer_round.h"
 #include "integer_vnni.h"
+#include "integer_expand.h"
 #include "integer_walk.h"
 
-constexpr IntegerPath kInteger = {round_x<Isa>, IntegerWalk<VnniProducts>::multiply};
+constexpr IntegerPath kInteger = {round_x<Isa>, IntegerWalk<ExpandProducts>::multiply};
 
 bool available() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,5 +1,6 @@
-// Conversions between fp32 and the 16-bit floats, round to nearest even, in plain integers so that
-// every path, whatever its instruction set, has a correct form for tails and cold code.
+// Conversions between fp32 and the 16-bit floats, round to nearest even, and bits of a mask counted,
+// in plain integers so that every path, whatever its instruction set, has a correct form for tails
+// and cold code.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,17 @@ inline float float_of(uint32_t u) {
   float f;
   std::memcpy(&f, &u, 4);
   return f;
+}
+
+inline int64_t count_bits(const uint8_t* bytes, int64_t count) {
+  int64_t bits = 0, i = 0;
+  for (; i + 8 <= count; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, bytes + i, 8);
+    bits += __builtin_popcountll(word);
+  }
+  for (; i < count; ++i) bits += __builtin_popcount(bytes[i]);
+  return bits;
 }
 
 inline float from_bf16(uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); }

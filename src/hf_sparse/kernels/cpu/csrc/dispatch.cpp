@@ -6,6 +6,7 @@
 
 #include "abi.h"
 #include "convert.h"
+#include "target.h"
 
 namespace tiles {
 namespace {
@@ -14,7 +15,11 @@ namespace {
 const Path* const kPaths[] = {
     &kScalarPath,
 #if defined(__x86_64__)
-    &kAvx2Path, &kAvx512Path, &kAvx512Vbmi2Path, &kAmxPath,
+    &kAvx2Path,
+#if defined(TILE_HAS_AVX_VNNI)
+    &kAvxVnniPath,
+#endif
+    &kAvx512Path, &kAvx512Vbmi2Path, &kAmxPath,
 #endif
 #if defined(__aarch64__)
     &kNeonPath,

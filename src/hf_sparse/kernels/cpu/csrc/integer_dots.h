@@ -73,19 +73,33 @@ struct ByteProducts {
     return {count16(masks), count16(masks + 2)};
   }
 
+  // A step's codes at their columns; `low` of them are of its first two octets.
+  template <int32_t B>
+  static TILE_INLINE I spread(const uint8_t* from, const uint8_t* masks, int64_t low) {
+    const I packed = B == kCodes8 ? join(from, from + low) : nibbles(from);
+    const I shuffle = _mm256_add_epi8(join(kTables.first[masks[0]], kTables.first[masks[2]]),
+                                      join(kTables.second[masks[1]], kTables.second[masks[3]]));
+    return _mm256_shuffle_epi8(packed, shuffle);
+  }
+
   template <int32_t B, int32_t K>
   static TILE_INLINE I next(const uint8_t*& values, const uint8_t* masks, int64_t kept) {
+    return step<ByteProducts, B, K>(values, masks, kept);
+  }
+
+ protected:
+  // `next` with the offset and the `spread` of Path.
+  template <class Path, int32_t B, int32_t K>
+  static TILE_INLINE I step(const uint8_t*& values, const uint8_t* masks, int64_t kept) {
+    constexpr int32_t kOffset = Path::template offset<B>;
     const uint8_t* from = values;
     if constexpr (K == kKeptAll) {
       values += B == kCodes8 ? 32 : 16;
-      return raised<offset<B>>(B == kCodes8 ? join(from, from + 16) : nibbles(from));
+      return raised<kOffset>(B == kCodes8 ? join(from, from + 16) : nibbles(from));
     } else {
       const Count n = count<K>(masks, kept);
       values += step_bytes(B, n.low, n.high);
-      const I packed = B == kCodes8 ? join(from, from + n.low) : nibbles(from);
-      const I shuffle = _mm256_add_epi8(join(kTables.first[masks[0]], kTables.first[masks[2]]),
-                                        join(kTables.second[masks[1]], kTables.second[masks[3]]));
-      return raised<offset<B>>(_mm256_shuffle_epi8(packed, shuffle));
+      return raised<kOffset>(Path::template spread<B>(from, masks, n.low));
     }
   }
 };

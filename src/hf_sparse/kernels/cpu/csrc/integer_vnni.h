@@ -1,5 +1,4 @@
-// The same with AVX-512's vpexpandb and VNNI's vpdpbusd, in vectors of 256 bits. Included after
-// integer_dots.h.
+// The same with VNNI's vpdpbusd, of AVX-512 or of AVX. Included after integer_dots.h.
 
 struct VnniProducts : ByteProducts {
   template <int32_t B>
@@ -17,26 +16,6 @@ struct VnniProducts : ByteProducts {
 
   template <int32_t B, int32_t K>
   static TILE_INLINE I next(const uint8_t*& values, const uint8_t* masks, int64_t kept) {
-    const uint8_t* from = values;
-    if constexpr (K == kKeptAll) {
-      values += B == kCodes8 ? 32 : 16;
-      return raised<offset<B>>(B == kCodes8 ? join(from, from + 16) : nibbles(from));
-    } else {
-      const Count n = count<K>(masks, kept);
-      values += step_bytes(B, n.low, n.high);
-      uint32_t mask;
-      std::memcpy(&mask, masks, 4);
-      if constexpr (B == kCodes8) {
-        return raised<offset<B>>(_mm256_maskz_expand_epi8(mask, join(from, from + 16)));
-      } else {
-        const I packed = nibbles(from);
-        const __m128i low = _mm_maskz_expand_epi8(static_cast<__mmask16>(mask & 0xffffu),
-                                                  _mm256_castsi256_si128(packed));
-        const __m128i high = _mm_maskz_expand_epi8(static_cast<__mmask16>(mask >> 16),
-                                                   _mm256_extracti128_si256(packed, 1));
-        return raised<offset<B>>(
-            _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
-      }
-    }
+    return step<VnniProducts, B, K>(values, masks, kept);
   }
 };

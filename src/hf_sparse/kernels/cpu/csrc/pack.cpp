@@ -24,17 +24,6 @@ struct Target {
   int64_t value_bytes;
 };
 
-int64_t count_bits(const uint8_t* bytes, int64_t count) {
-  int64_t bits = 0, i = 0;
-  for (; i + 8 <= count; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, bytes + i, 8);
-    bits += __builtin_popcountll(word);
-  }
-  for (; i < count; ++i) bits += __builtin_popcount(bytes[i]);
-  return bits;
-}
-
 template <class T>
 bool is_zero(T bits) {
   if (sizeof(T) == 1) return bits == 0;

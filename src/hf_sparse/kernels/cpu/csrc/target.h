@@ -2,6 +2,11 @@
 // Standard headers come before TILE_TARGET_BEGIN, so that their inline functions stay baseline code.
 #pragma once
 
+// Compilers before these have no intrinsics of AVX-VNNI.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define TILE_HAS_AVX_VNNI
+#endif
+
 #define TILE_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define TILE_TARGET_BEGIN(features) \

@@ -169,7 +169,8 @@ struct Path {
   const IntegerPath* integer;
 };
 
-extern const Path kScalarPath, kAvx2Path, kAvx512Path, kAvx512Vbmi2Path, kAmxPath, kNeonPath;
+extern const Path kScalarPath, kAvx2Path, kAvxVnniPath, kAvx512Path, kAvx512Vbmi2Path, kAmxPath,
+    kNeonPath;
 
 // A thread's scratch memory, 64-byte aligned, kept between calls because asking the system for
 // fresh pages costs more than a small product. Null when there is no memory.

@@ -29,17 +29,6 @@ int64_t place_of(int64_t item_size) {
   return -1;
 }
 
-int64_t count_bits(const uint8_t* bytes, int64_t count) {
-  int64_t bits = 0, i = 0;
-  for (; i + 8 <= count; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, bytes + i, 8);
-    bits += __builtin_popcountll(word);
-  }
-  for (; i < count; ++i) bits += __builtin_popcount(bytes[i]);
-  return bits;
-}
-
 bool is_count(int64_t count) { return count >= 1 && count <= kMaxStride; }
 
 constexpr int64_t kGrain = 1 << 16;  // items that are worth a thread

@@ -10,9 +10,8 @@ from ....core.grids import QuantizedWeight, Scales
 from ....formats import Format
 from ....formats.base import Packed
 from ...base import Stored
-from ...operator import define_product
 from .. import library
-from ..native_kernel import NativeKernel
+from ..native_kernel import NativeKernel, native_operators
 from ..product import Product
 from .weight import OCTET, IntegerWeight, pack
 
@@ -35,14 +34,7 @@ class IntegerKernel(NativeKernel[IntegerWeight]):
     name: ClassVar[str] = "integer"
     # x W' with x rounded to int8, in x's dtype, for a weight in the octet layout. Its gradient is
     # that of the product with x as it is: x W, unrounded.
-    operators, alive = define_product(
-        "integer_linear",
-        _OPERANDS,
-        shape=lambda *weight: weight[4:6],
-        check=_check,
-        product=lambda x, product: product(x),
-        transposed=lambda x, product: x @ product.weight.dense(x.dtype),
-    )
+    operators, alive = native_operators("integer_linear", _OPERANDS, 4, _check)
 
     @classmethod
     def _unfit(cls, stored: Stored) -> str | None:

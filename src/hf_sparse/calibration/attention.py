@@ -1,0 +1,127 @@
+"""Sparse attention for a model: what a user asks for, what a config says, what is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..config.arguments import ARGUMENTS
+from ..config.sparse_config import SparseConfig
+from ..core.attention_settings import AttentionSettings
+from ..core.errors import ConfigError
+from ..layers.attention.install import install, quiet, remove
+from ..layers.attention.interface import AttentionState, observed, parts, states
+from ..layers.attention.masks import LazyMask
+from .forward import call_model
+from .load import load_calibration
+from .tokenizers import load_tokenizer
+
+SAMPLES = 1024  # of a layer's queries, and of its keys
+
+
+def use_attention(
+    model: nn.Module,
+    attention: str | Mapping[str, Any] | AttentionSettings | None,
+    dataset: Any = None,
+    *,
+    tokenizer: Any = None,
+    num_samples: int = 4,
+    seq_len: int | None = None,
+    example: Mapping[str, Any] | None = None,
+) -> None:
+    """Say what a loaded model's attention is to be, from its next call on.
+
+    Attention to few keys and of a single query stays exact, see `AttentionSettings`. A model that
+    hf_sparse has pruned is saved with it from then on.
+
+    Args:
+        model: a transformers model that calls transformers' attention interface.
+        attention: a method, "hs_block", "hs_smyrf", "hs_routing", "hs_mongoose", "hs_performer" or
+            "hs_scatterbrain"; settings, as a dict or `AttentionSettings`; None for exact attention.
+        dataset: as `SparseConfig.dataset`, for the methods that learn: "hs_routing" and
+            "hs_mongoose".
+        tokenizer: as `SparseConfig.tokenizer`.
+        num_samples: samples to learn from.
+        seq_len: tokens of each. Default min(2048, what the model allows).
+        example: inputs of a forward pass, which is made to see what the model does; None makes
+            some up: two tokens, or an image.
+
+    Raises:
+        ConfigError: there is no such method or setting, it needs data, or it can't be this model's
+            attention: it has position bias or soft caps, or an attention of its own.
+        CalibrationError: the data are unusable.
+    """
+    settings = ARGUMENTS["attention"].check("attention", attention)
+    wrapper: Any = model
+    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
+    _require_transformers(inner)
+    if settings is None:
+        remove(inner)
+    else:
+        data = SparseConfig(
+            method="magnitude", sparsity=0, attention=settings, dataset=dataset,
+            tokenizer=tokenizer, num_samples=num_samples, seq_len=seq_len,
+        )  # fmt: skip
+        data.check_data()
+        install(inner, settings, example)
+        learn(inner, data)
+    config = getattr(getattr(inner, "hf_quantizer", None), "quantization_config", None)
+    if isinstance(config, SparseConfig):
+        config.attention = settings
+
+
+def check_attention(model: nn.Module, config: SparseConfig) -> None:
+    """Raise a ConfigError if a model can't have the attention that a config asks for."""
+    if config.attention is not None:
+        _require_transformers(model)
+        install(model, config.attention)
+        remove(model)
+
+
+def apply_attention(model: PreTrainedModel, config: SparseConfig) -> None:
+    """Give a model the attention that a config asks for, if it does."""
+    if config.attention is not None:
+        install(model, config.attention)
+
+
+def learn(model: PreTrainedModel, config: SparseConfig) -> None:
+    """Let a model's sparse attention learn from a config's data, if it is one that does."""
+    settings = config.attention
+    if settings is None or not parts(settings)[0].learns:
+        return
+    data = load_calibration(model, config, lambda: load_tokenizer(config.tokenizer, model))
+    assert data is not None  # `check_data` has seen to it
+    found: dict[AttentionState, list[tuple[Tensor, Tensor]]] = {}
+    names = {state: name for name, state in states(model).items()}
+    generator = torch.Generator().manual_seed(settings.seed)
+    count = max(1, SAMPLES // len(data.batches))
+
+    def observe(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float
+    ) -> None:
+        state = getattr(module, "sparse_attention", None)
+        if state not in names or q.shape[2] != k.shape[2]:
+            return
+        real = mask.valid.all(dim=0) if isinstance(mask, LazyMask) else torch.ones(k.shape[2]) > 0
+        places = real.nonzero()[:, 0]
+        chosen = places[torch.randperm(len(places), generator=generator)[:count].to(places.device)]
+        queries = q.view(len(q), k.shape[1], -1, *q.shape[2:])[0, :, 0, chosen] * scaling
+        found.setdefault(state, []).append((queries, k[0, :, chosen]))
+
+    with quiet(model), observed(observe):
+        for batch in data.batches:
+            call_model(model, batch)
+    for state, samples in found.items():
+        queries, keys = (torch.cat(vectors, dim=1) for vectors in zip(*samples, strict=True))
+        state.take(parts(settings)[0].learn(queries, keys, settings))
+
+
+def _require_transformers(model: nn.Module) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"attention is for models of transformers, found {type(model).__name__}: leave it out"
+        )

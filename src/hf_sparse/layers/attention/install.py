@@ -1,0 +1,115 @@
+"""A model's attention made sparse, or exact again: checked by one pass before anything is kept."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...core.attention_settings import AttentionSettings
+from ...core.errors import ConfigError, HfSparseError
+from .interface import STATE, AttentionState, observed, parts
+
+EXACT = "sdpa"
+
+
+def install(
+    model: PreTrainedModel, settings: AttentionSettings, example: Mapping[str, Any] | None = None
+) -> None:
+    """Give a model sparse attention; what its selector learns comes later.
+
+    Args:
+        model: on the device where it runs.
+        settings: the method and its numbers.
+        example: inputs of a forward pass; None makes some up from the model's config.
+
+    Raises:
+        ConfigError: the model's attention can't be this one, or no inputs can be made up; it then
+            is as it was.
+    """
+    parts(settings)
+    before = model.config._attn_implementation
+    try:
+        called = _called(model, settings.method, example)
+    except BaseException:
+        model.set_attn_implementation(before)
+        raise
+    for module, (heads, channels) in called.items():
+        setattr(module, STATE, AttentionState(settings, heads, channels))
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Make a model's attention exact again."""
+    for module in [m for m in model.modules() if hasattr(m, STATE)]:
+        delattr(module, STATE)
+    model.set_attn_implementation(EXACT)
+
+
+def _called(
+    model: PreTrainedModel, method: str, example: Mapping[str, Any] | None
+) -> dict[nn.Module, tuple[int, int]]:
+    """The layers that call an attention in one exact pass, with their key heads and channels."""
+    kind = type(model).__name__
+    called: dict[nn.Module, tuple[int, int]] = {}
+
+    def observe(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float
+    ) -> None:
+        if isinstance(mask, Tensor):
+            raise ConfigError(
+                f"{kind} makes the mask of {type(module).__name__} itself, maybe with a bias in "
+                f"it, which {method!r} can't follow: leave attention out"
+            )
+        called[module] = k.shape[1], k.shape[3]
+
+    inputs = dict(example) if example is not None else _made_up(model)
+    model.set_attn_implementation(method)
+    with quiet(model), observed(observe):
+        try:
+            model(**inputs)
+        except HfSparseError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{kind} can't run with attention {method!r}: {type(error).__name__}: {error}"
+            ) from error
+    if not called:
+        raise ConfigError(
+            f"{kind} doesn't call transformers' attention interface: its attention can't be "
+            f"{method!r}, leave attention out"
+        )
+    return called
+
+
+def _made_up(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Two tokens, or one image."""
+    main, config, device = model.main_input_name, model.config, model.device
+    if main == "input_ids":
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        decoder = "decoder_input_ids" in inspect.signature(model.forward).parameters
+        return {"input_ids": ids} | ({"decoder_input_ids": ids} if decoder else {})
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    if main == "pixel_values" and size is not None:
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return {main: torch.zeros(1, channels, *sides, dtype=model.dtype, device=device)}
+    raise ConfigError(
+        f"no {main} can be made up for {type(model).__name__}: call hf_sparse.use_attention(model, "
+        "..., example={...}) with inputs of its forward"
+    )
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout; the model's mode is restored."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
