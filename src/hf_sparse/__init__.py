@@ -52,6 +52,7 @@ from .kernels import register_kernel
 from .kernels.machine import Environment
 from .layers import SparseExperts, SparseLinear
 from .layers.explain import Explanation, explain
+from .layers.head_preview import preview_head
 from .pruning.report import LayerReport, PruningReport
 from .publish.html import write_report
 from .publish.streaming.estimate import Estimate, estimate
@@ -130,6 +131,7 @@ __all__ = [
     "merge_adapter",
     "perplexity",
     "prefer",
+    "preview_head",
     "prune",
     "prune_checkpoint",
     "register_format",

@@ -20,6 +20,7 @@ from ..kernels.machine import processor
 from ..kernels.token_classes import Way
 from .attention.speed import describe
 from .head import HeadLinear
+from .head_preview import PreviewedHead
 from .linear import SparseLinear, sparse_layers
 from .prefer import dense_bytes
 
@@ -32,7 +33,8 @@ class LayerExplanation:
         name: the module's name.
         shape: (out, in).
         format: how it is stored, e.g. "bitmask" or "4-bit bitmask".
-        kernel: what multiplies: "tile" (native), "dense" (decoded once) or "reference".
+        kernel: what multiplies: "tile", "columns" or "integer" (native), "dense" (decoded once) or
+            "reference".
         bytes_dense: of the dense weight in the layer's dtype.
         bytes_resident: of what is in memory.
         speedup: over the dense product at one token, measured on this machine; None if not
@@ -40,6 +42,7 @@ class LayerExplanation:
         ways: for each class of numbers of tokens, how products are made and what was measured;
             empty if there is no choice.
         trace: every kernel that was considered, with the reason; the last one is used.
+        skipped_inputs: share of the inputs that count as 0, of the calibration data's.
     """
 
     name: str
@@ -51,6 +54,7 @@ class LayerExplanation:
     speedup: float | None
     ways: tuple[Way, ...]
     trace: tuple[Verdict, ...]
+    skipped_inputs: float = 0.0
 
     @property
     def why(self) -> str:
@@ -65,8 +69,8 @@ class Explanation:
     Attributes:
         machine: the processor, the threads, the versions and the native paths.
         layers: one each.
-        head: what the dense output head gains from the native product of one token; None if it
-            doesn't use it.
+        head: what the dense output head gains from the native product of one token, or how many
+            candidates a preview leaves it; None if it has neither.
         attention: from which length on the model's sparse attention pays here; None if it has none.
         speedup: of all sparse layers' products of one token together, as they are held; over dense
             ones of each dtype, by its name; without those that were not measured.
@@ -103,6 +107,9 @@ class Explanation:
             speed = self.speedup.get(name)
             gain = "not measured" if speed is None else f"{speed:.2f} times as fast"
             lines.append(f"over dense {name}: {share:.3f} of the bytes; a token's products {gain}")
+        shares = [layer.skipped_inputs for layer in self.layers if layer.skipped_inputs]
+        if shares:
+            lines.append(f"{len(shares)} count {max(shares):.0%} of their inputs as 0")
         if used["dense"]:
             lines.append(
                 f"{used['dense']} are dense in memory (the saving is on disk only): "
@@ -178,13 +185,16 @@ def explain(model: nn.Module) -> Explanation:
             speedup=layer.trace[-1].speedup,
             ways=layer.trace[-1].ways,
             trace=layer.trace,
+            skipped_inputs=0.0 if layer.threshold is None else layer.threshold.share,
         )
         for name, layer in modules.items()
     ]
     heads = (
         f"dense head {name}: native at one token, {module.speedup:.2f}"
-        for name, module in model.named_modules()
         if isinstance(module, HeadLinear)
+        else f"dense head {name}: {module.preview.candidates} candidates of a preview are exact"
+        for name, module in model.named_modules()
+        if isinstance(module, (HeadLinear, PreviewedHead))
     )
     return Explanation(
         f"{machine}; {library.describe()}",

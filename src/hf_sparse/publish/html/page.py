@@ -32,6 +32,7 @@ def page_values(
     return {
         "name": report.model or "model",
         "summary": report.summary(),
+        "advice": report.advice(),
         "tiles": _tiles(report, measured),
         "made": _made(report),
         "config": [(text(k), text(json.dumps(v))) for k, v in report.config.items()],
