@@ -33,12 +33,14 @@ from .core.errors import (
 )
 from .evaluation import (
     Agreement,
+    AttentionDiagnosis,
     Evaluation,
     GenerationSpeed,
     Perplexity,
     TaskResults,
     Texts,
     agreement,
+    diagnose_attention,
     evaluate,
     evaluate_tasks,
     generation_speed,
@@ -50,6 +52,7 @@ from .kernels import register_kernel
 from .kernels.machine import Environment
 from .layers import SparseExperts, SparseLinear
 from .layers.explain import Explanation, explain
+from .layers.head_preview import preview_head
 from .pruning.report import LayerReport, PruningReport
 from .publish.html import write_report
 from .publish.streaming.estimate import Estimate, estimate
@@ -76,6 +79,7 @@ def __getattr__(name: str) -> _Any:
 __all__ = [
     "AdapterError",
     "Agreement",
+    "AttentionDiagnosis",
     "AttentionSettings",
     "CalibrationError",
     "CheckpointError",
@@ -116,6 +120,7 @@ __all__ = [
     "clear_checkpoint",
     "compare",
     "convert",
+    "diagnose_attention",
     "estimate",
     "evaluate",
     "evaluate_tasks",
@@ -126,6 +131,7 @@ __all__ = [
     "merge_adapter",
     "perplexity",
     "prefer",
+    "preview_head",
     "prune",
     "prune_checkpoint",
     "register_format",

@@ -52,19 +52,15 @@ class Owners:
         """
         self._work = self._work or [0.0] * self.processes.size
         left = [[name for name in group if name not in self._owner] for group in groups]
-        costs = {tuple(names): self._cost(names, layers) for names in left if names}
+        costs = {
+            tuple(names): solving_cost(_shapes(names, layers), self.needs)
+            for names in left
+            if names
+        }
         for names, cost in sorted(costs.items(), key=lambda item: (-item[1], item[0])):
             owner = self._work.index(min(self._work))
             self._work[owner] += cost
             self._owner.update(dict.fromkeys(names, owner))
-
-    def _cost(self, names: Sequence[str], layers: Mapping[str, nn.Module]) -> float:
-        """Operations, nearly: a loop over columns updates those behind, and a factor is cubic."""
-        shapes = [tuple(layers[name].weight.shape) for name in names]  # type: ignore[union-attr,arg-type]
-        if self.needs < Needs.HESSIAN:
-            return float(sum(rows * columns for rows, columns, *_ in shapes))
-        factor = max(columns for _, columns, *_ in shapes) ** 3
-        return float(factor + sum(rows * columns**2 for rows, columns, *_ in shapes))
 
     def check_together(self, block: str) -> None:
         """Raise a ProcessError unless all processes stand in front of one block."""
@@ -75,3 +71,21 @@ class Owners:
                     f"process {self.processes.rank} {block or 'the end'}: samples of several kinds "
                     "can't be split, prune in one process"
                 )
+
+
+def solving_cost(shapes: Sequence[tuple[int, ...]], needs: Needs) -> float:
+    """Operations, nearly, for layers of one input: a loop over columns updates those behind, and a
+    factor is cubic.
+
+    Args:
+        shapes: (out, in) of each layer.
+        needs: what the solver asks for.
+    """
+    if needs < Needs.HESSIAN:
+        return float(sum(rows * columns for rows, columns, *_ in shapes))
+    factor = max(columns for _, columns, *_ in shapes) ** 3
+    return float(factor + sum(rows * columns**2 for rows, columns, *_ in shapes))
+
+
+def _shapes(names: Iterable[str], layers: Mapping[str, nn.Module]) -> list[tuple[int, ...]]:
+    return [tuple(layers[name].weight.shape) for name in names]  # type: ignore[union-attr,arg-type]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
@@ -14,6 +16,23 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(f"transformers.{name}")
 
 
-def progress_bar(total: int, description: str, shown: bool = True) -> Any:
-    """A tqdm bar that `transformers.logging.disable_progress_bar()` silences."""
-    return transformers_logging.tqdm(total=total, desc=description, disable=not shown)
+def has_terminal() -> bool:
+    """Can a bar be drawn over and over on stderr, or in a notebook?"""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def shows_progress() -> bool:
+    """Not if bars are disabled, in transformers or for tqdm, or only errors are to be told."""
+    logger = get_logger(__name__)
+    with transformers_logging.tqdm(total=1, file=io.StringIO()) as bar:
+        return logger.isEnabledFor(logging.WARNING) and bar.disable is False
+
+
+def progress_bar(
+    total: float, description: str, shown: bool = True, bar_format: str | None = None
+) -> Any:
+    """A tqdm bar that is there if progress is shown; its time left goes by the mean speed."""
+    disabled = not (shown and shows_progress())
+    return transformers_logging.tqdm(
+        total=total, desc=description, disable=disabled, bar_format=bar_format, smoothing=0
+    )

@@ -1,6 +1,7 @@
 """What a model is worth: perplexity, agreement with a dense model, speed, tasks."""
 
 from .agreement import Agreement, agreement
+from .attention import AttentionDiagnosis, diagnose_attention
 from .evaluate import Evaluation, evaluate
 from .generation import GenerationSpeed, generation_speed
 from .perplexity import Perplexity, perplexity
@@ -9,12 +10,14 @@ from .texts import Texts
 
 __all__ = [
     "Agreement",
+    "AttentionDiagnosis",
     "Evaluation",
     "GenerationSpeed",
     "Perplexity",
     "TaskResults",
     "Texts",
     "agreement",
+    "diagnose_attention",
     "evaluate",
     "evaluate_tasks",
     "generation_speed",

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from ..calibration.forward import missing_input
 from ..calibration.layer_statistics import Observed
-from ..calibration.owners import Owners
+from ..calibration.owners import Owners, solving_cost
 from ..calibration.stage_walk import walk_stages
 from ..config.sparse_config import SparseConfig
 from ..core.freed_memory import freed_memory_returned
-from ..core.logging import progress_bar
 from ..core.processes import ALONE, Processes
 from ..core.statistics import OutputMetric
 from ..layers.blocks import Block
@@ -32,6 +31,7 @@ from .plan import LayerPlan
 from .report import LayerReport
 from .residence import FinishedBlock, Residence
 from .sparsity_per_layer import allocate, exactly
+from .work_bar import WorkBar
 
 NO_GRADIENT = "no gradient of the sampled batches reached it: refitted by its inputs alone"
 # What was seen of the layers of a stage, by name; None without data.
@@ -93,13 +93,16 @@ class BlockSolver:
         self._blocks = {name: block.name for block in blocks for name in block.targets}
         plans = self._prepared(plans, blocks)
         self._clock = time.perf_counter()
-        steps = closing(self._solve_all(plans, blocks))
-        shown = self._processes.is_first
-        with progress_bar(len(plans), "Pruning", shown) as bar, steps as layers:
-            for label, layer in layers:
-                bar.set_description(f"Pruning: {label}", refresh=False)
-                bar.set_postfix_str(layer.brief(), refresh=False)
-                bar.update()
+        left = [block for block in blocks if block.name not in self._residence.finished]
+        bar = WorkBar(
+            left,
+            len(blocks),
+            {p.target.name: solving_cost([p.target.shape], self._config.needs) for p in plans},
+            len(self._processes.share(self._measurements.batches)),
+            self._processes.is_first,
+        )
+        with bar.watching():
+            self._solve_all(plans, blocks, bar)
 
     def _prepared(self, plans: Sequence[LayerPlan], blocks: Sequence[Block]) -> Sequence[LayerPlan]:
         """What has to be known of the whole model before the first layer is touched."""
@@ -123,23 +126,20 @@ class BlockSolver:
             for plan in plans
         ]
 
-    def _solve_all(
-        self, plans: Sequence[LayerPlan], blocks: Sequence[Block]
-    ) -> Generator[tuple[str, LayerReport]]:
-        """Solve block by block; yields where it is, and the report of each layer that is done."""
+    def _solve_all(self, plans: Sequence[LayerPlan], blocks: Sequence[Block], bar: WorkBar) -> None:
         by_name = {plan.target.name: plan for plan in plans}
-        before = len(self._residence.finished)
         with freed_memory_returned() as give_back, closing(self._walk(blocks)) as walk:
-            for done, (block, stages) in enumerate(walk, before + 1):
+            for block, stages in walk:
                 with self._residence.at_work(block):
                     for found in stages:
                         for report in self._solve_stage(found, by_name):
-                            yield f"block {done} of {len(blocks)}", report
+                            bar.solved(report)
                     # It has fed its pruned outputs on: its dense weights can go.
                     packed = self._pack()
                     seconds = self._count_seconds(block.name)
                     self._residence.finish(block, FinishedBlock(packed, seconds))
                 give_back()
+                bar.finished(block)
         batches = self._measurements.batches
         given = {key for batch in batches for key in batch}
         for name in by_name:
@@ -205,7 +205,9 @@ class BlockSolver:
     def _solve(self, plan: LayerPlan, observed: Observed | None) -> Solved:
         name = plan.target.name
         metric = self._metrics.get(name)
-        pruned, weight = solve_layer(self._solver, plan, observed, metric)
+        pruned, weight = solve_layer(
+            self._solver, plan, observed, metric, self._config.input_sparsity
+        )
         report = replace(pruned.report, block=self._blocks[name])
         if self._config.metric == "fisher" and metric is None:
             report = replace(report, notes=(*report.notes, NO_GRADIENT))

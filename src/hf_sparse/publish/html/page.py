@@ -12,6 +12,7 @@ from typing import Any
 from ...evaluation import Evaluation
 from ...pruning.expert_report import MixtureReport
 from ...pruning.report import LayerReport, PruningReport
+from .attention import attention_charts, attention_table
 from .charts import Chart, line_chart
 from .masks import MaskView
 from .tables import Cell, HeatMap, Table, heat_map, number, text, without_empty_columns
@@ -31,6 +32,7 @@ def page_values(
     return {
         "name": report.model or "model",
         "summary": report.summary(),
+        "advice": report.advice(),
         "tiles": _tiles(report, measured),
         "made": _made(report),
         "config": [(text(k), text(json.dumps(v))) for k, v in report.config.items()],
@@ -40,6 +42,7 @@ def page_values(
         "heat_maps": _heat_maps(report.layers),
         "charts": _charts(report.layers, measured),
         "sizes": _sizes(report),
+        "attention": attention_table(measured.attention, ROWS),
         "masks": [view.to_dict() for view in masks],
         "mask_names": [view.name for view in masks],
         "experts": _experts(report.experts),
@@ -196,6 +199,7 @@ def _charts(layers: Sequence[LayerReport], measured: Evaluation) -> list[Chart]:
         names = ["embeddings", *(f"after block {i}" for i in range(1, len(depth)))]
         caption = "Relative error of the hidden states, against the dense model"
         charts.append(line_chart("depth-chart", caption, "blocks passed", depth, names))
+    charts += attention_charts(measured.attention)
     return charts
 
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from ...calibration.expected import ExpectedData
 from ...config.sparse_config import SparseConfig
+from ...core.duration import duration
 from ...core.patterns import NM, Unstructured
 from ...core.statistics import Needs
 from ...layers.blocks import Block, find_blocks
@@ -115,7 +116,7 @@ class Estimate:
             f"operations: {work or 'none'}",
         ]
         if self.seconds is not None:
-            lines.append(f"time: {_duration(self.seconds)}")
+            lines.append(f"time: {duration(self.seconds)}")
         return "\n".join(lines)
 
 
@@ -289,10 +290,3 @@ def _packed(plan: LayerPlan, config: SparseConfig, itemsize: int) -> int:
         kept -= pattern.zeros(size)
     bits = 8 * itemsize if config.bits is None else config.bits
     return size // 8 + kept * bits // 8
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * length:
-            return f"about {seconds / length:.2g} {unit}"
-    return f"about {seconds:.2g} seconds"
