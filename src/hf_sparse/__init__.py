@@ -33,6 +33,7 @@ from .core.errors import (
 )
 from .evaluation import (
     Agreement,
+    AttentionDiagnosis,
     Evaluation,
     ExplanationDrift,
     GenerationSpeed,
@@ -41,6 +42,7 @@ from .evaluation import (
     TaskResults,
     Texts,
     agreement,
+    diagnose_attention,
     evaluate,
     evaluate_tasks,
     explanation_drift,
@@ -80,6 +82,7 @@ def __getattr__(name: str) -> _Any:
 __all__ = [
     "AdapterError",
     "Agreement",
+    "AttentionDiagnosis",
     "AttentionSettings",
     "CalibrationError",
     "CheckpointError",
@@ -122,6 +125,7 @@ __all__ = [
     "clear_checkpoint",
     "compare",
     "convert",
+    "diagnose_attention",
     "estimate",
     "evaluate",
     "evaluate_tasks",

@@ -1,6 +1,7 @@
 """What a model is worth: perplexity, agreement with a dense model, speed, tasks."""
 
 from .agreement import Agreement, agreement
+from .attention import AttentionDiagnosis, diagnose_attention
 from .evaluate import Evaluation, evaluate
 from .explanation_drift import ExplanationDrift, SampleDrift, explanation_drift
 from .generation import GenerationSpeed, generation_speed
@@ -10,6 +11,7 @@ from .texts import Texts
 
 __all__ = [
     "Agreement",
+    "AttentionDiagnosis",
     "Evaluation",
     "ExplanationDrift",
     "GenerationSpeed",
@@ -18,6 +20,7 @@ __all__ = [
     "TaskResults",
     "Texts",
     "agreement",
+    "diagnose_attention",
     "evaluate",
     "evaluate_tasks",
     "explanation_drift",

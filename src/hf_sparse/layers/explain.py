@@ -18,6 +18,7 @@ from ..kernels.dense import DenseKernel
 from ..kernels.gpu import timing
 from ..kernels.machine import processor
 from ..kernels.token_classes import Way
+from .attention.speed import describe
 from .head import HeadLinear
 from .head_preview import PreviewedHead
 from .linear import SparseLinear, sparse_layers
@@ -70,6 +71,7 @@ class Explanation:
         layers: one each.
         head: what the dense output head gains from the native product of one token, or how many
             candidates a preview leaves it; None if it has neither.
+        attention: from which length on the model's sparse attention pays here; None if it has none.
         speedup: of all sparse layers' products of one token together, as they are held; over dense
             ones of each dtype, by its name; without those that were not measured.
     """
@@ -77,6 +79,7 @@ class Explanation:
     machine: str
     layers: tuple[LayerExplanation, ...]
     head: str | None = None
+    attention: str | None = None
     speedup: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -93,7 +96,7 @@ class Explanation:
     def verdict(self) -> str:
         """What the sparse layers cost and gain here, in a few lines."""
         if not self.layers:
-            return "no sparse layers"
+            return "\n".join(["no sparse layers", *_given(self.attention)])
         weights = sum(math.prod(layer.shape) for layer in self.layers)
         used = Counter(layer.kernel for layer in self.layers)
         counts = ", ".join(f"{count} {kernel}" for kernel, count in used.items())
@@ -112,7 +115,7 @@ class Explanation:
                 f"{used['dense']} are dense in memory (the saving is on disk only): "
                 'hf_sparse.prefer(model, "memory") packs those that a kernel can multiply'
             )
-        return "\n".join(lines if self.head is None else [*lines, self.head])
+        return "\n".join([*lines, *_given(self.head, self.attention)])
 
     def __str__(self) -> str:
         """The verdict, and a line for each group of layers that are alike."""
@@ -129,6 +132,10 @@ class Explanation:
         whys = ["", *(layer.why for layer in self.layers)]
         table = [f"{line}  {why}".rstrip() for line, why in zip(lines, whys, strict=False)]
         return "\n".join([self.machine, self.verdict, *table])
+
+
+def _given(*lines: str | None) -> list[str]:
+    return [line for line in lines if line is not None]
 
 
 COMPARED = (torch.float32, torch.bfloat16)
@@ -193,6 +200,7 @@ def explain(model: nn.Module) -> Explanation:
         f"{machine}; {library.describe()}",
         tuple(layers),
         next(heads, None),
+        describe(model),
         {
             str(dtype).removeprefix("torch."): speedup
             for dtype in COMPARED

@@ -12,6 +12,7 @@ from typing import Any
 from ...evaluation import Evaluation, ExplanationDrift
 from ...pruning.expert_report import MixtureReport
 from ...pruning.report import LayerReport, PruningReport
+from .attention import attention_charts, attention_table
 from .charts import Chart, line_chart
 from .drift import drift_note, drift_table
 from .masks import MaskView
@@ -47,6 +48,7 @@ def page_values(
         "heat_maps": _heat_maps(report.layers),
         "charts": _charts(report.layers, measured),
         "sizes": _sizes(report),
+        "attention": attention_table(measured.attention, ROWS),
         "masks": [view.to_dict() for view in masks],
         "mask_names": [view.name for view in masks],
         "experts": _experts(report.experts),
@@ -203,6 +205,7 @@ def _charts(layers: Sequence[LayerReport], measured: Evaluation) -> list[Chart]:
         names = ["embeddings", *(f"after block {i}" for i in range(1, len(depth)))]
         caption = "Relative error of the hidden states, against the dense model"
         charts.append(line_chart("depth-chart", caption, "blocks passed", depth, names))
+    charts += attention_charts(measured.attention)
     return charts
 
 
