@@ -94,6 +94,7 @@ def rank_correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    counts = counts.double()
-    return (counts.cumsum(0) - (counts - 1) / 2)[place]
+    _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last: Tensor = counts.cumsum(0)
+    ranks: Tensor = (last - (counts - 1) / 2).double()
+    return ranks[place]
