@@ -84,4 +84,24 @@ inline bool is_stride(int64_t stride, int64_t columns) {
   return stride >= columns && stride <= kMaxStride;
 }
 
+// What a product is given beside its weight: x[m][k], bias[n] or null, y[m][n]; strides in items.
+struct Arrays {
+  const void* x;
+  int32_t x_dtype;
+  int64_t x_stride;
+  const void* bias;
+  int32_t bias_dtype;
+  const void* y;
+  int32_t y_dtype;
+  int64_t y_stride;
+
+  // Without tokens no array is needed.
+  int32_t check(int64_t m, int64_t n, int64_t k) const {
+    if (m < 0 || m > kMaxDim || !is_stride(x_stride, k) || !is_stride(y_stride, n)) return kBadSize;
+    if (!is_float(x_dtype) || !is_float(y_dtype)) return kBadDType;
+    if (bias && !is_float(bias_dtype)) return kBadDType;
+    return m == 0 || (x && y) ? kOk : kNoArray;
+  }
+};
+
 }  // namespace tiles

@@ -52,13 +52,9 @@ TILE_EXPORT int32_t columns_linear(const ColumnWeight* weight, int32_t path, con
   const ColumnWeight& w = *weight;
   const int32_t code = check_columns(w);
   if (code != kOk) return code;
-  if (m < 0 || m > kMaxDim || !is_stride(x_stride, w.k) || !is_stride(y_stride, w.n)) {
-    return kBadSize;
-  }
-  if (!is_float(x_dtype) || !is_float(y_dtype)) return kBadDType;
-  if (bias && !is_float(bias_dtype)) return kBadDType;
-  if (m == 0) return kOk;
-  if (!x || !y) return kNoArray;
+  const Arrays arrays = {x, x_dtype, x_stride, bias, bias_dtype, y, y_dtype, y_stride};
+  const int32_t given = arrays.check(m, w.n, w.k);
+  if (given != kOk || m == 0) return given;
   const Path* way = path_for(path);
   if (!way) return kBadPath;
   float* floats = scratch_of<float>(kScratchX, w.k);

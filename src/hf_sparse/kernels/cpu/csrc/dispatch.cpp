@@ -165,13 +165,9 @@ TILE_EXPORT int32_t tile_linear(const Weight* weight, int32_t path, const void* 
   const Weight& w = *weight;
   const int32_t code = check_shape(w);
   if (code != kOk) return code;
-  if (m < 0 || m > kMaxDim || !is_stride(x_stride, w.k) || !is_stride(y_stride, w.n)) {
-    return kBadSize;
-  }
-  if (!is_float(x_dtype) || !is_float(y_dtype)) return kBadDType;
-  if (bias && !is_float(bias_dtype)) return kBadDType;
-  if (m == 0) return kOk;
-  if (!x || !y) return kNoArray;
+  const Arrays arrays = {x, x_dtype, x_stride, bias, bias_dtype, y, y_dtype, y_stride};
+  const int32_t given = arrays.check(m, w.n, w.k);
+  if (given != kOk || m == 0) return given;
 
   Product p = {&w, x, x_stride, x_dtype, y_dtype, y, y_stride, nullptr, m, nullptr, 0};
   if (path == kAnyPath) path = choose(p);

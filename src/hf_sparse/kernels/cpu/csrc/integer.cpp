@@ -262,12 +262,9 @@ TILE_EXPORT int32_t integer_linear(const IntegerWeight* weight, int32_t path, co
   const IntegerWeight& w = *weight;
   const int32_t code = check_shape(w);
   if (code != kOk) return code;
-  if (m < 0 || m > kMaxDim || !is_stride(x_stride, w.k) || !is_stride(y_stride, w.n)) {
-    return kBadSize;
-  }
-  if (!is_float(x_dtype) || !is_float(y_dtype) || (bias && !is_float(bias_dtype))) return kBadDType;
-  if (m == 0) return kOk;
-  if (!x || !y) return kNoArray;
+  const Arrays arrays = {x, x_dtype, x_stride, bias, bias_dtype, y, y_dtype, y_stride};
+  const int32_t given = arrays.check(m, w.n, w.k);
+  if (given != kOk || m == 0) return given;
   const Path* found = integer_path(path);
   if (!found) return kBadPath;
   const IntegerPath* way = found->integer;

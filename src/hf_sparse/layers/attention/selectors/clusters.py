@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from ....core.attention_settings import AttentionSettings
-from ..base import Clusters, Selection
+from ..base import Clusters, Selection, Selector
 from ..inputs import Inputs
 from .own import best_blocks
 
@@ -46,21 +49,22 @@ def by_affinity(queries: Tensor, keys: Tensor, valid: Tensor, width: int) -> Clu
     return Clusters(queries.mT.topk(rows, dim=-1).indices, keys.mT.topk(width, dim=-1).indices)
 
 
-def with_centres(inputs: Inputs, settings: AttentionSettings, centres: Tensor) -> Selection:
-    """Nearby blocks, and clusters around unit vectors that a layer has learned.
+class CentresSelector(Selector):
+    """Nearby blocks, and clusters around unit vectors that a layer has learned: "centres", (key
+    heads, centres, channels). Half of `keys` are a cluster's."""
 
-    Args:
-        inputs: of the call.
-        settings: half of `keys` are a cluster's.
-        centres: (key heads, centres, channels).
-    """
-    centres = centres.to(inputs.keys).repeat(inputs.mask.batch_size, 1, 1).mT
-    width = max(1, settings.keys // 2)
-    count = min(centres.shape[-1], max(1, -(-inputs.keys.shape[1] // width)))
-    with torch.no_grad():
-        queries, keys = (
-            torch.nn.functional.normalize(vectors, dim=-1) @ centres[..., :count]
-            for vectors in (inputs.queries, inputs.keys)
-        )
-        found = by_affinity(queries, keys, inputs.valid, width)
-    return Selection(nearby(inputs, settings), found)
+    learns: ClassVar[bool] = True
+
+    def select(
+        self, inputs: Inputs, settings: AttentionSettings, learned: Mapping[str, Tensor]
+    ) -> Selection:
+        centres = learned["centres"].to(inputs.keys).repeat(inputs.mask.batch_size, 1, 1).mT
+        width = max(1, settings.keys // 2)
+        count = min(centres.shape[-1], max(1, -(-inputs.keys.shape[1] // width)))
+        with torch.no_grad():
+            queries, keys = (
+                torch.nn.functional.normalize(vectors, dim=-1) @ centres[..., :count]
+                for vectors in (inputs.queries, inputs.keys)
+            )
+            found = by_affinity(queries, keys, inputs.valid, width)
+        return Selection(nearby(inputs, settings), found)

@@ -8,7 +8,6 @@ trains, has nothing to do here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -16,23 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....core.attention_settings import AttentionSettings
-from ..base import Selection, Selector
-from ..inputs import Inputs
-from .clusters import with_centres
+from .clusters import CentresSelector
 
 DIRECTIONS, STEPS, RATE, MARGIN = 64, 200, 0.02, 1.0
 
 
-class MongooseSelector(Selector):
+class MongooseSelector(CentresSelector):
     """Clusters by learned directions."""
 
     name: ClassVar[str] = "mongoose"
-    learns: ClassVar[bool] = True
-
-    def select(
-        self, inputs: Inputs, settings: AttentionSettings, learned: Mapping[str, Tensor]
-    ) -> Selection:
-        return with_centres(inputs, settings, learned["centres"])
 
     def learn(
         self, queries: Tensor, keys: Tensor, settings: AttentionSettings

@@ -6,7 +6,6 @@ and keys that are nearest to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -14,23 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....core.attention_settings import AttentionSettings
-from ..base import Selection, Selector
-from ..inputs import Inputs
-from .clusters import with_centres
+from .clusters import CentresSelector
 
 CENTRES, STEPS = 64, 10
 
 
-class RoutingSelector(Selector):
+class RoutingSelector(CentresSelector):
     """Clusters by centroids of a layer's queries and keys."""
 
     name: ClassVar[str] = "routing"
-    learns: ClassVar[bool] = True
-
-    def select(
-        self, inputs: Inputs, settings: AttentionSettings, learned: Mapping[str, Tensor]
-    ) -> Selection:
-        return with_centres(inputs, settings, learned["centres"])
 
     def learn(
         self, queries: Tensor, keys: Tensor, settings: AttentionSettings
