@@ -33,14 +33,19 @@ from .core.errors import (
 )
 from .evaluation import (
     Agreement,
+    AttentionDiagnosis,
     Evaluation,
+    ExplanationDrift,
     GenerationSpeed,
     Perplexity,
+    SampleDrift,
     TaskResults,
     Texts,
     agreement,
+    diagnose_attention,
     evaluate,
     evaluate_tasks,
+    explanation_drift,
     generation_speed,
     perplexity,
 )
@@ -50,6 +55,7 @@ from .kernels import register_kernel
 from .kernels.machine import Environment
 from .layers import SparseExperts, SparseLinear
 from .layers.explain import Explanation, explain
+from .layers.head_preview import preview_head
 from .pruning.report import LayerReport, PruningReport
 from .publish.html import write_report
 from .publish.streaming.estimate import Estimate, estimate
@@ -76,6 +82,7 @@ def __getattr__(name: str) -> _Any:
 __all__ = [
     "AdapterError",
     "Agreement",
+    "AttentionDiagnosis",
     "AttentionSettings",
     "CalibrationError",
     "CheckpointError",
@@ -89,6 +96,7 @@ __all__ = [
     "Evaluation",
     "EvaluationError",
     "Explanation",
+    "ExplanationDrift",
     "FormatError",
     "GenerationSpeed",
     "HfSparseError",
@@ -102,6 +110,7 @@ __all__ = [
     "PruningReport",
     "Rates",
     "RegistrationError",
+    "SampleDrift",
     "SaveError",
     "SolveError",
     "SparseConfig",
@@ -116,16 +125,19 @@ __all__ = [
     "clear_checkpoint",
     "compare",
     "convert",
+    "diagnose_attention",
     "estimate",
     "evaluate",
     "evaluate_tasks",
     "explain",
+    "explanation_drift",
     "export_dense",
     "export_low_rank",
     "generation_speed",
     "merge_adapter",
     "perplexity",
     "prefer",
+    "preview_head",
     "prune",
     "prune_checkpoint",
     "register_format",

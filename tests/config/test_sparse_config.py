@@ -110,6 +110,7 @@ def test_defaults_are_those_of_the_documentation():
         "format": "auto",
         "prefer": "auto",
         "activations": None,
+        "input_sparsity": None,
         "attention": None,
     }
 

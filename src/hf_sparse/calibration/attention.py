@@ -13,8 +13,8 @@ from ..config.arguments import ARGUMENTS
 from ..config.sparse_config import SparseConfig
 from ..core.attention_settings import AttentionSettings
 from ..core.errors import ConfigError
-from ..layers.attention.install import install, quiet, remove
-from ..layers.attention.interface import AttentionState, observed, parts, states
+from ..layers.attention.install import check, install, remove, watched
+from ..layers.attention.interface import STATE, AttentionState, parts
 from ..layers.attention.masks import LazyMask
 from .forward import call_model
 from .load import load_calibration
@@ -78,8 +78,7 @@ def check_attention(model: nn.Module, config: SparseConfig) -> None:
     """Raise a ConfigError if a model can't have the attention that a config asks for."""
     if config.attention is not None:
         _require_transformers(model)
-        install(model, config.attention)
-        remove(model)
+        check(model, config.attention)
 
 
 def apply_attention(model: PreTrainedModel, config: SparseConfig) -> None:
@@ -96,28 +95,46 @@ def learn(model: PreTrainedModel, config: SparseConfig) -> None:
     data = load_calibration(model, config, lambda: load_tokenizer(config.tokenizer, model))
     assert data is not None  # `check_data` has seen to it
     found: dict[AttentionState, list[tuple[Tensor, Tensor]]] = {}
-    names = {state: name for name, state in states(model).items()}
     generator = torch.Generator().manual_seed(settings.seed)
     count = max(1, SAMPLES // len(data.batches))
 
     def observe(
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float
     ) -> None:
-        state = getattr(module, "sparse_attention", None)
-        if state not in names or q.shape[2] != k.shape[2]:
-            return
-        real = mask.valid.all(dim=0) if isinstance(mask, LazyMask) else torch.ones(k.shape[2]) > 0
-        places = real.nonzero()[:, 0]
-        chosen = places[torch.randperm(len(places), generator=generator)[:count].to(places.device)]
-        queries = q.view(len(q), k.shape[1], -1, *q.shape[2:])[0, :, 0, chosen] * scaling
-        found.setdefault(state, []).append((queries, k[0, :, chosen]))
+        state = getattr(module, STATE, None)
+        if state is not None and q.shape[2] == k.shape[2]:
+            real = mask.valid[0] if isinstance(mask, LazyMask) else None
+            sample = some_queries_and_keys(q[:1] * scaling, k[:1], count, generator, real)
+            found.setdefault(state, []).append(sample)
 
-    with quiet(model), observed(observe):
+    with watched(model, observe):
         for batch in data.batches:
             call_model(model, batch)
     for state, samples in found.items():
         queries, keys = (torch.cat(vectors, dim=1) for vectors in zip(*samples, strict=True))
         state.take(parts(settings)[0].learn(queries, keys, settings))
+
+
+def some_queries_and_keys(
+    query: Tensor, key: Tensor, count: int, generator: torch.Generator, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys at places of one sample that are drawn at random.
+
+    Args:
+        query, key: (1, heads, tokens, channels); of query heads that share a key head the first.
+        count: places at most.
+        generator: draws them.
+        real: tokens that are no padding; None for all.
+
+    Returns:
+        Both as (key heads, places, channels).
+    """
+    heads, length = key.shape[1:3]
+    everywhere = torch.ones(length, dtype=torch.bool, device=key.device)
+    places = (everywhere if real is None else real).nonzero()[:, 0]
+    chosen = places[torch.randperm(len(places), generator=generator)[:count].to(places.device)]
+    first = query[0].view(heads, -1, *query.shape[2:])[:, 0]
+    return first[:, chosen], key[0, :, chosen]
 
 
 def _require_transformers(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..config.keys import SAVE_KEY
 from ..core.errors import CheckpointError, FormatError
+from ..core.input_threshold import KEY_SHARE, KEY_THRESHOLD, InputThreshold
 from ..core.low_rank import KEY_A, KEY_B, LowRank, check_low_rank_layout
 from ..formats import Format, format_from_spec
 from ..formats.base import check_layout, check_packed
@@ -66,6 +67,7 @@ class PackedLayer:
         layout: shape and dtype of each of its tensors, by local key.
         files: the file that holds each tensor, by local key.
         has_bias: is there a NAME.bias?
+        threshold: up to where its inputs count as 0; None if all count.
     """
 
     name: str
@@ -76,6 +78,7 @@ class PackedLayer:
     layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     has_bias: bool = False
+    threshold: InputThreshold | None = None
 
     @property
     def file(self) -> str:
@@ -93,6 +96,7 @@ class PackedLayer:
             **transposed,
             **spatial,
             **low_rank,
+            **(self.threshold.description() if self.threshold else {}),
             **self.format.parameters(),
         }
 
@@ -192,7 +196,11 @@ def _describe(name: str, entry: Mapping[str, Any], found: Found) -> PackedLayer:
         raise _damaged(file, f"{name}: shape {shape!r} is not [out, in] in its hf_sparse metadata")
     if type(spatial) is not int or not 0 <= spatial <= 2 or (spatial and transposed):
         raise _damaged(file, f"{name}: spatial {spatial!r} is not 1 or 2 in its hf_sparse metadata")
+    limits = [parameters.pop(key, None) for key in (KEY_THRESHOLD, KEY_SHARE)]
     try:
+        threshold = None
+        if limits != [None, None]:
+            threshold = InputThreshold.read(*limits)
         fmt = format_from_spec(parameters)
         unknown = [key for key, value in found.items() if value[2] is None]
         if unknown:
@@ -209,7 +217,8 @@ def _describe(name: str, entry: Mapping[str, Any], found: Found) -> PackedLayer:
         raise _damaged(file, f"{name}.{error}") from None
     files = {key: value[0] for key, value in found.items()}
     axes = Axes(transposed, spatial)
-    return PackedLayer(name, fmt, (shape[0], shape[1]), axes, rank, layout, files, has_bias)
+    sides = shape[0], shape[1]
+    return PackedLayer(name, fmt, sides, axes, rank, layout, files, has_bias, threshold)
 
 
 def _damaged(path: str, what: str) -> CheckpointError:

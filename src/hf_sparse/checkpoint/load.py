@@ -103,7 +103,7 @@ def _empty_layer(module: nn.Module, layer: PackedLayer, dtype: torch.dtype) -> S
     low_rank = LowRank(tensors.pop(KEY_B), tensors.pop(KEY_A)) if layer.low_rank else None
     bias: Any = module.bias
     cls = sparse_class(axes)
-    sparse = cls(layer.format, tensors, layer.shape, dtype, bias, axes, low_rank)
+    sparse = cls(layer.format, tensors, layer.shape, dtype, bias, axes, low_rank, layer.threshold)
     # Some models' initialisation reads weights of layers that are there: before `finish_layers`.
     sparse.distrust(partial(_check, sparse, layer))
     # transformers would otherwise unpack each layer to initialise what isn't missing.

@@ -39,7 +39,12 @@ def sparse_state_dict(
                 state[f"{name}.bias"] = layer.bias.detach().clone()
     return state, metadata(
         PackedLayer(
-            f"{prefix}{name}".rstrip("."), layer.format, layer.shape, layer.axes, layer.rank
+            f"{prefix}{name}".rstrip("."),
+            layer.format,
+            layer.shape,
+            layer.axes,
+            layer.rank,
+            threshold=layer.threshold,
         )
         for name, layer in sparse_layers(model).items()
     )

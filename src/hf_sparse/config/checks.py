@@ -44,9 +44,7 @@ def share(name: str, value: Any) -> float:
     number = _is_number(value)
     if not number or not 0 < value < 1:
         hint = f"; for {value} % pass {value / 100}" if number and 1 < value < 100 else ""
-        raise ConfigError(
-            f"{name}={brief(value)} must be the share to remove, a number with 0 < s < 1{hint}"
-        )
+        raise ConfigError(f"{name}={brief(value)} must be a share, a number with 0 < s < 1{hint}")
     return float(value)
 
 

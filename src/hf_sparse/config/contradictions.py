@@ -118,3 +118,12 @@ def check_format(
             f"format='n:m' takes groups of at most {LARGEST_M}, pattern={pattern!r} has "
             f"m = {parsed.m}: pass format='auto' or 'bitmask'"
         )
+
+
+def check_input_sparsity(share: float | None, bits: int | None) -> None:
+    """Raise a ConfigError if inputs are to be skipped where no kernel can."""
+    if share is not None and bits is not None:
+        raise ConfigError(
+            f"input_sparsity={share} would cost accuracy and gain nothing with bits={bits}: the "
+            "kernels read all codes, whatever the inputs. Leave one of the two out"
+        )

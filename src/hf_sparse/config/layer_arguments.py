@@ -10,7 +10,7 @@ from typing import Any
 from ..core.attention_settings import AttentionSettings, check_attention
 from ..core.preferences import PREFERENCES
 from .argument import Argument
-from .checks import choice, group_width, integer, optional, positive, regexes
+from .checks import choice, group_width, integer, optional, positive, regexes, share
 
 Pairs = Mapping[str, float] | Sequence[Any]  # {regex: fraction}, in JSON a list of pairs
 Names = Argument[Sequence[str] | None, list[str] | None]
@@ -204,6 +204,15 @@ class LayerArguments:
         'Storage: "auto" (the smallest that fits, layer by layer), "bitmask", "n:m" or "dense".',
         STORAGE,
         shell_help="auto (the smallest that fits, layer by layer), bitmask, n:m or dense.",
+    )
+    input_sparsity: Argument[float | None, float | None] = Argument(
+        None,
+        "Share of each layer's inputs that count as 0, 0 < s < 1: those whose size is at most a "
+        "threshold, one number a layer, below which that share of the calibration data's are. On a "
+        "CPU a token's products then read the other inputs' weights alone. It needs calibration "
+        "data, and holds for layers of sparsity 0 too.",
+        STORAGE,
+        optional(share),
     )
     prefer: Argument[str, str] = Argument(
         "auto",

@@ -16,6 +16,7 @@ from ..layers.attention.interface import parts
 from .arguments import ARGUMENTS, RENAMED, Arguments, documented, unknown_arguments
 from .contradictions import (
     check_format,
+    check_input_sparsity,
     check_method,
     resolve_allocation,
     resolve_sparsity,
@@ -64,6 +65,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
             low_rank=self.low_rank,
             bits=self.bits,
         )
+        check_input_sparsity(self.input_sparsity, self.bits)
         if self.attention is not None:
             parts(self.attention)
         if self.format != "auto":
@@ -117,7 +119,8 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
             )
         needed = self.needs > Needs.NOTHING or self.stages or self.allocation in ("owl", "fisher")
         needed = needed or (self.attention is not None and parts(self.attention)[0].learns)
-        if self.dataset is None and (needed or self.experts is not None):
+        shares = self.experts, self.input_sparsity
+        if self.dataset is None and (needed or any(share is not None for share in shares)):
             raise ConfigError(
                 f"{self._describe_needs()} needs calibration data: pass dataset= a Hub id, the "
                 "path of a text, JSON, csv or parquet file, or a list of strings, token ids or "
@@ -135,6 +138,7 @@ class SparseConfig(Arguments, QuantizationConfigMixin):
             "low_rank": 0,
             "allocation": "uniform",
             "experts": None,
+            "input_sparsity": None,
             "attention": None,
         }
         name = next(k for k, v in plain.items() if getattr(self, k) != v)

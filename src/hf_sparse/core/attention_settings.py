@@ -29,7 +29,8 @@ class AttentionSettings:
     Attributes:
         method: name of the attention implementation, e.g. "hs_block".
         keys: keys that a query attends to exactly, about; the budget of the selector.
-        block: consecutive tokens that are one block of queries and one of keys.
+        block: consecutive queries that share their keys.
+        key_block: consecutive keys that are picked together.
         from_length: keys from which on it is used; attention to fewer is exact.
         selector: what picks the pairs, instead of the method's: "own", "block", "smyrf",
             "routing" or "mongoose"; "" for the method's.
@@ -42,6 +43,7 @@ class AttentionSettings:
     method: str = "hs_block"
     keys: int = 1024
     block: int = 128
+    key_block: int = 32
     from_length: int = 4096
     selector: str = ""
     residual: str = ""
@@ -54,8 +56,9 @@ class AttentionSettings:
         selector, residual = METHODS[self.method]
         object.__setattr__(self, "selector", self.selector or selector)
         object.__setattr__(self, "residual", self.residual or residual)
-        for name, least in (("keys", 1), ("block", 1), ("from_length", 0), ("features", 1)):
-            _check_integer(name, getattr(self, name), least)
+        for name in ("keys", "block", "key_block", "features"):
+            _check_integer(name, getattr(self, name), 1)
+        _check_integer("from_length", self.from_length, 0)
         _check_integer("seed", self.seed, 0)
 
     def to_dict(self) -> dict[str, Any]:

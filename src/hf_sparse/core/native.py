@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .recording import recording
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 FOLDER = Path(__file__).parents[1] / "kernels" / "cpu"
 
 # As `csrc/tiles.h` numbers them.

@@ -12,6 +12,7 @@ from torch import nn
 from ..core.errors import EvaluationError
 from ..core.renamed import renamed_arguments
 from .agreement import Agreement, agreement
+from .attention import AttentionDiagnosis
 from .generation import GenerationSpeed, generation_speed
 from .perplexity import Perplexity, perplexity
 from .texts import Texts, continuations, make_prompts
@@ -30,6 +31,7 @@ class Evaluation:
         speed: generation by the sparse model.
         dense_speed: generation by the dense model.
         texts: what both generate.
+        attention: from `diagnose_attention`.
     """
 
     perplexity: Perplexity | None = None
@@ -38,6 +40,7 @@ class Evaluation:
     speed: GenerationSpeed | None = None
     dense_speed: GenerationSpeed | None = None
     texts: tuple[Texts, ...] = ()
+    attention: AttentionDiagnosis | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values; what was not measured is left out."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..core.errors import RegistrationError
 from ..core.registry import Registry
 from .base import Choice, Considered, Form, Kernel, Stored, Verdict
+from .cpu.columns.kernel import ColumnKernel
 from .cpu.integer.kernel import IntegerKernel
 from .cpu.kernel import TileKernel
 from .dense import DenseKernel
@@ -21,7 +22,7 @@ REFERENCE = "reference"
 KERNELS: Registry[Kernel] = Registry(
     "kernel",
     Kernel,  # type: ignore[type-abstract]
-    (IntegerKernel, TileKernel, SemiStructuredKernel, SlicedKernel, DenseKernel),
+    (IntegerKernel, ColumnKernel, TileKernel, SemiStructuredKernel, SlicedKernel, DenseKernel),
     reserved=[REFERENCE],
 )
 

@@ -30,6 +30,7 @@ class Stored:
         form: what is wanted of a kernel of ours: a packed weight even if that is slower, on a CPU
             a dense one, or what it finds best.
         activations: "int8" if a kernel may round its inputs to that; None: to nothing.
+        zero_inputs: share of a token's inputs that are 0, as far as that is known.
     """
 
     format: Format
@@ -38,6 +39,7 @@ class Stored:
     dtype: torch.dtype
     form: Form = "any"
     activations: str | None = None
+    zero_inputs: float = 0.0
 
     @property
     def device(self) -> torch.device:

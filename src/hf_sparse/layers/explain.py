@@ -18,7 +18,9 @@ from ..kernels.dense import DenseKernel
 from ..kernels.gpu import timing
 from ..kernels.machine import processor
 from ..kernels.token_classes import Way
+from .attention.speed import describe
 from .head import HeadLinear
+from .head_preview import PreviewedHead
 from .linear import SparseLinear, sparse_layers
 from .prefer import dense_bytes
 
@@ -31,7 +33,8 @@ class LayerExplanation:
         name: the module's name.
         shape: (out, in).
         format: how it is stored, e.g. "bitmask" or "4-bit bitmask".
-        kernel: what multiplies: "tile" (native), "dense" (decoded once) or "reference".
+        kernel: what multiplies: "tile", "columns" or "integer" (native), "dense" (decoded once) or
+            "reference".
         bytes_dense: of the dense weight in the layer's dtype.
         bytes_resident: of what is in memory.
         speedup: over the dense product at one token, measured on this machine; None if not
@@ -39,6 +42,7 @@ class LayerExplanation:
         ways: for each class of numbers of tokens, how products are made and what was measured;
             empty if there is no choice.
         trace: every kernel that was considered, with the reason; the last one is used.
+        skipped_inputs: share of the inputs that count as 0, of the calibration data's.
     """
 
     name: str
@@ -50,6 +54,7 @@ class LayerExplanation:
     speedup: float | None
     ways: tuple[Way, ...]
     trace: tuple[Verdict, ...]
+    skipped_inputs: float = 0.0
 
     @property
     def why(self) -> str:
@@ -64,8 +69,9 @@ class Explanation:
     Attributes:
         machine: the processor, the threads, the versions and the native paths.
         layers: one each.
-        head: what the dense output head gains from the native product of one token; None if it
-            doesn't use it.
+        head: what the dense output head gains from the native product of one token, or how many
+            candidates a preview leaves it; None if it has neither.
+        attention: from which length on the model's sparse attention pays here; None if it has none.
         speedup: of all sparse layers' products of one token together, as they are held; over dense
             ones of each dtype, by its name; without those that were not measured.
     """
@@ -73,6 +79,7 @@ class Explanation:
     machine: str
     layers: tuple[LayerExplanation, ...]
     head: str | None = None
+    attention: str | None = None
     speedup: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -89,7 +96,7 @@ class Explanation:
     def verdict(self) -> str:
         """What the sparse layers cost and gain here, in a few lines."""
         if not self.layers:
-            return "no sparse layers"
+            return "\n".join(["no sparse layers", *_given(self.attention)])
         weights = sum(math.prod(layer.shape) for layer in self.layers)
         used = Counter(layer.kernel for layer in self.layers)
         counts = ", ".join(f"{count} {kernel}" for kernel, count in used.items())
@@ -100,12 +107,15 @@ class Explanation:
             speed = self.speedup.get(name)
             gain = "not measured" if speed is None else f"{speed:.2f} times as fast"
             lines.append(f"over dense {name}: {share:.3f} of the bytes; a token's products {gain}")
+        shares = [layer.skipped_inputs for layer in self.layers if layer.skipped_inputs]
+        if shares:
+            lines.append(f"{len(shares)} count {max(shares):.0%} of their inputs as 0")
         if used["dense"]:
             lines.append(
                 f"{used['dense']} are dense in memory (the saving is on disk only): "
                 'hf_sparse.prefer(model, "memory") packs those that a kernel can multiply'
             )
-        return "\n".join(lines if self.head is None else [*lines, self.head])
+        return "\n".join([*lines, *_given(self.head, self.attention)])
 
     def __str__(self) -> str:
         """The verdict, and a line for each group of layers that are alike."""
@@ -122,6 +132,10 @@ class Explanation:
         whys = ["", *(layer.why for layer in self.layers)]
         table = [f"{line}  {why}".rstrip() for line, why in zip(lines, whys, strict=False)]
         return "\n".join([self.machine, self.verdict, *table])
+
+
+def _given(*lines: str | None) -> list[str]:
+    return [line for line in lines if line is not None]
 
 
 COMPARED = (torch.float32, torch.bfloat16)
@@ -171,18 +185,22 @@ def explain(model: nn.Module) -> Explanation:
             speedup=layer.trace[-1].speedup,
             ways=layer.trace[-1].ways,
             trace=layer.trace,
+            skipped_inputs=0.0 if layer.threshold is None else layer.threshold.share,
         )
         for name, layer in modules.items()
     ]
     heads = (
         f"dense head {name}: native at one token, {module.speedup:.2f}"
-        for name, module in model.named_modules()
         if isinstance(module, HeadLinear)
+        else f"dense head {name}: {module.preview.candidates} candidates of a preview are exact"
+        for name, module in model.named_modules()
+        if isinstance(module, (HeadLinear, PreviewedHead))
     )
     return Explanation(
         f"{machine}; {library.describe()}",
         tuple(layers),
         next(heads, None),
+        describe(model),
         {
             str(dtype).removeprefix("torch."): speedup
             for dtype in COMPARED

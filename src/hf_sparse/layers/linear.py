@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError
+from ..core.input_threshold import InputThreshold
 from ..core.low_rank import LowRank
 from ..formats import Format
 from ..formats.base import Packed
@@ -37,6 +38,7 @@ class SparseLinear(PackedModule, nn.Linear):
         bias: bias parameter to adopt, shape (out_features,), or None.
         axes: those of the layer that it replaces; a `Conv1D` keeps its weight as (in, out).
         low_rank: B and A beside the packed weight S, for y = x (S + B A)' + b, or None.
+        threshold: up to where inputs count as 0, in training and in every product; None: all count.
 
     Attributes:
         kernel: what multiplies; None for the reference path.
@@ -52,12 +54,13 @@ class SparseLinear(PackedModule, nn.Linear):
         bias: nn.Parameter | None = None,
         axes: Axes = Axes(),  # noqa: B008 - it is frozen
         low_rank: LowRank | None = None,
+        threshold: InputThreshold | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.shape = self.out_features, self.in_features = shape
         self.axes = axes
         self.weight_dtype = dtype
-        self.bias = bias  # type: ignore[assignment]
+        self.bias, self.threshold = bias, threshold  # type: ignore[assignment]
         self.hold(PackedWeight(fmt, packed, low_rank))
 
     @property
@@ -102,6 +105,8 @@ class SparseLinear(PackedModule, nn.Linear):
                 "hf_sparse.export_dense(model, folder) and export that, or model.dequantize()"
             )
         check_threads()
+        if self.threshold is not None:
+            input = self.threshold.apply(input)
         output = self._held.linear(self, input)
         low_rank = self.low_rank
         if low_rank is None:
@@ -112,9 +117,11 @@ class SparseLinear(PackedModule, nn.Linear):
     def extra_repr(self) -> str:
         parameters = "".join(f", {k}={v}" for k, v in self.format.parameters().items())
         low_rank = f", low_rank={self.rank}" if self.rank else ""
+        threshold = f", input_threshold={self.threshold.value:.4g}" if self.threshold else ""
+        layout = f"format={self.format.name}{parameters}{low_rank}{threshold}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, format={self.format.name}{parameters}{low_rank}, "
+            f"bias={self.bias is not None}, {layout}, "
             f"kernel={'reference' if self.kernel is None else self.kernel.name}"
         )
 

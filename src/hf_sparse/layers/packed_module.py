@@ -10,6 +10,7 @@ from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
 from ..core.errors import FormatError, TrainingError
+from ..core.input_threshold import InputThreshold
 from ..core.low_rank import KEY_A, KEY_B, LowRank
 from ..formats import Format
 from ..formats.base import Packed, check_packed, packed_bytes
@@ -33,6 +34,7 @@ class PackedModule(nn.Module):
         weight_dtype: of the dense weight; that of the values may be narrower.
         trace: which kernels were considered, and what came of it.
         form: the one that is wanted of a kernel.
+        threshold: up to where the inputs count as 0; None if all count.
         activations: "int8" if a kernel may round its inputs to that, else None.
         written_over: the weight that was held before another one was written into the layer.
     """
@@ -44,6 +46,7 @@ class PackedModule(nn.Module):
     trace: tuple[Verdict, ...]
     form: Form = "any"
     activations: str | None = None
+    threshold: InputThreshold | None = None
     written_over: PackedWeight | None
     _held: Held
 
@@ -109,7 +112,8 @@ class PackedModule(nn.Module):
         packed = self.packed
         if any(tensor.is_meta for tensor in packed.values()):
             return
-        wanted = self.weight_dtype, self.form, self.activations
+        zeros = 0.0 if self.threshold is None else self.threshold.share
+        wanted = self.weight_dtype, self.form, self.activations, zeros
         choice = choose(StoredWeight(self.format, packed, self.shape, *wanted))
         self.trace = choice.trace
         if choice.kernel is not None:

@@ -11,6 +11,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from ..core.input_threshold import InputThreshold
 from ..core.low_rank import LowRank
 from ..formats import Format, Held
 from .axes import Axes
@@ -42,6 +43,7 @@ def pack_linear(
     held: Held,
     fmt: Format,
     low_rank: LowRank | None = None,
+    threshold: InputThreshold | None = None,
 ) -> SparseLinear:
     """A `SparseLinear` to replace a dense layer by: with the same weight, not resolved yet.
 
@@ -51,13 +53,14 @@ def pack_linear(
             there is a low-rank one.
         fmt: what `choose_format` chose for it.
         low_rank: to hold beside it, in the weight's dtype.
+        threshold: up to where its inputs are to count as 0.
     """
     axes = Axes.of(module)
     weight: Tensor = module.weight  # type: ignore[assignment]
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
     rows, columns = axes.matrix(weight).shape
     return sparse_class(axes)(
-        fmt, fmt.pack(held), (rows, columns), weight.dtype, bias, axes, low_rank
+        fmt, fmt.pack(held), (rows, columns), weight.dtype, bias, axes, low_rank, threshold
     )
 
 

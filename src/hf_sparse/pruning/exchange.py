@@ -12,6 +12,7 @@ from ..calibration.batches import CalibrationData
 from ..config.sparse_config import SparseConfig
 from ..core.errors import ConfigError, ProcessError
 from ..core.grids import Grid, QuantizedWeight, Scales
+from ..core.input_threshold import InputThreshold
 from ..core.low_rank import LowRank
 from ..core.processes import Processes
 from .one_layer import PrunedLayer
@@ -23,11 +24,12 @@ Solved = tuple[PrunedLayer, Tensor]
 
 @dataclass(frozen=True)
 class _Head:
-    """Of a solved layer: its report, its grid, and what tensors follow."""
+    """Of a solved layer: its report, its grid, what tensors follow, its inputs' threshold."""
 
     report: LayerReport
     grid: Grid | None
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    threshold: InputThreshold | None
 
 
 def check_alike(
@@ -105,7 +107,7 @@ def _head(pruned: PrunedLayer, weight: Tensor) -> _Head:
     grid = pruned.quantized.scales.grid if pruned.quantized else None
     tensors = _tensors(pruned, weight)
     kinds = {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in tensors.items()}
-    return _Head(pruned.report, grid, kinds)
+    return _Head(pruned.report, grid, kinds, pruned.threshold)
 
 
 def _tensors(pruned: PrunedLayer, weight: Tensor) -> dict[str, Tensor]:
@@ -126,5 +128,6 @@ def _layer(plan: LayerPlan, head: _Head, tensors: Mapping[str, Tensor]) -> Solve
         quantized = QuantizedWeight(tensors["codes"], scales)
     if "a" in tensors:
         low_rank = LowRank(tensors["b"], tensors["a"])
-    pruned = PrunedLayer(plan, head.report, None, quantized, tensors.get("sparse"), low_rank)
+    sparse = tensors.get("sparse")
+    pruned = PrunedLayer(plan, head.report, None, quantized, sparse, low_rank, head.threshold)
     return pruned, tensors["weight"]

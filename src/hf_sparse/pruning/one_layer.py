@@ -13,6 +13,7 @@ from ..core.bits import unpack_numbers
 from ..core.counting import all_finite, count_zeros
 from ..core.errors import CalibrationError, SolveError
 from ..core.grids import QuantizedWeight
+from ..core.input_threshold import InputThreshold
 from ..core.low_rank import LowRank
 from ..core.statistics import OutputMetric
 from ..formats import Dense, choose_format
@@ -38,6 +39,7 @@ class PrunedLayer:
         quantized: the codes of a weight that lies on a grid.
         sparse: (out, in), if the layer has a low-rank part, which its pruned weight then includes.
         low_rank: that part.
+        threshold: up to where the layer's inputs count as 0; None if all count.
     """
 
     plan: LayerPlan
@@ -46,6 +48,7 @@ class PrunedLayer:
     quantized: QuantizedWeight | None
     sparse: Tensor | None
     low_rank: LowRank | None
+    threshold: InputThreshold | None = None
 
     def pack(self, parents: ModuleParents, requested: str) -> LayerReport:
         """Put a sparse layer in its place, in the format that was asked for; the whole report.
@@ -58,12 +61,13 @@ class PrunedLayer:
             weight = whole if self.sparse is None else self.sparse
             held = self.quantized or weight
             fmt = choose_format(held, pattern, requested)
-            if isinstance(fmt, Dense) and low_rank is None:
+            if isinstance(fmt, Dense) and low_rank is None and self.threshold is None:
                 self._check_zeros(count_zeros(weight))
                 return self.report
-            if isinstance(fmt, Dense):  # nearly no zeros, but a dense layer has no low-rank part
+            if isinstance(fmt, Dense) and low_rank is not None:
+                # Nearly no zeros, but a dense layer has no low-rank part.
                 fmt = choose_format(weight, pattern, Bitmask.name)
-            sparse = pack_linear(module, held, fmt, low_rank)
+            sparse = pack_linear(module, held, fmt, low_rank, self.threshold)
             self._check_zeros(_stored_zeros(sparse, fmt, weight))
             parents.replace(module, sparse)
             stored = sparse.resident_bytes()  # before a kernel takes the weight over
@@ -105,8 +109,11 @@ def solve_layer(
     plan: LayerPlan,
     observed: Observed | None = None,
     metric: OutputMetric | None = None,
+    input_sparsity: float | None = None,
 ) -> tuple[PrunedLayer, Tensor]:
     """Solve one layer: what is known of it, and the weight to write into it, in its orientation.
+
+    With `input_sparsity` that share of its inputs, as a sample of them shows, is to count as 0.
 
     Raises:
         CalibrationError: the statistics are on another device.
@@ -134,10 +141,16 @@ def solve_layer(
         if not all_finite(whole):
             raise SolveError(f"layer {name}: the solved weight overflows {dtype}")
         relative_error = statistics.relative_error(before, whole.float()) if statistics else None
+    threshold = None
+    if input_sparsity is not None and statistics is not None:
+        threshold = InputThreshold.of(statistics.sample, input_sparsity)
     seconds = time.perf_counter() - started
     report = _report(plan, sparse, solution, observed, relative_error, seconds)
+    if threshold is not None:
+        note = f"inputs of at most {threshold.value:.4g} count as 0"
+        report = replace(report, notes=(*report.notes, note))
     beside = None if low_rank is None else sparse
-    pruned = PrunedLayer(plan, report, None, solution.quantized, beside, low_rank)
+    pruned = PrunedLayer(plan, report, None, solution.quantized, beside, low_rank, threshold)
     return pruned, axes.own(whole)
 
 

@@ -43,7 +43,7 @@ def plan_layers(
             sparsity = sparsities
         if sparsity is None and not SOLVERS[config.solver].chooses_pattern:
             left_dense[target.name] = "no regex of sparsity matches it"
-        elif sparsity == 0 and config.bits is None:
+        elif sparsity == 0 and config.bits is None and config.input_sparsity is None:
             left_dense[target.name] = "its sparsity is 0"
         else:
             plans.append(LayerPlan(target, config.layer_pattern(sparsity or 0.0)))

@@ -15,6 +15,7 @@ from ..core.data_record import DataRecord
 from ..core.errors import CheckpointError, PackageError
 from ..core.json_records import json_text, parse_json, read_json, read_record
 from ..kernels.machine import Environment
+from .advice import advise
 from .expert_report import MixtureReport, removed_experts
 
 
@@ -212,6 +213,10 @@ class PruningReport:
             said.append(self._layer_summary())
         return "; ".join(said)
 
+    def advice(self) -> str:
+        """What lost less in no more bytes on a model that was measured; "" if that isn't known."""
+        return advise(self.config)
+
     def _layer_summary(self) -> str:
         if not self.layers:
             return "no layer was pruned"
@@ -239,7 +244,8 @@ class PruningReport:
 
         heading = "sparsity  rel. error  format   bytes before -> after"
         table = layer_lines(self.layers, heading, cells) if self.layers else []
-        return "\n".join([*map(str, self.experts), *table, self.summary()])
+        lines = [*map(str, self.experts), *table, self.summary(), self.advice()]
+        return "\n".join(line for line in lines if line)
 
 
 def layer_lines(layers: Sequence[Any], heading: str, cells: Callable[[Any], str]) -> list[str]:

@@ -205,7 +205,9 @@ class BlockSolver:
     def _solve(self, plan: LayerPlan, observed: Observed | None) -> Solved:
         name = plan.target.name
         metric = self._metrics.get(name)
-        pruned, weight = solve_layer(self._solver, plan, observed, metric)
+        pruned, weight = solve_layer(
+            self._solver, plan, observed, metric, self._config.input_sparsity
+        )
         report = replace(pruned.report, block=self._blocks[name])
         if self._config.metric == "fisher" and metric is None:
             report = replace(report, notes=(*report.notes, NO_GRADIENT))

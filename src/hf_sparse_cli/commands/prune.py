@@ -43,7 +43,8 @@ class Pruned:
 
     def __str__(self) -> str:
         pushed = f", pushed to {self.pushed}" if self.pushed else ""
-        return f"{self.report.summary()}\nsaved in {self.output}{pushed}"
+        said = [self.report.summary(), self.report.advice(), f"saved in {self.output}{pushed}"]
+        return "\n".join(line for line in said if line)
 
 
 def prune(

@@ -55,7 +55,8 @@ class Reported:
             lines += [f"dense: {value}" for value in dense if value]
             sparse = (measured.perplexity, measured.agreement, measured.speed)
             lines += [str(value) for value in sparse if value]
-        return "\n".join([*lines, f"written to {self.output}"])
+        lines += [self.report.advice(), f"written to {self.output}"]
+        return "\n".join(line for line in lines if line)
 
 
 def report(

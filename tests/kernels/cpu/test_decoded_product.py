@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_sparse.kernels.cpu import product
+from hf_sparse.kernels.cpu import weight as tile_weight
 from hf_sparse.kernels.cpu.pack import pack_dense
 
 
@@ -15,7 +16,7 @@ def normal(*shape, seed):
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(36,), (3, 36), (2, 3, 36), (0, 36)])
 def test_products_by_decoded_blocks_agree_with_float64(monkeypatch, x_dtype, shape):
-    monkeypatch.setattr(product, "BLOCK_BYTES", 16 * 36 * 2)  # 53 rows are then several
+    monkeypatch.setattr(tile_weight, "BLOCK_BYTES", 16 * 36 * 2)  # 53 rows are then several
     weight = F.dropout(normal(53, 36, seed=2), 0.6).bfloat16()
     bias, x = normal(53, seed=1).to(x_dtype), normal(*shape, seed=0).to(x_dtype)
     packed = pack_dense(weight)

@@ -20,7 +20,7 @@ from transformers import (
 import hf_sparse
 from hf_sparse import AttentionSettings, ConfigError, SparseConfig
 
-SETTINGS = {"method": "hs_block", "block": 8, "keys": 16, "from_length": 4}
+SETTINGS = {"method": "hs_block", "block": 8, "key_block": 4, "keys": 16, "from_length": 4}
 
 
 @pytest.mark.parametrize(

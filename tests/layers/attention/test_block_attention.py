@@ -10,7 +10,7 @@ from transformers import DynamicCache
 import hf_sparse
 from hf_sparse.layers.attention import interface
 
-SMALL = {"method": "hs_block", "block": 8, "keys": 16, "from_length": 0}
+SMALL = {"method": "hs_block", "block": 8, "key_block": 4, "keys": 16, "from_length": 0}
 DECODERS = ("llama", "qwen3", "mistral", "opt")
 FAMILIES = (*DECODERS, "bert", "modernbert", "vit")
 CASES = [
@@ -52,9 +52,9 @@ def dense_mask(inputs):
 
 def reference(inputs, selection, with_centroids=True):
     """Attention over the selected pairs and the means of the other blocks, by full matrices."""
-    allowed, size = dense_mask(inputs), inputs.size
+    allowed, step, size = dense_mask(inputs), inputs.step, inputs.size
     streams, queries, keys = allowed.shape
-    query_block, key_block = torch.arange(queries) // size, torch.arange(keys) // size
+    query_block, key_block = torch.arange(queries) // step, torch.arange(keys) // size
     results = []
     for s in range(streams):
         real, k, v = allowed[s].any(dim=0), inputs.keys[s, :keys], inputs.values[s, :keys]

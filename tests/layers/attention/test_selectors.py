@@ -26,11 +26,13 @@ def call(causal=True, length=61):
     torch.manual_seed(3)
     query, key, value = (torch.randn(2, heads, length, 8) for heads in (4, 2, 2))
     mask = LazyMask.plain(query, key, causal)
-    return Inputs.of(query, key, value, mask, 1.0, 8)
+    return Inputs.of(query, key, value, mask, 1.0, settings())
 
 
 def settings(**changes):
-    return AttentionSettings(**({"keys": 32, "block": 8, "from_length": 0} | changes))
+    return AttentionSettings(
+        **({"keys": 32, "block": 8, "key_block": 4, "from_length": 0} | changes)
+    )
 
 
 def select(name, inputs, given):
@@ -42,14 +44,14 @@ def select(name, inputs, given):
 
 def selected(inputs, selection, stream):
     """(rows, keys): True where a pair is among the selected ones."""
-    keys, size = inputs.mask.kv_length, inputs.size
+    keys, step, size = inputs.mask.kv_length, inputs.step, inputs.size
     rows = inputs.queries.shape[1]
     query = torch.arange(rows) // inputs.groups
     found = torch.zeros(rows, keys, dtype=torch.bool)
     for i, blocks in enumerate(selection.blocks[stream].tolist()):
         for j in (j for j in blocks if j >= 0):
-            found[query // size == i, j * size : (j + 1) * size] = True
-    whole = inputs.whole[stream][query // size][:, torch.arange(keys) // size]
+            found[query // step == i, j * size : (j + 1) * size] = True
+    whole = inputs.whole[stream][query // step][:, torch.arange(keys) // size]
     if selection.clusters is not None:
         for c in range(selection.clusters.rows.shape[1]):
             those = selection.clusters.keys[stream, c]
@@ -85,7 +87,7 @@ def test_selected_pairs_are_exact_and_others_are_the_residual_s(selector, residu
 def test_random_features_come_near_to_the_exponential():
     torch.manual_seed(0)
     query, key = torch.randn(1, 1, 16, 8) / 4, torch.randn(1, 1, 16, 8) / 4
-    inputs = Inputs.of(query, key, key, LazyMask.plain(query, key, False), 1.0, 8)
+    inputs = Inputs.of(query, key, key, LazyMask.plain(query, key, False), 1.0, settings())
     index = torch.arange(16)[None]
     found = RESIDUALS["favor"](inputs, settings(features=20000)).scores(index, index)
     error = found.exp()[0] / (query @ key.mT).exp()[0, 0] - 1
@@ -128,7 +130,7 @@ def logits(model, kind="left"):
 def test_every_method_runs_on_padded_batches(method):
     model = make("llama")
     exact = logits(model)
-    given = {"method": method, "block": 8, "keys": 32, "from_length": 0}
+    given = {"method": method, "block": 8, "key_block": 4, "keys": 32, "from_length": 0}
     hf_sparse.use_attention(model, given, IDS if method in LEARNING else None)
     found = logits(model)
     assert found.isfinite().all()
@@ -139,7 +141,7 @@ def test_every_method_runs_on_padded_batches(method):
 def test_with_as_many_keys_as_there_are_clusters_are_exact(method):
     model = make("llama")
     exact, real = logits(model), batch("left", "llama")[1]
-    given = {"method": method, "block": 8, "keys": 4096, "from_length": 0}
+    given = {"method": method, "block": 8, "key_block": 4, "keys": 4096, "from_length": 0}
     hf_sparse.use_attention(model, given, IDS if method in LEARNING else None)
     assert torch.allclose(logits(model)[real], exact[real], atol=1e-4)
 
@@ -149,14 +151,14 @@ def test_a_sample_may_begin_with_blocks_of_padding():
     inputs = {name: value[:1] for name, value in batch("left", "llama")[0].items()}
     with torch.no_grad():
         exact = model(**inputs).logits
-        hf_sparse.use_attention(model, {"block": 8, "keys": 4096, "from_length": 0})
+        hf_sparse.use_attention(model, {"block": 8, "key_block": 4, "keys": 4096, "from_length": 0})
         assert torch.allclose(model(**inputs).logits[:, 29:], exact[:, 29:], atol=1e-5)
 
 
 @pytest.mark.parametrize("method", LEARNING)
 def test_what_was_learned_is_saved_beside_the_weights(tmp_path, method):
     model = make("llama")
-    given = {"method": method, "block": 8, "keys": 32, "from_length": 0}
+    given = {"method": method, "block": 8, "key_block": 4, "keys": 32, "from_length": 0}
     hf_sparse.prune(
         model, SparseConfig(method="magnitude", sparsity=0.5, attention=given, dataset=IDS,
                             num_samples=2, seq_len=64)

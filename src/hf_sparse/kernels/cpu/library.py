@@ -85,6 +85,20 @@ class IntegerWeight(ctypes.Structure):
     ]
 
 
+class ColumnWeight(ctypes.Structure):
+    """`tiles::ColumnWeight`."""
+
+    _fields_ = [
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("dense", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("panel_rows", ctypes.c_int64),
+        ("dense_dtype", ctypes.c_int32),
+    ]
+
+
 _I32, _I64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tile_path_count": (_I32, []),
@@ -124,6 +138,15 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_PTR, _I32, _PTR, _I32, _I64, _I64, _PTR, _I32, _PTR, _I32, _I64, _PTR],
     ),
     "integer_row": (_I32, [_PTR, _PTR, _PTR]),
+    # weight, offsets
+    "columns_index": (_I32, [_PTR, _PTR]),
+    "columns_check": (_I32, [_PTR]),
+    # as tile_linear and tile_row
+    "columns_linear": (
+        _I32,
+        [_PTR, _I32, _PTR, _I32, _I64, _I64, _PTR, _I32, _PTR, _I32, _I64, _PTR],
+    ),
+    "columns_row": (_I32, [_PTR, _PTR, _PTR]),
     # n, k, w, dtype, stride, path, x, dtype, y, dtype, pool
     "tile_dense_row": (
         _I32,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,7 @@ class NativeWeight(ABC):
 
     Attributes:
         layout: what the names of the library's functions for it begin with.
+        ways: of making products, by class of tokens, the first of which is the usual one.
         shape: (out, in).
         dtype: of the kept values.
         scales: of codes, in the layout's order; `group_size` columns share one.
@@ -29,6 +31,7 @@ class NativeWeight(ABC):
     """
 
     layout: ClassVar[str]
+    ways: ClassVar[tuple[tuple[str, ...], ...]]
     shape: tuple[int, int]
     dtype: torch.dtype
     scales: Tensor | None
@@ -48,6 +51,10 @@ class NativeWeight(ABC):
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The dense weight in any floating-point dtype; new memory."""
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "in rows"]]]:
+        """Some outputs after others, and their weights; each is gone when the next one comes."""
+        yield slice(0, self.shape[0]), self.dense(dtype).T
 
     @property
     def nbytes(self) -> int:

@@ -26,10 +26,7 @@ from ..token_classes import TokenClass, Way, class_of, fastest
 from . import library
 from .native_weight import NativeWeight
 from .rows import as_rows
-from .weight import ROWS, TileWeight
 from .wide import pays
-
-BLOCK_BYTES = 4 << 20  # of a decoded block
 
 W = TypeVar("W", bound=NativeWeight)
 
@@ -74,7 +71,7 @@ def packed_linear(
     return y
 
 
-def decoded_linear(x: Tensor, weight: TileWeight, bias: Tensor | None = None) -> Tensor:
+def decoded_linear(x: Tensor, weight: NativeWeight, bias: Tensor | None = None) -> Tensor:
     """The same by way of decoded blocks; codes times scales are rounded to x's dtype first, unless
     fp32 is the faster one here."""
     if x.dtype in library.HALVES and pays(x.dtype):  # blocks are decoded to fp32, which is exact
@@ -84,13 +81,7 @@ def decoded_linear(x: Tensor, weight: TileWeight, bias: Tensor | None = None) ->
     rows = x.reshape(-1, k)
     y = x.new_empty(rows.shape[0], n)
     own_bias = None if bias is None else bias.to(x.dtype)
-    tiles = -(-n // ROWS)
-    step = -(-tiles // -(-n * k * x.dtype.itemsize // BLOCK_BYTES))  # blocks of equal size
-    memory = x.new_empty(step * ROWS * k)
-    for begin in range(0, tiles, step):
-        end = min(begin + step, tiles)
-        block = weight.decode(x.dtype, (begin, end), transposed=True, memory=memory)
-        outputs = slice(begin * ROWS, end * ROWS)
+    for outputs, block in weight.blocks(x.dtype):
         if own_bias is None:
             torch.mm(rows, block, out=y[:, outputs])
         else:
@@ -108,13 +99,12 @@ CLASSES = (
     TokenClass("33-511", 511, 128, tuple(WAYS)),
     TokenClass("512+", None, 512, tuple(WAYS)),
 )
-# Rounded activations are multiplied from the packed weight only.
-ROUNDED = tuple(replace(each, ways=("packed",)) for each in CLASSES)
 
 
 def classes_of(weight: NativeWeight) -> tuple[TokenClass, ...]:
     """The classes of products with a weight."""
-    return CLASSES if isinstance(weight, TileWeight) else ROUNDED
+    pairs = zip(CLASSES, weight.ways, strict=True)
+    return tuple(replace(each, ways=names) for each, names in pairs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from ..machine import processor
 from ..timing import Measured, compare
 from ..token_classes import DENSE, TokenClass, Way, over
 from . import library
+from .columns.weight import ColumnWeight, hold_by_column
 from .integer.weight import ANY, OCTET, IntegerWeight
 from .integer.weight import pack as pack_integers
 from .native_weight import NativeWeight
@@ -53,6 +54,7 @@ class Kind:
         dtype: of x and of the dense weight.
         each: of codes that are multiplied by rounded x, how many of each 8 are kept, as
             `IntegerWeight.kept` has it; None for x as it is.
+        zeros: share of x that is 0, in tenths, of a weight held by column; None for others.
     """
 
     values: torch.dtype
@@ -60,6 +62,7 @@ class Kind:
     kept: float
     dtype: torch.dtype
     each: int | None = None
+    zeros: float | None = None
 
     @classmethod
     def of(cls, weight: NativeWeight, dtype: torch.dtype) -> Kind:
@@ -68,7 +71,8 @@ class Kind:
         quarters = min(4, max(1, round(4 * weight.share)))
         each = weight.kept if isinstance(weight, IntegerWeight) else None
         group_size = weight.group_size if grouped else 0
-        return cls(weight.dtype, group_size, quarters / 4, dtype, each)
+        zeros = round(weight.zero_inputs, 1) if isinstance(weight, ColumnWeight) else None
+        return cls(weight.dtype, group_size, quarters / 4, dtype, each, zeros)
 
     def sample(self, shape: tuple[int, int]) -> NativeWeight:
         """A weight of this kind, with random values."""
@@ -78,7 +82,8 @@ class Kind:
         kept = order < self.kept
         if self.values not in library.INTEGERS:
             weight = torch.randn(n, k, generator=random, device="cpu")
-            return pack_dense((weight * kept).to(self.values))
+            values = (weight * kept).to(self.values)
+            return pack_dense(values) if self.zeros is None else hold_by_column(values, self.zeros)
         top = 7 if self.values == library.INT4 else 127
         codes = torch.randint(1, top + 1, (n, k), generator=random, dtype=torch.int8, device="cpu")
         group = self.group_size or k
@@ -140,7 +145,8 @@ def _times(kind: Kind, tokens: TokenClass, shape: tuple[int, int]) -> Measured |
     """Seconds by way, and of the dense product, for one shape."""
     groups = f" in groups of {kind.group_size}" if kind.group_size else ""
     each = "" if kind.each is None else f", {kind.each} of 8, x in int8"
-    what = f"{kind.values} values{groups}, {kind.kept:.0%} kept{each}"
+    zeros = "" if kind.zeros is None else f" by column, {kind.zeros:.0%} of x 0"
+    what = f"{kind.values} values{groups}, {kind.kept:.0%} kept{each}{zeros}"
     place = f"{shape[0]}x{shape[1]}, {kind.dtype}, {what}, seconds of {tokens.measured} tokens"
     measure = functools.partial(_measure, kind, tokens, shape)
     return timing.remembered(f"{machine()}, {place}", (*tokens.ways, DENSE), measure)
@@ -150,6 +156,8 @@ def _measure(kind: Kind, tokens: TokenClass, shape: tuple[int, int]) -> Measured
     weight = kind.sample(shape)
     dense = weight.dense(kind.dtype)
     x = torch.randn(tokens.measured, shape[1], device="cpu").to(kind.dtype)
+    if kind.zeros is not None:
+        x *= torch.rand(x.shape, device="cpu") >= kind.zeros
     copies = max(2, min(MOST_COPIES, COLD_BYTES // dense.nbytes)) if tokens.measured == 1 else 1
     weights, classes = _copies(weight, copies), classes_of(weight)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from .native_weight import NativeWeight
 
 ROWS = 16  # outputs of a tile
 BLOCK_COLUMNS = 256  # columns between two entries of block_off
+BLOCK_BYTES = 4 << 20  # of a decoded block
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,12 @@ class TileWeight(NativeWeight):
     """
 
     layout: ClassVar[str] = "tile"
+    ways: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("packed",),
+        ("packed",),
+        ("packed", "decoded"),
+        ("packed", "decoded"),
+    )
     shape: tuple[int, int]
     dtype: torch.dtype
     masks: Tensor
@@ -98,6 +106,17 @@ class TileWeight(NativeWeight):
         if dtype in library.FLOATS:
             return self.decode(dtype)
         return self.decode(torch.float32).to(dtype)
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "in rows"]]]:
+        """Blocks of equal size."""
+        n, k = self.shape
+        tiles = -(-n // ROWS)
+        step = -(-tiles // -(-n * k * dtype.itemsize // BLOCK_BYTES))
+        memory = torch.empty(step * ROWS * k, dtype=dtype, device="cpu")
+        for begin in range(0, tiles, step):
+            end = min(begin + step, tiles)
+            block = self.decode(dtype, (begin, end), transposed=True, memory=memory)
+            yield slice(begin * ROWS, min(n, end * ROWS)), block
 
     def decode(
         self,

@@ -70,7 +70,7 @@ def block_part(inputs: Inputs, blocks: Tensor, dropout: float = 0.0) -> Part:
 
 def _allowed(inputs: Inputs, block: int, rows: int, keys: Tensor) -> Tensor:
     """May the rows of a query block attend to keys (streams, n)? (streams, rows, n)."""
-    query = block * inputs.size + torch.arange(rows // inputs.groups, device=keys.device)
+    query = block * inputs.step + torch.arange(rows // inputs.groups, device=keys.device)
     keys = keys.clamp(max=inputs.mask.kv_length - 1)  # what fills up is masked as not valid
     allowed = inputs.mask.allowed(inputs.batch[:, None, None], query[:, None], keys[:, None])
     allowed = allowed.expand(inputs.streams, len(query), keys.shape[1])
@@ -91,7 +91,7 @@ def _with_clusters(
     others = _members(clusters.keys, inputs.keys.shape[1])
     for c in range(clusters.rows.shape[1]):
         rows, keys = clusters.rows[:, c], clusters.keys[:, c]
-        query_block = rows // inputs.groups // inputs.size
+        query_block = rows // inputs.groups // inputs.step
         pairs = rest[streams[..., None], query_block[..., None], keys[:, None] // inputs.size]
         pairs = pairs & inputs.valid.gather(1, keys)[:, None]
         if c:  # not in an earlier cluster

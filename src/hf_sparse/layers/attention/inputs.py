@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.attention_settings import AttentionSettings
 from .masks import LazyMask
 
 
@@ -24,7 +25,8 @@ class Inputs:
         keys, values: filled up with zeros to whole blocks; (streams, keys, channels).
         groups: query heads to a key head.
         mask: who sees what.
-        size: tokens of a block.
+        step: queries of a block.
+        size: keys of a block.
     """
 
     queries: Tensor
@@ -32,11 +34,18 @@ class Inputs:
     values: Tensor
     groups: int
     mask: LazyMask
+    step: int
     size: int
 
     @classmethod
     def of(
-        cls, query: Tensor, key: Tensor, value: Tensor, mask: LazyMask, scaling: float, size: int
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: LazyMask,
+        scaling: float,
+        settings: AttentionSettings,
     ) -> Inputs:
         """From transformers' layout, (batch, heads, tokens, channels).
 
@@ -48,14 +57,15 @@ class Inputs:
         batch, heads, length, channels = query.shape
         groups = heads // key.shape[1]
         rows = query.reshape(batch, key.shape[1], groups, length, channels).transpose(2, 3)
-        fill = (0, 0, 0, -key.shape[2] % size)
+        fill = (0, 0, 0, -key.shape[2] % settings.key_block)
         return cls(
             (rows * scaling).reshape(-1, length * groups, channels),
             F.pad(key, fill).flatten(0, 1).contiguous(),
             F.pad(value, fill).flatten(0, 1).contiguous(),
             groups,
             mask,
-            size,
+            settings.block,
+            settings.key_block,
         )
 
     @property
@@ -78,27 +88,27 @@ class Inputs:
     @cached_property
     def whole(self) -> Tensor:
         """Blocks that see each other wholly; (streams, query blocks, key blocks)."""
-        return self._by_stream(self.mask.view(self.size).whole)
+        return self._by_stream(self.mask.view(self.step, self.size).whole)
 
     @cached_property
     def part(self) -> Tensor:
         """Blocks that see each other in part; likewise."""
-        return self._by_stream(self.mask.view(self.size).part)
+        return self._by_stream(self.mask.view(self.step, self.size).part)
 
     @cached_property
     def near(self) -> Tensor:
         """How near they are, from 2 to 0; likewise."""
-        return self._by_stream(self.mask.view(self.size).near)
+        return self._by_stream(self.mask.view(self.step, self.size).near)
 
     @cached_property
     def valid(self) -> Tensor:
         """Keys that are no padding; (streams, keys)."""
-        return self._by_stream(self.mask.view(self.size).valid)
+        return self._by_stream(self.mask.view(self.step, self.size).valid)
 
     @cached_property
     def counts(self) -> Tensor:
         """Valid keys of each block; (streams, key blocks)."""
-        return self._by_stream(self.mask.view(self.size).counts)
+        return self._by_stream(self.mask.view(self.step, self.size).counts)
 
     @cached_property
     def centroids(self) -> Tensor:
@@ -119,8 +129,8 @@ class Inputs:
 
     def rows(self, block: int) -> Tensor:
         """A block's queries; (streams, rows, channels)."""
-        step = self.size * self.groups
-        return self.queries[:, block * step : (block + 1) * step]
+        count = self.step * self.groups
+        return self.queries[:, block * count : (block + 1) * count]
 
     def gather(self, tensor: Tensor, index: Tensor) -> Tensor:
         """Keys or values at indices of shape (streams, n); (streams, n, channels)."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...core.attention_settings import AttentionSettings
 from ...core.errors import ConfigError, HfSparseError
-from .interface import STATE, AttentionState, observed, parts
+from .interface import STATE, AttentionState, Observer, observed, parts
 
 EXACT = "sdpa"
 
@@ -29,18 +29,12 @@ def install(
         example: inputs of a forward pass; None makes some up from the model's config.
 
     Raises:
-        ConfigError: the model's attention can't be this one, or no inputs can be made up; it then
-            is as it was.
+        ConfigError: as of `check`; the model then is as it was.
     """
-    parts(settings)
-    before = model.config._attn_implementation
-    try:
-        called = _called(model, settings.method, example)
-    except BaseException:
-        model.set_attn_implementation(before)
-        raise
+    called = check(model, settings, example)
     for module, (heads, channels) in called.items():
         setattr(module, STATE, AttentionState(settings, heads, channels))
+    model.set_attn_implementation(settings.method)
 
 
 def remove(model: PreTrainedModel) -> None:
@@ -50,16 +44,19 @@ def remove(model: PreTrainedModel) -> None:
     model.set_attn_implementation(EXACT)
 
 
-def _called(
-    model: PreTrainedModel, method: str, example: Mapping[str, Any] | None
+def check(
+    model: PreTrainedModel, settings: AttentionSettings, example: Mapping[str, Any] | None = None
 ) -> dict[nn.Module, tuple[int, int]]:
-    """The layers that call an attention in one exact pass, with their key heads and channels."""
-    kind = type(model).__name__
+    """The layers that call an attention in one exact pass, with their key heads and channels.
+
+    Raises:
+        ConfigError: the model's attention can't be this one, or no inputs can be made up.
+    """
+    parts(settings)
+    kind, method = type(model).__name__, settings.method
     called: dict[nn.Module, tuple[int, int]] = {}
 
-    def observe(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float
-    ) -> None:
+    def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, by: float) -> None:
         if isinstance(mask, Tensor):
             raise ConfigError(
                 f"{kind} makes the mask of {type(module).__name__} itself, maybe with a bias in "
@@ -68,8 +65,7 @@ def _called(
         called[module] = k.shape[1], k.shape[3]
 
     inputs = dict(example) if example is not None else _made_up(model)
-    model.set_attn_implementation(method)
-    with quiet(model), observed(observe):
+    with watched(model, observe):
         try:
             model(**inputs)
         except HfSparseError:
@@ -84,6 +80,21 @@ def _called(
             f"{method!r}, leave attention out"
         )
     return called
+
+
+@contextmanager
+def watched(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
+    """A model whose attention is exact and tells an observer of each call; without gradients and
+    dropout. Then it is what it was."""
+    training, before = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation(AttentionSettings.method)
+    try:
+        with torch.no_grad(), observed(observer):
+            yield
+    finally:
+        model.set_attn_implementation(before)
+        model.train(training)
 
 
 def _made_up(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -101,15 +112,3 @@ def _made_up(model: PreTrainedModel) -> dict[str, Tensor]:
         f"no {main} can be made up for {type(model).__name__}: call hf_sparse.use_attention(model, "
         "..., example={...}) with inputs of its forward"
     )
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout; the model's mode is restored."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

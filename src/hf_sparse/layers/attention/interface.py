@@ -168,7 +168,7 @@ def sparse(
             f"selector {selector.name!r} learns from data: call hf_sparse.use_attention(model, "
             f"{settings.method!r}, dataset=...), or give SparseConfig a dataset"
         )
-    inputs = Inputs.of(query, key, value, mask, scaling, settings.block)
+    inputs = Inputs.of(query, key, value, mask, scaling, settings)
     selection = selector.select(inputs, settings, learned)
     out = attend(inputs, selection, residual(inputs, settings), dropout)
     batch, heads, length, _ = query.shape

@@ -32,17 +32,15 @@ class BlockView:
     """What each block of queries sees of each block of keys.
 
     Attributes:
-        size: tokens of a block; the last one may have fewer.
         whole: each query that sees anything sees all of the keys; (batch, query blocks, key
             blocks).
         part: at least one query sees some of the keys, and not whole; likewise.
-        near: 2 for a query block's own place, 1 for its neighbours and the first block that it
-            sees, 0 for others; likewise.
-        valid: keys that are no padding, filled up to whole blocks; (batch, key blocks * size).
+        near: 2 for a query block's own place, 1 for what is next to it, as much on either side, and
+            for the first block that it sees, 0 for others; likewise.
+        valid: keys that are no padding, filled up to whole blocks; (batch, keys).
         counts: valid keys; (batch, key blocks).
     """
 
-    size: int
     whole: Tensor
     part: Tensor
     near: Tensor
@@ -78,7 +76,7 @@ class LazyMask:
         self.q_offset, self.kv_offset = q_offset, kv_offset
         self._function, self._attention_mask, self._device = mask_function, attention_mask, device
         self._options = options
-        self._views: dict[int, BlockView] = {}
+        self._views: dict[tuple[int, int], BlockView] = {}
 
     @classmethod
     def plain(cls, query: Tensor, key: Tensor, causal: bool) -> LazyMask:
@@ -125,14 +123,14 @@ class LazyMask:
         head = torch.zeros((), dtype=torch.long, device=query.device)
         return self._function(batch, head, query + self.q_offset, key + self.kv_offset)
 
-    def view(self, size: int) -> BlockView:
-        """What blocks of `size` queries see of blocks of `size` keys; made once."""
-        if size not in self._views:
-            self._views[size] = self._look(size)
-        return self._views[size]
+    def view(self, step: int, size: int) -> BlockView:
+        """What blocks of `step` queries see of blocks of `size` keys; made once."""
+        if (step, size) not in self._views:
+            self._views[step, size] = self._look(step, size)
+        return self._views[step, size]
 
-    def _look(self, size: int) -> BlockView:
-        blocks, rows = -(-self.kv_length // size), -(-self.q_length // size)
+    def _look(self, step: int, size: int) -> BlockView:
+        blocks, rows = -(-self.kv_length // size), -(-self.q_length // step)
         valid = self.valid.expand(self.batch_size, -1)
         valid = torch.nn.functional.pad(valid, (0, blocks * size - self.kv_length))
         by_block = valid.view(-1, blocks, size)
@@ -152,21 +150,21 @@ class LazyMask:
         ]
         some, every = seen[0] | seen[1], seen[0] & seen[1]
         alive = some.any(dim=-1, keepdim=True)
-        whole = _by_rows(every | ~alive, size, True).all(dim=2)
-        visible = _by_rows(some, size, False).any(dim=2)
+        whole = _by_rows(every | ~alive, step, True).all(dim=2)
+        visible = _by_rows(some, step, False).any(dim=2)
         # A query's own neighbourhood may be seen in its middle alone.
-        own = torch.arange(rows, device=valid.device)[:, None] * size + (
+        own = torch.arange(rows, device=valid.device)[:, None] * step + (
             self.q_offset - self.kv_offset
         )
-        touches = (own < start + size) & (own + size > start)
+        touches = (own < start + size) & (own + step > start)
         visible = visible | (touches & (counts > 0)[:, None])
         whole = whole & visible & (counts > 0)[:, None]
-        beside = (own < start + 2 * size) & (own + 2 * size > start)
+        beside = (own < start + size + step) & (own + 2 * step > start)
         leading = visible.int().argmax(dim=-1, keepdim=True) == torch.arange(
             blocks, device=valid.device
         )
         near = (visible & touches).float() + (visible & (beside | leading))
-        return BlockView(size, whole, visible & ~whole, near, valid, counts)
+        return BlockView(whole, visible & ~whole, near, valid, counts)
 
 
 def _by_rows(seen: Tensor, size: int, fill: bool) -> Tensor:

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from ...evaluation import Evaluation
+from ...evaluation import Evaluation, ExplanationDrift
 from ...pruning.expert_report import MixtureReport
 from ...pruning.report import LayerReport, PruningReport
+from .attention import attention_charts, attention_table
 from .charts import Chart, line_chart
+from .drift import drift_note, drift_table
 from .masks import MaskView
 from .tables import Cell, HeatMap, Table, heat_map, number, text, without_empty_columns
 
@@ -24,22 +26,29 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def page_values(
-    report: PruningReport, masks: Sequence[MaskView], evaluation: Evaluation | None
+    report: PruningReport,
+    masks: Sequence[MaskView],
+    evaluation: Evaluation | None,
+    drift: ExplanationDrift | None = None,
 ) -> dict[str, Any]:
     """Everything that page.html asks for."""
     measured = evaluation or Evaluation()
     return {
         "name": report.model or "model",
         "summary": report.summary(),
+        "advice": report.advice(),
         "tiles": _tiles(report, measured),
         "made": _made(report),
         "config": [(text(k), text(json.dumps(v))) for k, v in report.config.items()],
         "measures": _measures(measured),
         "measured_on": _measured_on(measured),
+        "drift": drift_table(drift),
+        "drift_note": drift_note(drift),
         "texts": measured.texts,
         "heat_maps": _heat_maps(report.layers),
         "charts": _charts(report.layers, measured),
         "sizes": _sizes(report),
+        "attention": attention_table(measured.attention, ROWS),
         "masks": [view.to_dict() for view in masks],
         "mask_names": [view.name for view in masks],
         "experts": _experts(report.experts),
@@ -196,6 +205,7 @@ def _charts(layers: Sequence[LayerReport], measured: Evaluation) -> list[Chart]:
         names = ["embeddings", *(f"after block {i}" for i in range(1, len(depth)))]
         caption = "Relative error of the hidden states, against the dense model"
         charts.append(line_chart("depth-chart", caption, "blocks passed", depth, names))
+    charts += attention_charts(measured.attention)
     return charts
 
 

@@ -257,6 +257,7 @@ def _layer(sparse: SparseLinear, solution: Solution, bias: Tensor | None) -> Spa
         own,
         sparse.axes,
         sparse.low_rank,
+        sparse.threshold,
     )
     inherit(sparse, merged)
     merged.resolve()

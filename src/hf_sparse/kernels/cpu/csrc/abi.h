@@ -26,6 +26,7 @@ enum Code : int32_t {
   kPoolFailed,       // the thread pool reported an error
   kNoArray,          // a pointer is null
   kBadOctets,        // group_size isn't positive, or below K no multiple of 8
+  kBadPanels,        // a weight held by column isn't in panels of its size
 };
 
 constexpr int32_t kAnyPath = -1;  // lets the CPU and the sizes decide
@@ -62,6 +63,9 @@ int32_t check_shape(const Weight& w);
 
 // Can this CPU run a path, and may it?
 bool can_run(const Path& path);
+
+// The path of a number, or the best one for -1. Null if the CPU can't run it.
+const Path* path_for(int32_t path);
 
 // The path whose integer products serve a path's number, or -1 for the best: itself, or the next lower
 // one that has them. Null if the CPU can't run that path.

@@ -429,10 +429,18 @@ void dense_row(const DenseProduct& p, int64_t begin, int64_t end) {
   kAvx512Vbmi2Path.dense_row(p, begin, end);
 }
 
+void dense_columns(const ColumnProduct& p, int64_t begin, int64_t end) {
+  kAvx512Vbmi2Path.dense_columns(p, begin, end);
+}
+
+void packed_columns(const ColumnProduct& p, int64_t begin, int64_t end) {
+  kAvx512Vbmi2Path.packed_columns(p, begin, end);
+}
+
 }  // namespace
 
-const Path kAmxPath = {"amx",  available, fits,     plan,   pack_units,
-                       pack_x, grain,     multiply, decode, dense_row};
+const Path kAmxPath = {"amx",    available, fits,      plan,          pack_units,    pack_x, grain,
+                       multiply, decode,    dense_row, dense_columns, packed_columns};
 
 }  // namespace tiles
 TILE_TARGET_END

@@ -22,7 +22,7 @@ const Path* const kPaths[] = {
     &kAvx512Path, &kAvx512Vbmi2Path, &kAmxPath,
 #endif
 #if defined(__aarch64__)
-    &kNeonPath,
+    &kNeonPath, &kNeonDotPath,
 #endif
 };
 constexpr int32_t kPathCount = static_cast<int32_t>(sizeof(kPaths) / sizeof(kPaths[0]));
@@ -106,6 +106,11 @@ bool can_run(const Path& path) {
   return false;
 }
 
+const Path* path_for(int32_t path) {
+  if (path == kAnyPath) path = best_path();
+  return available(path) ? kPaths[path] : nullptr;
+}
+
 const Path* integer_path(int32_t path) {
   if (path == kAnyPath) path = best_path();
   if (!available(path)) return nullptr;
@@ -117,7 +122,7 @@ const Path* integer_path(int32_t path) {
 
 using namespace tiles;
 
-TILE_EXPORT int32_t tile_abi_version() { return 9; }
+TILE_EXPORT int32_t tile_abi_version() { return 10; }
 
 TILE_EXPORT int32_t tile_path_count() { return kPathCount; }
 
@@ -147,6 +152,7 @@ TILE_EXPORT const char* tile_message(int32_t code) {
     case kNoMemory: return "out of memory";
     case kPoolFailed: return "the thread pool reported an error";
     case kNoArray: return "an array is missing";
+    case kBadPanels: return "a weight held by column isn't in panels of its size";
     case kBadOctets: return "group_size must be a multiple of 8 unless it covers a whole row";
     default: return "unknown error";
   }

@@ -94,6 +94,47 @@ void dense_row(const DenseProduct& p, int64_t begin, int64_t end) {
   }
 }
 
+void store_sums(const ColumnProduct& p, const float* sums, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    store_from_float(p.y, r, p.y_dtype, sums[r - begin] + (p.bias ? p.bias[r] : 0.0f));
+  }
+}
+
+void dense_columns(const ColumnProduct& p, int64_t begin, int64_t end) {
+  const ColumnWeight& w = *p.weight;
+  for (int64_t first = begin; first < end; first += kMostPanelRows) {
+    float sums[kMostPanelRows] = {};
+    const int64_t last = min64(end, first + kMostPanelRows);
+    for (int64_t at = 0; at < p.count; ++at) {
+      for (int64_t r = first; r < last; ++r) {
+        sums[r - first] += load_as_float(w.dense, p.active[at] * w.n + r, w.dense_dtype) * p.x[at];
+      }
+    }
+    store_sums(p, sums, first, last);
+  }
+}
+
+void packed_columns(const ColumnProduct& p, int64_t begin, int64_t end) {
+  const ColumnWeight& w = *p.weight;
+  const Weight& packed = *w.packed;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    float sums[kMostPanelRows] = {};
+    for (int64_t at = 0; at < p.count; ++at) {
+      const int64_t column = p.active[at];
+      int64_t next = static_cast<int64_t>(packed.tile_base[panel]) + w.offsets[panel * w.k + column];
+      for (int64_t pair = 0; pair < w.panel_pairs(); ++pair) {
+        const uint32_t mask = packed.tile_masks(panel)[column * w.panel_pairs() + pair];
+        for (int bit = 0; bit < 32; ++bit) {
+          float weight = 0.0f;
+          if (mask >> bit & 1u) weight = load_as_float(packed.values, next++, packed.value_dtype);
+          sums[pair * 32 + bit % 2 * kRows + bit / 2] += weight * p.x[at];
+        }
+      }
+    }
+    store_sums(p, sums, panel * w.panel_rows, min64(w.n, (panel + 1) * w.panel_rows));
+  }
+}
+
 #include "integer_round.h"
 
 void round_x(const IntegerProduct& p, int64_t begin, int64_t end) {
@@ -159,7 +200,8 @@ constexpr IntegerPath kInteger = {round_x, multiply_integers};
 
 }  // namespace
 
-const Path kScalarPath = {"scalar", available, fits,     plan,   pack_units,
-                          pack_x,   grain,     multiply, decode, dense_row, &kInteger};
+const Path kScalarPath = {"scalar",      available,      fits,     plan,   pack_units,
+                          pack_x,        grain,          multiply, decode, dense_row,
+                          dense_columns, packed_columns, &kInteger};
 
 }  // namespace tiles

@@ -143,6 +143,35 @@ struct DenseProduct {
   int32_t y_dtype;
 };
 
+// A weight held by column: the dense W'[K][N], or packed, panel after panel of rows. A panel is one tile
+// of the layout above: its column panel_rows / 16 * c + t has the weights of 16 of its rows, from 16 t
+// on, in column c. So a pair of columns is 32 rows of one. Part of the C ABI: columns/weight.py mirrors
+// the fields.
+struct ColumnWeight {
+  int64_t n, k;
+  const void* dense;       // null if the weight is packed
+  const Weight* packed;
+  const int32_t* offsets;  // [panels][K], of each column's first value from the panel's
+  int64_t panel_rows;      // a multiple of 32
+  int32_t dense_dtype;
+
+  int64_t panels() const { return ceil_div(n, panel_rows); }
+  int64_t panel_pairs() const { return panel_rows / 32; }
+};
+
+constexpr int64_t kMostPanelRows = 2048;  // whose sums take 8 KB
+
+// y[N] = W x + bias for one token.
+struct ColumnProduct {
+  const ColumnWeight* weight;
+  const int32_t* active;  // the columns whose x isn't 0
+  const float* x;         // of those
+  int64_t count;
+  const float* bias;  // null, or fp32[N rounded up to 16]
+  void* y;
+  int32_t y_dtype;
+};
+
 struct IntegerPath;
 
 // A path is one instruction set's way through the product. Work is split over token chunks while x
@@ -165,16 +194,31 @@ struct Path {
                  int64_t stride, bool transposed);
   // Rows [begin, end) of a dense product.
   void (*dense_row)(const DenseProduct&, int64_t begin, int64_t end);
+  // Rows [begin, end), or panels, of a product with a weight held by column.
+  void (*dense_columns)(const ColumnProduct&, int64_t begin, int64_t end);
+  void (*packed_columns)(const ColumnProduct&, int64_t begin, int64_t end);
   // Products of codes and rounded activations, see integer.h; null: as the next lower path.
   const IntegerPath* integer;
 };
 
 extern const Path kScalarPath, kAvx2Path, kAvxVnniPath, kAvx512Path, kAvx512Vbmi2Path, kAmxPath,
-    kNeonPath;
+    kNeonPath, kNeonDotPath;
+
+// A path that differs in its name and its integer products alone. Outside of an instruction set's
+// code, since it runs when the library is loaded, on any CPU.
+inline Path with_integers(Path path, const char* name, bool (*available)(),
+                          const IntegerPath* integer) {
+  path.name = name;
+  path.available = available;
+  path.integer = integer;
+  return path;
+}
 
 // A thread's scratch memory, 64-byte aligned, kept between calls because asking the system for
 // fresh pages costs more than a small product. Null when there is no memory.
-enum ScratchSlot { kScratchX, kScratchBias, kScratchTile, kScratchSum, kScratchSlots };
+enum ScratchSlot {
+  kScratchX, kScratchBias, kScratchTile, kScratchSum, kScratchActive, kScratchSlots
+};
 void* scratch(ScratchSlot slot, int64_t bytes);
 template <class T>
 T* scratch_of(ScratchSlot slot, int64_t count) {

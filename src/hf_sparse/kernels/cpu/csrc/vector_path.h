@@ -371,6 +371,7 @@ struct VectorPath {
   }
 };
 
+#include "columns.h"
 #include "decode.h"
 #include "dense_row.h"
 
@@ -380,5 +381,5 @@ constexpr Path path_of(const char* name, bool (*available)(),
   using Walk = VectorPath<Isa>;
   return {name,         available,  Walk::fits,     Walk::plan,           Walk::pack_units,
           Walk::pack_x, Walk::grain, Walk::multiply, Decoder<Isa>::decode, DenseRow<Isa>::multiply,
-          integer};
+          Columns<Isa>::dense, Columns<Isa>::packed, integer};
 }

@@ -32,6 +32,8 @@ class IntegerWeight(NativeWeight):
     """
 
     layout: ClassVar[str] = "integer"
+    # Rounded activations are multiplied from the packed weight only.
+    ways: ClassVar[tuple[tuple[str, ...], ...]] = (("packed",),) * 4
     shape: tuple[int, int]
     masks: Tensor
     tile_base: Tensor

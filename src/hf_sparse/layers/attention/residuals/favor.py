@@ -44,7 +44,7 @@ class FavorResidual(Residual):
         keys, values = self._keys.view(blocks), inputs.values.view(blocks)
         sums, products = keys.sum(dim=2), keys.mT @ values
         weights, totals = [], []
-        step = inputs.size * inputs.groups
+        step = inputs.step * inputs.groups
         for i in range(inputs.query_blocks):
             rows = self._queries[:, i * step : (i + 1) * step]
             seen = rest[:, i, :, None].to(sums.dtype)

@@ -1,8 +1,10 @@
-"""The key blocks that matter to a block of queries: own, neighbours, first, and the heaviest.
+"""The keys that matter to a block of queries: its own and its neighbours', the first, the heaviest.
 
-A block's weight is what the softmax over centroids gives it, q c + log |block|, on average over
-the queries. Streams are key heads: query heads that share keys share their blocks, so that these
-are gathered once.
+Some of the queries are asked: what their exact attention gives to each block of keys, on average,
+is its weight. It costs as much of the attention's scores as the share of queries that are asked,
+and finds nearly what all of them would, where means of keys find little: rotary positions turn
+neighbouring keys away from each other. Streams are key heads: query heads that share keys share
+their blocks, so that these are gathered once.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from ..base import Selection, Selector
 from ..inputs import Inputs, ends
 from .own import best_blocks
 
+ASKED = 8  # queries of a block
+
 
 class BlockSelector(Selector):
-    """Key blocks by their centroids."""
+    """Key blocks by the attention of a sample of the queries."""
 
     name: ClassVar[str] = "block"
 
@@ -35,11 +39,16 @@ class BlockSelector(Selector):
         """Shares of attention of key blocks, more than 1 for near ones; (streams, query blocks,
         key blocks)."""
         weights = inputs.near.clone()
-        centroids, sizes = inputs.centroids.mT, inputs.counts.float().log()[:, None]
+        every = max(1, inputs.step // ASKED)
         for i, seen in enumerate(ends(inputs.whole)):
             if seen == 0:
                 continue
-            scores = torch.bmm(inputs.rows(i), centroids[..., :seen]).float() + sizes[..., :seen]
-            scores.masked_fill_(~inputs.whole[:, i, None, :seen], -torch.inf)
-            weights[:, i, :seen] += scores.softmax(dim=-1).nan_to_num().mean(dim=1)
+            rows = inputs.rows(i)
+            asked = rows.view(len(rows), -1, inputs.groups, rows.shape[-1])[:, ::every]
+            keys = inputs.keys[:, : seen * inputs.size]
+            scores = torch.bmm(asked.flatten(1, 2), keys.mT)
+            hidden = ~inputs.whole[:, i, :seen].repeat_interleave(inputs.size, 1)
+            hidden |= ~inputs.valid[:, : seen * inputs.size]
+            shares = scores.masked_fill_(hidden[:, None], -torch.inf).softmax(dim=-1).nan_to_num()
+            weights[:, i, :seen] += shares.mean(dim=1).view(-1, seen, inputs.size).sum(dim=-1)
         return weights
