@@ -26,6 +26,7 @@ def load_data(
     seed: int,
     split: str,
     join_documents: bool = False,
+    causal: bool = True,
 ) -> tuple[CalibrationData, int]:
     """The batches to evaluate on, and the sequence length that holds.
 
@@ -39,12 +40,14 @@ def load_data(
         seed: order in which documents of a file are drawn.
         split: of a data set that is named by its Hub id, or of a `DatasetDict`.
         join_documents: cut one stream of all texts, joined by blank lines.
+        causal: must the model predict the next token?
 
     Raises:
         EvaluationError: a number is out of range, or the model can't take it.
         CalibrationError: the data are unusable; see `make_batches`.
     """
-    check_causal(model)
+    if causal:
+        check_causal(model)
     longest, vocab_size = limits(model)
     seq_len = seq_len or min(LONGEST_SEQUENCE, longest or LONGEST_SEQUENCE)
     if seq_len < 2 or (longest is not None and seq_len > longest):

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .explanation_loss import ExplanationLoss
 from .kept_values import finish_training, prepare_for_training
 
 if TYPE_CHECKING:
     from .callback import SparsityCallback
     from .trainer import SparseTrainer
 
-__all__ = ["SparseTrainer", "SparsityCallback", "finish_training", "prepare_for_training"]
+__all__ = [
+    "ExplanationLoss",
+    "SparseTrainer",
+    "SparsityCallback",
+    "finish_training",
+    "prepare_for_training",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from .predictions import wide
+
 
 def kl_loss(
     student: Float[Tensor, "tokens classes"],
@@ -21,8 +23,8 @@ def kl_loss(
     temperature: float,
 ) -> Float[Tensor, ""]:
     """Mean over the tokens, from logits; in fp32 or wider."""
-    ours = F.log_softmax(_wide(student) / temperature, dim=-1)
-    theirs = F.log_softmax(_wide(teacher) / temperature, dim=-1)
+    ours = F.log_softmax(wide(student) / temperature, dim=-1)
+    theirs = F.log_softmax(wide(teacher) / temperature, dim=-1)
     return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
@@ -31,10 +33,6 @@ def hidden_loss(
     teacher: Sequence[Float[Tensor, "tokens hidden"]],
 ) -> Float[Tensor, ""]:
     """Mean over the layers of |s - t|^2 / |t|^2, in fp32 or wider."""
-    pairs = [(_wide(ours), _wide(theirs)) for ours, theirs in zip(student, teacher, strict=True)]
+    pairs = [(wide(ours), wide(theirs)) for ours, theirs in zip(student, teacher, strict=True)]
     losses = [(ours - theirs).square().sum() / theirs.square().sum() for ours, theirs in pairs]
     return sum(losses[1:], losses[0]) / len(losses)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.element_size() >= 4 else tensor.float()

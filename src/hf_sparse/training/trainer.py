@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Trainer
@@ -15,6 +14,7 @@ from ..core.errors import TrainingError
 from ..layers import sparse_layers
 from .distillation import hidden_loss, kl_loss
 from .kept_values import prepare_for_training
+from .predictions import chosen_positions
 
 
 class SparseTrainer(Trainer):
@@ -125,7 +125,7 @@ class SparseTrainer(Trainer):
         with torch.no_grad():
             taught = self.teacher(**inputs, output_hidden_states=self.hidden_weight > 0)
         causal = getattr(self.accelerator.unwrap_model(model), "loss_type", None) == "ForCausalLM"
-        chosen = _chosen(outputs.logits, labels, inputs.get("attention_mask"), causal)
+        chosen = chosen_positions(outputs.logits, labels, inputs.get("attention_mask"), causal)
         tokens = len(outputs.logits) if chosen is None else int(chosen.sum())
         terms = outputs.logits.new_zeros((), dtype=torch.float32)
         if not tokens:
@@ -170,21 +170,6 @@ def _sizes(model: nn.Module) -> dict[str, int]:
     text = config.get_text_config() if config is not None else None
     names = ("vocab_size", "hidden_size", "num_hidden_layers")
     return {name: getattr(text, name) for name in names if hasattr(text, name)}
-
-
-def _chosen(
-    logits: Tensor, labels: Tensor | None, attention_mask: Tensor | None, causal: bool
-) -> Tensor | None:
-    """Which positions of (batch, tokens, ...) count; None for outputs that have no positions."""
-    if logits.ndim < 3:
-        return None
-    if labels is not None and labels.shape == logits.shape[:-1]:
-        if causal:  # position t predicts token t + 1
-            labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
-        return labels != -100
-    if attention_mask is not None and attention_mask.shape == logits.shape[:-1]:
-        return attention_mask.bool()
-    return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
 
 
 def _states(outputs: Any, chosen: Tensor | None) -> list[Tensor]:

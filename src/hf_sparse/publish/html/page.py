@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from ...evaluation import Evaluation
+from ...evaluation import Evaluation, ExplanationDrift
 from ...pruning.expert_report import MixtureReport
 from ...pruning.report import LayerReport, PruningReport
 from .attention import attention_charts, attention_table
 from .charts import Chart, line_chart
+from .drift import drift_note, drift_table
 from .masks import MaskView
 from .tables import Cell, HeatMap, Table, heat_map, number, text, without_empty_columns
 
@@ -25,7 +26,10 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def page_values(
-    report: PruningReport, masks: Sequence[MaskView], evaluation: Evaluation | None
+    report: PruningReport,
+    masks: Sequence[MaskView],
+    evaluation: Evaluation | None,
+    drift: ExplanationDrift | None = None,
 ) -> dict[str, Any]:
     """Everything that page.html asks for."""
     measured = evaluation or Evaluation()
@@ -38,6 +42,8 @@ def page_values(
         "config": [(text(k), text(json.dumps(v))) for k, v in report.config.items()],
         "measures": _measures(measured),
         "measured_on": _measured_on(measured),
+        "drift": drift_table(drift),
+        "drift_note": drift_note(drift),
         "texts": measured.texts,
         "heat_maps": _heat_maps(report.layers),
         "charts": _charts(report.layers, measured),

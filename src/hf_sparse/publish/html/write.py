@@ -17,7 +17,7 @@ from torch import nn
 from ...checkpoint.folder import write_file
 from ...core.errors import EvaluationError
 from ...core.untrusted_text import brief, printable
-from ...evaluation import Evaluation
+from ...evaluation import Evaluation, ExplanationDrift
 from ...pruning.report import PruningReport
 from ..counted import counted
 from .masks import CORNER, GRID, LAYERS, MaskView, read_masks
@@ -32,6 +32,7 @@ def write_report(
     *,
     masks: nn.Module | str | os.PathLike[str] | None = None,
     evaluation: Evaluation | None = None,
+    drift: ExplanationDrift | None = None,
 ) -> None:
     """Write a report as one HTML file: it has its styles and scripts inside, and fetches nothing.
 
@@ -42,6 +43,7 @@ def write_report(
             dense each of 48 x 48 parts is and the first 128 x 128 weights, of at most 256 layers.
             The zeros of a folder's layers are counted anew.
         evaluation: from `evaluate`, to show beside it.
+        drift: from `explanation_drift`, likewise.
 
     Raises:
         EvaluationError: there is no report.
@@ -57,15 +59,18 @@ def write_report(
         report = counted(report, Path(masks))
     names = [layer.name for layer in report.layers]
     views = [] if masks is None else read_masks(masks, names)
-    write_file(path, render(report, views, evaluation))
+    write_file(path, render(report, views, evaluation, drift))
 
 
 def render(
-    report: PruningReport, masks: list[MaskView], evaluation: Evaluation | None = None
+    report: PruningReport,
+    masks: list[MaskView],
+    evaluation: Evaluation | None = None,
+    drift: ExplanationDrift | None = None,
 ) -> str:
     """The page. Whatever comes from a checkpoint or a model is escaped by the template."""
     style, script, template = (_asset(name) for name in ("page.css", "page.js", "page.html"))
-    values = page_values(report, masks, evaluation)
+    values = page_values(report, masks, evaluation, drift)
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_visible)
     page = environment.from_string(template)
     return page.render(

@@ -41,18 +41,9 @@ void round_x(const IntegerProduct& p, int64_t token_begin, int64_t token_end) {
 
 constexpr IntegerPath kInteger = {round_x, multiply};
 
-// Made when the library is loaded, on any CPU: so this is code for the baseline.
-Path avx2_with_dots() {
-  Path path = kAvx2Path;
-  path.name = "avx-vnni";
-  path.available = available;
-  path.integer = &kInteger;
-  return path;
-}
-
 }  // namespace
 
-const Path kAvxVnniPath = avx2_with_dots();
+const Path kAvxVnniPath = with_integers(kAvx2Path, "avx-vnni", available, &kInteger);
 
 }  // namespace tiles
 #endif

@@ -22,7 +22,7 @@ const Path* const kPaths[] = {
     &kAvx512Path, &kAvx512Vbmi2Path, &kAmxPath,
 #endif
 #if defined(__aarch64__)
-    &kNeonPath,
+    &kNeonPath, &kNeonDotPath,
 #endif
 };
 constexpr int32_t kPathCount = static_cast<int32_t>(sizeof(kPaths) / sizeof(kPaths[0]));

@@ -1,8 +1,58 @@
 // How 256-bit instruction sets decode a step of the integer layout and multiply it, see
 // integer_walk.h. Included inside an anonymous namespace, after vector_path.h.
 
-struct ByteProducts {
+struct Bytes256 {
   using I = __m256i;
+  using F = __m256;
+
+  static TILE_INLINE F zero() { return _mm256_setzero_ps(); }
+  static TILE_INLINE F set1(float a) { return _mm256_set1_ps(a); }
+  static TILE_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+  static TILE_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+  static TILE_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static TILE_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+
+  static TILE_INLINE F floats(const uint16_t* bf16) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+
+  static TILE_INLINE I repeat8(const int8_t* q) {
+    int64_t eight;
+    std::memcpy(&eight, q, 8);
+    return _mm256_set1_epi64x(eight);
+  }
+
+  static TILE_INLINE F neighbours(F a, F b) {
+    const __m256d rows = _mm256_castps_pd(_mm256_hadd_ps(a, b));  // 0 1 4 5 | 2 3 6 7
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(rows, 0xd8));
+  }
+
+  // What `offset` more in each code added to a block's sums.
+  static TILE_INLINE I excess(const RoundedBlock& block, int32_t offset) {
+    int64_t both;
+    std::memcpy(&both, block.sums, 8);
+    return _mm256_mullo_epi32(_mm256_set1_epi64x(both), _mm256_set1_epi32(offset));
+  }
+
+  static TILE_INLINE void store8(void* y, int64_t at, int32_t dtype, F a) {
+    if (dtype == kF32) return store(static_cast<float*>(y) + at, a);
+    auto* to = reinterpret_cast<__m128i*>(static_cast<uint16_t*>(y) + at);
+    if (dtype == kF16) {
+      return _mm_storeu_si128(to, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    const I u = _mm256_castps_si256(a);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const I even = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+    const I nan = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    const I is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const I top = _mm256_srli_epi32(_mm256_blendv_epi8(even, nan, is_nan), 16);
+    const I both = _mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0xd8);
+    _mm_storeu_si128(to, _mm256_castsi256_si128(both));
+  }
+};
+
+struct ByteProducts : Bytes256 {
 
   // Codes of 4 bits become 0 to 15, and the sum of a pair's products fits 16 bits 8 times over. Those
   // of 8 bits keep their sign, which is handed to x.
@@ -11,7 +61,6 @@ struct ByteProducts {
 
   template <int32_t B>
   struct Sum {
-    static constexpr int32_t kOffset = offset<B>;
     I wide, narrow;
 
     // Said, because GCC gives an implied one no target.
@@ -30,8 +79,9 @@ struct ByteProducts {
       asm("" : "+x"(sum));
       return sum;
     }
-    TILE_INLINE I less(I excess) const {
-      return B == kCodes4 ? _mm256_sub_epi32(widened(narrow), excess) : wide;
+    TILE_INLINE F less(const RoundedBlock& block) const {
+      if constexpr (B != kCodes4) return _mm256_cvtepi32_ps(wide);
+      return _mm256_cvtepi32_ps(_mm256_sub_epi32(widened(narrow), excess(block, offset<B>)));
     }
   };
 

@@ -6,12 +6,13 @@ struct VnniProducts : ByteProducts {
 
   template <int32_t B>
   struct Sum {
-    static constexpr int32_t kOffset = offset<B>;
     I wide;
 
     TILE_INLINE Sum() : wide(_mm256_setzero_si256()) {}
     TILE_INLINE void add(I codes, I x) { wide = _mm256_dpbusd_epi32(wide, codes, x); }
-    TILE_INLINE I less(I excess) const { return _mm256_sub_epi32(wide, excess); }
+    TILE_INLINE F less(const RoundedBlock& block) const {
+      return _mm256_cvtepi32_ps(_mm256_sub_epi32(wide, excess(block, offset<B>)));
+    }
   };
 
   template <int32_t B, int32_t K>

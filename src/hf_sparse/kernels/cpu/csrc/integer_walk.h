@@ -1,83 +1,53 @@
-// The integer products on vectors of 32 bytes, written once over a `Dot` that knows how a step is
-// decoded and multiplied. Included inside an anonymous namespace, after vector_path.h.
+// The integer products, written once over a `Dot` that knows how a step is held, decoded and
+// multiplied. Included inside an anonymous namespace, after vector_path.h.
 //
 // One token: each step is decoded in registers and multiplied at once. More tokens: a span of four
 // tiles is decoded to 4 KB of scratch, and all tokens take it from there, four at a time.
 //
 // A Dot has:
+//   I, a step of 32 bytes, and F, 8 numbers in fp32, with zero, load, store, add and fma;
+//   floats(bf16): 8 of them. store8: 8 to memory in any dtype. repeat8: 8 bytes, as often as a step
+//   has octets. neighbours(a, b): sums of the four pairs of a and of the four of b.
 //   next<bits, kept>(values, masks, count): the step at `values` as `add` takes it; moves `values` on
 //   by the step's bytes. `count` codes of each octet are kept, if that is fixed.
-//   Sum<bits>: of steps' products, over the units of a block at most; `less` takes off what codes have
-//   too much in them.
-//   offset<bits>: that is what was added to each code.
+//   Sum<bits>: of steps' products, over the units of a block at most; `less(block)` takes off what
+//   codes have too much in them, and is an F: of each row the halves of its octets.
 
 template <class Dot>
 struct IntegerWalk {
-  using I = __m256i;
-  using F = __m256;
+  using I = typename Dot::I;
+  using F = typename Dot::F;
   static constexpr int64_t kTiles = 4;
   static constexpr int kTokens = 4;
   static constexpr int64_t kBlockUnits = kLargestBlock / kOctet;
-
-  static TILE_INLINE F floats(const uint16_t* bf16) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-  }
-
-  static TILE_INLINE I repeat8(const int8_t* q) {
-    int64_t eight;
-    std::memcpy(&eight, q, 8);
-    return _mm256_set1_epi64x(eight);
-  }
 
   // Sums of a span: rows 0-3 and 4-7, of each the halves of its octets.
   struct Halves {
     F low, high;
 
-    TILE_INLINE Halves() : low(_mm256_setzero_ps()), high(_mm256_setzero_ps()) {}
+    TILE_INLINE Halves() : low(Dot::zero()), high(Dot::zero()) {}
   };
 
   template <class Sum>
   static TILE_INLINE void add_block(Halves& to, const Sum& low, const Sum& high,
                                     const RoundedBlock& block) {
-    int64_t both;
-    std::memcpy(&both, block.sums, 8);
-    const I excess = _mm256_mullo_epi32(_mm256_set1_epi64x(both), _mm256_set1_epi32(Sum::kOffset));
-    const F step = _mm256_set1_ps(block.step);
-    to.low = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low.less(excess)), step, to.low);
-    to.high = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high.less(excess)), step, to.high);
+    const F step = Dot::set1(block.step);
+    to.low = Dot::fma(low.less(block), step, to.low);
+    to.high = Dot::fma(high.less(block), step, to.high);
   }
 
   // total + scaled sums of a span, for 8 rows in order.
   static TILE_INLINE F add_span(F total, const Halves& sums, F scale) {
-    // Rows (0 1 4 5 | 2 3 6 7) after the addition of neighbours.
-    const __m256d rows = _mm256_castps_pd(_mm256_hadd_ps(sums.low, sums.high));
-    return _mm256_fmadd_ps(_mm256_castpd_ps(_mm256_permute4x64_pd(rows, 0xd8)), scale, total);
-  }
-
-  static TILE_INLINE void store8(void* y, int64_t at, int32_t dtype, F a) {
-    if (dtype == kF32) return _mm256_storeu_ps(static_cast<float*>(y) + at, a);
-    auto* to = reinterpret_cast<__m128i*>(static_cast<uint16_t*>(y) + at);
-    if (dtype == kF16) {
-      return _mm_storeu_si128(to, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    }
-    const I u = _mm256_castps_si256(a);
-    const I odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    const I even = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
-    const I nan = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-    const I is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-    const I top = _mm256_srli_epi32(_mm256_blendv_epi8(even, nan, is_nan), 16);
-    const I both = _mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0xd8);
-    _mm_storeu_si128(to, _mm256_castsi256_si128(both));
+    return Dot::fma(Dot::neighbours(sums.low, sums.high), scale, total);
   }
 
   static TILE_INLINE void store_rows(const IntegerProduct& p, int64_t tile, int64_t token, F sums) {
-    if (p.bias) sums = _mm256_add_ps(sums, _mm256_loadu_ps(p.bias + tile * kOctet));
+    if (p.bias) sums = Dot::add(sums, Dot::load(p.bias + tile * kOctet));
     const int64_t at = token * p.y_stride + tile * kOctet;
     const int64_t rows = min64(kOctet, p.weight->n - tile * kOctet);
-    if (rows == kOctet) return store8(p.y, at, p.y_dtype, sums);
+    if (rows == kOctet) return Dot::store8(p.y, at, p.y_dtype, sums);
     float each[kOctet];
-    _mm256_storeu_ps(each, sums);
+    Dot::store(each, sums);
     for (int64_t r = 0; r < rows; ++r) store_from_float(p.y, at + r, p.y_dtype, each[r]);
   }
 
@@ -92,7 +62,7 @@ struct IntegerWalk {
       const uint8_t* masks = K == kKeptAll ? values : w.tile_masks(tile);
       const int8_t* q = p.q;
       const RoundedBlock* block = p.blocks;
-      F total = _mm256_setzero_ps();
+      F total = Dot::zero();
       for (int64_t span = 0; span < w.spans(); ++span) {
         Halves sums;
         int64_t left = min64(w.span_units(), w.units() - span * w.span_units());
@@ -100,7 +70,7 @@ struct IntegerWalk {
           typename Dot::template Sum<B> low, high;
           const auto unit = [&]() TILE_INLINE_LAMBDA {
             __builtin_prefetch(values + kPrefetchBytes);
-            const I x = repeat8(q);
+            const I x = Dot::repeat8(q);
             low.add(Dot::template next<B, K>(values, masks, w.kept), x);
             high.add(Dot::template next<B, K>(values, masks + 4, w.kept), x);
             if (K != kKeptAll) masks += kOctet;
@@ -115,7 +85,7 @@ struct IntegerWalk {
           }
           add_block(sums, low, high, *block);
         }
-        total = add_span(total, sums, floats(w.span_scales(tile, span)));
+        total = add_span(total, sums, Dot::floats(w.span_scales(tile, span)));
       }
       store_rows(p, tile, 0, total);
     }
@@ -133,9 +103,9 @@ struct IntegerWalk {
       const int64_t here = min64(units, w.block_units());
       typename Dot::template Sum<B> exact[T][2];
       for (int64_t u = 0; u < here; ++u, steps += 2, q += kOctet) {
-        const I low = _mm256_load_si256(steps), high = _mm256_load_si256(steps + 1);
+        const I low = steps[0], high = steps[1];
         TILE_UNROLL for (int t = 0; t < T; ++t) {
-          const I x = repeat8(q + t * q_stride);
+          const I x = Dot::repeat8(q + t * q_stride);
           exact[t][0].add(low, x);
           exact[t][1].add(high, x);
         }
@@ -148,7 +118,7 @@ struct IntegerWalk {
     }
     TILE_UNROLL for (int t = 0; t < T; ++t) {
       float* to = totals + t * kOctet;
-      _mm256_storeu_ps(to, add_span(_mm256_loadu_ps(to), sums[t], scale));
+      Dot::store(to, add_span(Dot::load(to), sums[t], scale));
     }
   }
 
@@ -184,8 +154,8 @@ struct IntegerWalk {
           I* to = decoded + t * tile_steps;
           for (int64_t u = 0; u < units; ++u, to += 2) {
             __builtin_prefetch(values[t] + kPrefetchBytes);
-            _mm256_store_si256(to, Dot::template next<B, K>(values[t], masks[t], w.kept));
-            _mm256_store_si256(to + 1, Dot::template next<B, K>(values[t], masks[t] + 4, w.kept));
+            to[0] = Dot::template next<B, K>(values[t], masks[t], w.kept);
+            to[1] = Dot::template next<B, K>(values[t], masks[t] + 4, w.kept);
             if (K != kKeptAll) masks[t] += kOctet;
           }
         }
@@ -193,14 +163,14 @@ struct IntegerWalk {
           for (int64_t t = 0; t < tiles; ++t) {
             run_micro<B, kTokens>(min64(kTokens, p.m - token), w, decoded + t * tile_steps, units,
                                   p.span_q(span, token), p.span_blocks(span, token),
-                                  floats(w.span_scales(first + t, span)),
+                                  Dot::floats(w.span_scales(first + t, span)),
                                   totals + (t * p.m + token) * kOctet);
           }
         }
       }
       for (int64_t t = 0; t < tiles; ++t) {
         for (int64_t m = 0; m < p.m; ++m) {
-          store_rows(p, first + t, m, _mm256_loadu_ps(totals + (t * p.m + m) * kOctet));
+          store_rows(p, first + t, m, Dot::load(totals + (t * p.m + m) * kOctet));
         }
       }
     }

@@ -202,7 +202,17 @@ struct Path {
 };
 
 extern const Path kScalarPath, kAvx2Path, kAvxVnniPath, kAvx512Path, kAvx512Vbmi2Path, kAmxPath,
-    kNeonPath;
+    kNeonPath, kNeonDotPath;
+
+// A path that differs in its name and its integer products alone. Outside of an instruction set's
+// code, since it runs when the library is loaded, on any CPU.
+inline Path with_integers(Path path, const char* name, bool (*available)(),
+                          const IntegerPath* integer) {
+  path.name = name;
+  path.available = available;
+  path.integer = integer;
+  return path;
+}
 
 // A thread's scratch memory, 64-byte aligned, kept between calls because asking the system for
 // fresh pages costs more than a small product. Null when there is no memory.
