@@ -14,8 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import hf_sparse
 from hf_sparse.core.attention_settings import METHODS
 
-STEPS, SEEDS = (*map(int, sys.argv[1:]), *(1000, 1)[len(sys.argv) - 1 :])
-LENGTHS = 128, 256
+STEPS, SEEDS, LENGTHS = (*map(int, sys.argv[1:]), *(1000, 1)[len(sys.argv) - 1 :], (128, 256))
 OPERATORS = {"[MIN": min, "[MAX": max, "[MED": median, "[SM": sum}
 WORDS = ["PAD", "CLS", "]", *OPERATORS, *map(str, range(10))]
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_labels": 10}
