@@ -21,7 +21,7 @@ def measured_table() -> str:
     least, usual = found["dense"], means[REFERENCE]
     lines = [f"| dense, bf16 | 1 | {least:.2f} | | | |"]
     for name, row in sorted(means.items(), key=lambda item: -item[1]["bytes"]):
-        loss = (row["perplexity"] - least) / (usual["perplexity"] - least)
+        loss = round((row["perplexity"] - least) / (usual["perplexity"] - least), 2) + 0.0
         lines.append(
             f"| {label(name)} | {row['bytes']:.3f} | {row['perplexity']:.2f} | {loss:.2f} "
             f"| {row['cpu_seconds']:.0f} | {row['peak_megabytes']:.0f} |"

@@ -1,4 +1,4 @@
-"""The arguments of `SparseConfig`, each declared once: here, and in `layer_arguments`.
+"""The arguments of `SparseConfig`, each declared once: here, in `layer_arguments`, `run_arguments`.
 
 The signature, the checks of single values, the docstring, the command line's options and the
 docs' table are made from these lines. Nothing here needs torch: the command line reads it for a
@@ -21,7 +21,7 @@ from ..core.renamed import current_names
 from ..core.untrusted_text import brief
 from .argument import Argument
 from .checks import choice, integer, optional, share
-from .layer_arguments import LayerArguments
+from .run_arguments import RunArguments
 
 EXPERTS = "mixtures of experts"
 
@@ -30,7 +30,7 @@ RENAMED = {"damp_percent": "damping"}
 
 
 @dataclass(eq=False, repr=False)
-class Arguments(LayerArguments):
+class Arguments(RunArguments):
     """The arguments as fields; `SparseConfig` has them, and what follows from them together."""
 
     experts: Argument[float | None, float | None] = Argument(

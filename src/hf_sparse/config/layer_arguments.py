@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..core.attention_settings import AttentionSettings, check_attention
-from ..core.preferences import PREFERENCES
 from .argument import Argument
-from .checks import choice, group_width, integer, optional, positive, regexes, share
+from .checks import choice, group_width, integer, optional, positive, regexes
 
 Pairs = Mapping[str, float] | Sequence[Any]  # {regex: fraction}, in JSON a list of pairs
 Names = Argument[Sequence[str] | None, list[str] | None]
@@ -19,13 +17,12 @@ WHAT = "what to prune"
 HOW = "method"
 DATA = "data"
 STORAGE = "storage"
-ATTENTION = "attention"
 THE_METHOD = "what the method says"
 
 
 @dataclass(eq=False, repr=False)
 class LayerArguments:
-    """The arguments as fields, but for those of mixtures of experts."""
+    """The arguments as fields, but for those of `run_arguments` and of mixtures of experts."""
 
     sparsity: Argument[float | Pairs | None, float | dict[str, float] | None] = Argument(
         None,
@@ -204,47 +201,4 @@ class LayerArguments:
         'Storage: "auto" (the smallest that fits, layer by layer), "bitmask", "n:m" or "dense".',
         STORAGE,
         shell_help="auto (the smallest that fits, layer by layer), bitmask, n:m or dense.",
-    )
-    input_sparsity: Argument[float | None, float | None] = Argument(
-        None,
-        "Share of each layer's inputs that count as 0, 0 < s < 1: those whose size is at most a "
-        "threshold, one number a layer, below which that share of the calibration data's are. On a "
-        "CPU a token's products then read the other inputs' weights alone. It needs calibration "
-        "data, and holds for layers of sparsity 0 too.",
-        STORAGE,
-        optional(share),
-    )
-    prefer: Argument[str, str] = Argument(
-        "auto",
-        'What sparse layers are to be on the machine that runs them: "memory", packed wherever a '
-        'kernel can multiply them; "speed", packed or dense, whichever is faster for a token; '
-        '"auto", packed unless that makes the model clearly slower. `from_pretrained` takes it for '
-        "a sparse checkpoint, too, and `hf_sparse.prefer` changes it later.",
-        STORAGE,
-        partial(choice, allowed=PREFERENCES),
-    )
-    activations: Argument[str | None, str | None] = Argument(
-        None,
-        'What CPUs may round the inputs of layers with `bits` to: "int8", in blocks of 32 inputs '
-        "or a group, which makes their products much faster and changes them by up to half a step "
-        "of max |x| / 127. Pruning and saved weights are the same without. `from_pretrained` takes "
-        "it for a sparse checkpoint, too, and `hf_sparse.round_activations` changes it later.",
-        STORAGE,
-        partial(choice, allowed=(None, "int8")),
-        "nothing",
-    )
-    attention: Argument[
-        str | Mapping[str, Any] | AttentionSettings | None, AttentionSettings | None
-    ] = Argument(
-        None,
-        'Sparse attention of the model: a method, e.g. "hs_block", or a dict with its settings, '
-        '{"method": "hs_block", "keys": 1024}. Saved with the model, which has it again where '
-        "hf_sparse loads it. With sparsity 0 it is all that changes. `from_pretrained` takes it "
-        "for a sparse checkpoint, too, and `hf_sparse.use_attention` changes it later.",
-        ATTENTION,
-        check_attention,
-        "exact",
-        shell_help="Sparse attention of the model: a method, e.g. hs_block, or JSON with its "
-        'settings, \'{"method": "hs_block", "keys": 1024}\'. Saved with the model, which has it '
-        "again where hf_sparse loads it. With sparsity 0 it is all that changes.",
     )

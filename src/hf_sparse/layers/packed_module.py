@@ -112,9 +112,7 @@ class PackedModule(nn.Module):
         packed = self.packed
         if any(tensor.is_meta for tensor in packed.values()):
             return
-        zeros = 0.0 if self.threshold is None else self.threshold.share
-        wanted = self.weight_dtype, self.form, self.activations, zeros
-        choice = choose(StoredWeight(self.format, packed, self.shape, *wanted))
+        choice = choose(_for_kernels(self, packed))
         self.trace = choice.trace
         if choice.kernel is not None:
             self.use(choice.kernel)
@@ -222,6 +220,13 @@ class PackedModule(nn.Module):
             if (low_rank := self.low_rank) is not None:
                 low_rank.check(self.shape)
             self.resolve()
+
+
+def _for_kernels(layer: PackedModule, packed: Packed) -> StoredWeight:
+    """What kernels choose by."""
+    zeros = 0.0 if layer.threshold is None else layer.threshold.share
+    wanted = layer.weight_dtype, layer.form, layer.activations, zeros
+    return StoredWeight(layer.format, packed, layer.shape, *wanted)
 
 
 def _has_contents(layer: PackedModule) -> bool:
