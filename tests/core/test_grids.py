@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hf_sparse.core import grids
 from hf_sparse.core.grids import CLIPPING, Grid
 
 GRIDS = [
@@ -191,3 +192,16 @@ def test_the_arguments_are_left_alone():
     scales.round(weight)
     scales.round_column(weight[:, 0], 0)
     assert torch.equal(weight, before)
+
+
+@every_grid
+@pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
+def test_the_native_search_finds_what_torch_finds(grid, weighted, monkeypatch):
+    weight = some_weight(rows=40, columns=259)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    importance = weight.abs().mean(dim=0) if weighted else None
+    found = grid.fit(weight, mask, importance)
+    monkeypatch.setattr(grids, "library_for", lambda *tensors: None)
+    expected = grid.fit(weight, mask, importance)
+    assert torch.equal(found.scale, expected.scale)
+    assert grid.sym or torch.equal(found.zero, expected.zero)

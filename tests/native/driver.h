@@ -30,6 +30,8 @@ int32_t whole_nonzero_bits(int64_t, int64_t, const void*, int64_t, int32_t, uint
 int32_t whole_kept_items(int64_t, int64_t, const void*, int64_t, const uint8_t*, int64_t, void*,
                          ParallelFor);
 int32_t whole_zero_outside(int64_t, const void*, int64_t, const uint8_t*, void*, ParallelFor);
+int32_t whole_rounding_errors(int64_t, int64_t, int64_t, const float*, const float*, const int16_t*,
+                              int32_t, const float*, float*, ParallelFor);
 int32_t whole_all_finite(int64_t, const void*, int32_t);
 int32_t tile_row(const Row*, const void*, void*);
 int32_t integer_row(const Row*, const void*, void*);

@@ -253,6 +253,17 @@ void one_whole_weight() {
   ++outcomes[finite < 0 ? "all_finite: refused" : "all_finite: answered"];
   counted("zero_outside", whole_zero_outside(own(rows * k), pointer(items.data), own_size(),
                                              pointer(mask.data), pointer(items.data), nullptr));
+  const int64_t width = uniform(1, k), groups = k / width;
+  Bytes scales(rows * groups * 4), zeros(rows * groups * 2), factors(groups * width * 4);
+  Bytes errors(rows * groups * width * 4);
+  const auto floats = [](const Bytes& bytes) { return reinterpret_cast<float*>(bytes.data); };
+  const auto* points = chance(0.5) ? nullptr : reinterpret_cast<const int16_t*>(zeros.data);
+  counted("rounding_errors",
+          whole_rounding_errors(own(rows), own(groups), own(width), pointer(floats(scores)),
+                                pointer(floats(scales)), points,
+                                static_cast<int32_t>(uniform(-1, 255)),
+                                chance(0.5) ? nullptr : floats(factors), pointer(floats(errors)),
+                                nullptr));
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int16
 from torch import Tensor
 
+from .native import call, library_for
 from .shapes import row_blocks
 
 # Fractions of the full range that are tried; the first of equally good ones is taken.
@@ -88,20 +89,20 @@ class Grid:
         kept = weight.float() if mask is None else weight.float().where(mask, 0)
         grouped = self._grouped(kept)
         low, high = grouped.amin(dim=2).clamp(max=0), grouped.amax(dim=2).clamp(min=0)
-        best = self._scales(low, high, 1.0)
         if not search:
-            return best
+            return Scales(self, *self._placed(low, high, 1.0))
         factor = None
         if importance is not None:
             factor = self._grouped(importance.float().unsqueeze(0))
-        error = _squared_error(best, grouped, factor)
-        for ratio in CLIPPING[1:]:
-            scales = self._scales(low, high, ratio)
-            candidate = _squared_error(scales, grouped, factor)
-            better = candidate < error
-            error = candidate.where(better, error)
-            best = _select(better, scales, best)
-        return best
+        # All at once: for each ratio there are few, and many operations on few take long.
+        scale, zero = self._placed(low, high, low.new_tensor(CLIPPING)[:, None, None])
+        tried = [
+            Scales(self, scale[i], None if zero is None else zero[i]) for i in range(len(CLIPPING))
+        ]
+        errors = torch.stack([_squared_error(scales, grouped, factor) for scales in tried])
+        best = errors.argmin(dim=0, keepdim=True)  # the first of several
+        zero = None if zero is None else zero.gather(0, best)[0]
+        return Scales(self, scale.gather(0, best)[0], zero)
 
     def _grouped(self, matrix: Float[Tensor, "rows in"]) -> Float[Tensor, "rows groups width"]:
         """Groups side by side; a short last one is filled with zeros, which cost nothing."""
@@ -109,8 +110,10 @@ class Grid:
         width = self.width(columns)
         return F.pad(matrix, (0, -columns % width)).view(rows, -1, width)
 
-    def _scales(self, low: Tensor, high: Tensor, ratio: float) -> Scales:
-        """The grid over ratio * [low, high], where low <= 0 <= high."""
+    def _placed(
+        self, low: Tensor, high: Tensor, ratio: float | Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of the grid over ratio * [low, high], where low <= 0 <= high."""
         if self.sym:
             scale = torch.maximum(-low, high) / (self.levels // 2) * ratio
         else:
@@ -119,9 +122,9 @@ class Grid:
         scale = scale.bfloat16().float()
         scale = scale.where(scale >= torch.finfo(torch.bfloat16).tiny, 1)
         if self.sym:
-            return Scales(self, scale, None)
+            return scale, None
         zero = (-low * ratio / scale).round().clamp(0, self.levels)
-        return Scales(self, scale, zero.to(torch.int16))
+        return scale, zero.to(torch.int16)
 
 
 @dataclass(frozen=True)
@@ -202,13 +205,14 @@ def _nearest(grid: Grid, values: Tensor, scale: Tensor, zero: Tensor | None) -> 
 
 def _squared_error(scales: Scales, grouped: Tensor, importance: Tensor | None) -> Tensor:
     """Sum of squared rounding errors of each group, shape (out, groups)."""
-    rounded = scales._codes(grouped).mul_(scales.scale.unsqueeze(2))
+    scale, zero = scales.scale, scales.zero
+    library = library_for(grouped, scale)
+    if library is not None and grouped.numel():
+        grouped = grouped.contiguous()
+        error = torch.empty_like(grouped)
+        arrays = zero, scales.grid.levels, importance
+        call(library.whole_rounding_errors, *grouped.shape, grouped, scale, *arrays, error)
+        return error.sum(dim=2)
+    rounded = scales._codes(grouped).mul_(scale.unsqueeze(2))
     error = rounded.sub_(grouped).square_()
     return (error if importance is None else error.mul_(importance)).sum(dim=2)
-
-
-def _select(chosen: Tensor, left: Scales, right: Scales) -> Scales:
-    zero = None
-    if left.zero is not None and right.zero is not None:
-        zero = left.zero.where(chosen, right.zero)
-    return Scales(left.grid, left.scale.where(chosen, right.scale), zero)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .recording import recording
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 FOLDER = Path(__file__).parents[1] / "kernels" / "cpu"
 
 # As `csrc/tiles.h` numbers them.
@@ -32,6 +32,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "whole_kept_items": [_I64, _I64, _PTR, _I64, _PTR, _I64, _PTR, _PTR],
     # count, items, item_size, mask, out, pool
     "whole_zero_outside": [_I64, _PTR, _I64, _PTR, _PTR, _PTR],
+    # rows, groups, width, values, scales, zeros, levels, importance, out, pool
+    "whole_rounding_errors": [*[_I64] * 3, *[_PTR] * 3, _I32, *[_PTR] * 3],
     # count, items, dtype
     "whole_all_finite": [_I64, _PTR, _I32],
 }

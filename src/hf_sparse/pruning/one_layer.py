@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..calibration.layer_statistics import Observed
+from ..core.bits import unpack_numbers
 from ..core.counting import all_finite, count_zeros
 from ..core.errors import CalibrationError, SolveError
 from ..core.grids import QuantizedWeight
@@ -15,7 +17,9 @@ from ..core.input_threshold import InputThreshold
 from ..core.low_rank import LowRank
 from ..core.statistics import OutputMetric
 from ..formats import Dense, choose_format
+from ..formats.base import Format
 from ..formats.bitmask import Bitmask
+from ..formats.quantized import Quantized
 from ..layers import SparseLinear
 from ..layers.replace import ModuleParents, pack_linear
 from ..solvers import Solution
@@ -64,7 +68,7 @@ class PrunedLayer:
                 # Nearly no zeros, but a dense layer has no low-rank part.
                 fmt = choose_format(weight, pattern, Bitmask.name)
             sparse = pack_linear(module, held, fmt, low_rank, self.threshold)
-            self._check_zeros(_stored_zeros(sparse, weight.numel()))
+            self._check_zeros(_stored_zeros(sparse, fmt, weight))
             parents.replace(module, sparse)
             stored = sparse.resident_bytes()  # before a kernel takes the weight over
             sparse.resolve()
@@ -88,13 +92,16 @@ class PrunedLayer:
             )
 
 
-def _stored_zeros(sparse: SparseLinear, weights: int) -> int:
-    """Zeros of a packed layer, in what will be saved; values that lie there as they are need not
-    be unpacked for it."""
+def _stored_zeros(sparse: SparseLinear, fmt: Format, weight: Tensor) -> int:
+    """Zeros of a packed layer, in what will be saved; values that lie there as they are, and codes,
+    need not be unpacked for it."""
     values = sparse.packed.get("weight")
-    if values is None or not values.is_floating_point():
+    # A code times its scale may be less than fp16 can tell from 0.
+    if isinstance(fmt, Quantized) and values is not None and weight.dtype is not torch.float16:
+        values = unpack_numbers(values, fmt.grid.bits)
+    elif values is None or not values.is_floating_point():
         return count_zeros(sparse.sparse_weight)
-    return weights - values.numel() + count_zeros(values)
+    return weight.numel() - values.numel() + count_zeros(values)
 
 
 def solve_layer(

@@ -122,7 +122,7 @@ const Path* integer_path(int32_t path) {
 
 using namespace tiles;
 
-TILE_EXPORT int32_t tile_abi_version() { return 9; }
+TILE_EXPORT int32_t tile_abi_version() { return 10; }
 
 TILE_EXPORT int32_t tile_path_count() { return kPathCount; }
 

@@ -135,3 +135,25 @@ TILE_EXPORT int32_t whole_all_finite(int64_t count, const void* items, int32_t d
   const uint32_t limit = dtype == kF32 ? 0x7f800000u : dtype == kBF16 ? 0x7f80u : 0x7c00u;
   return loops().any_at_least[dtype == kF32 ? 1 : 0](items, count, limit) ? 0 : 1;
 }
+
+// Of each of rows x groups groups, which lie side by side; `zeros` holds zero points in
+// [0, levels], or is null for codes in [-levels / 2, levels / 2]; `importance` is one row, or null.
+TILE_EXPORT int32_t whole_rounding_errors(int64_t rows, int64_t groups, int64_t width,
+                                          const float* values, const float* scales,
+                                          const int16_t* zeros, int32_t levels,
+                                          const float* importance, float* out, ParallelFor pool) {
+  if (!is_count(rows) || !is_count(groups) || !is_count(width)) return kBadSize;
+  if (!is_count(groups * width) || levels < 1) return kBadSize;
+  if (!values || !scales || !out) return kNoArray;
+  const auto top = static_cast<float>(levels), half = static_cast<float>(levels / 2);
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * groups; i < end * groups; ++i) {
+      const float zero = zeros ? static_cast<float>(zeros[i]) : half;
+      loops().rounding_errors(values + i * width, width, scales[i], -zero,
+                              zeros ? top - zero : half,
+                              importance ? importance + i % groups * width : nullptr,
+                              out + i * width);
+    }
+  };
+  return run(pool, rows, row_grain(groups * width), body);
+}

@@ -24,6 +24,10 @@ struct WholeLoops {
   void (*kept_items[kItemSizes])(const void* row, int64_t k, const uint8_t* bits, int64_t count,
                                  void* out);
   void (*zero_outside[kItemSizes])(const void* items, const uint8_t* mask, int64_t count, void* out);
+  // What rounding costs `width` numbers: (scale q - value)^2, times `importance` unless it is null,
+  // with q the whole number in [low, high] that is nearest to value / scale.
+  void (*rounding_errors)(const float* values, int64_t width, float scale, float low, float high,
+                          const float* importance, float* out);
   // Is a number at or above a limit once its sign is gone? Of 2 and 4 bytes.
   bool (*any_at_least[2])(const void* items, int64_t count, uint32_t limit);
 };

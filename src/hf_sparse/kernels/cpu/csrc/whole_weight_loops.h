@@ -182,6 +182,20 @@ void zero_outside(const void* items, const uint8_t* mask, int64_t count, void* o
   }
 }
 
+void rounding_errors(const float* values, int64_t width, float scale, float low, float high,
+                     const float* importance, float* out) {
+  for (int64_t i = 0; i < width; ++i) {
+    const float code = __builtin_rintf(values[i] / scale);
+    out[i] = (code < low ? low : code > high ? high : code) * scale;
+  }
+  // A loop of its own: no compiler makes one operation, rounded once, of product and difference.
+  for (int64_t i = 0; i < width; ++i) {
+    const float error = out[i] - values[i];
+    out[i] = error * error;
+  }
+  for (int64_t i = 0; importance && i < width; ++i) out[i] *= importance[i];
+}
+
 template <class T>
 bool any_at_least(const void* items, int64_t count, uint32_t limit) {
   const auto unsign = static_cast<T>(static_cast<T>(~T{0}) >> 1);
@@ -199,5 +213,6 @@ constexpr WholeLoops kLoops = {
     {nonzero_bits<uint8_t>, nonzero_bits<uint16_t>, nonzero_bits<uint32_t>, nonzero_bits<uint64_t>},
     {kept_items<uint8_t>, kept_items<uint16_t>, kept_items<uint32_t>, kept_items<uint64_t>},
     {zero_outside<uint8_t>, zero_outside<uint16_t>, zero_outside<uint32_t>, zero_outside<uint64_t>},
+    rounding_errors,
     {any_at_least<uint16_t>, any_at_least<uint32_t>},
 };
