@@ -12,7 +12,7 @@ from .untrusted_text import brief
 
 # What each name selects, and what stands for the pairs that it doesn't.
 METHODS: Mapping[str, tuple[str, str]] = {
-    "hs_block": ("block", "centroids"),
+    "hs_block": ("block", "nothing"),
     "hs_smyrf": ("smyrf", "nothing"),
     "hs_routing": ("routing", "nothing"),
     "hs_mongoose": ("mongoose", "nothing"),
@@ -41,10 +41,10 @@ class AttentionSettings:
     """
 
     method: str = "hs_block"
-    keys: int = 1024
+    keys: int = 2048
     block: int = 128
     key_block: int = 32
-    from_length: int = 4096
+    from_length: int = 8192
     selector: str = ""
     residual: str = ""
     features: int = 128

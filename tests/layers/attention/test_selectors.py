@@ -193,4 +193,4 @@ def test_a_method_that_learns_needs_data(method):
         hf_sparse.use_attention(model, method)
     model.set_attn_implementation(method)
     with pytest.raises(ConfigError, match="learns from data"):
-        model(torch.zeros(1, 5000, dtype=torch.long))
+        model(torch.zeros(1, 9000, dtype=torch.long))

@@ -1,0 +1,60 @@
+"""Accuracy of each sparse attention on ListOps of Long Range Arena (Tay et al. 2021), generated.
+
+`listops.py STEPS SEEDS` trains a small encoder with exact attention on [MAX 2 9 [MIN 4 7 ] 0 ],
+whose value is a digit, and measures every method with a quarter of the keys at two lengths.
+"""
+
+import random
+import sys
+from statistics import median
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+import hf_sparse
+from hf_sparse.core.attention_settings import METHODS
+
+STEPS, SEEDS, LENGTHS = (*map(int, sys.argv[1:]), *(1000, 1)[len(sys.argv) - 1 :], (128, 256))
+OPERATORS = {"[MIN": min, "[MAX": max, "[MED": median, "[SM": sum}
+WORDS = ["PAD", "CLS", "]", *OPERATORS, *map(str, range(10))]
+SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_labels": 10}
+SIZES |= {"vocab_size": len(WORDS), "intermediate_size": 128, "hidden_dropout_prob": 0.0}
+
+
+def expression(draw: random.Random, length: int) -> tuple[list[str], int]:
+    """An expression of at most `length` words, and its value."""
+    if length < 5:
+        return [str(digit := draw.randrange(10))], digit
+    operator, words, values = draw.choice(list(OPERATORS)), [], []
+    for left in range(draw.randint(2, min(5, length - 2)), 0, -1):
+        most = (length - 2 - len(words)) // left
+        part, value = expression(draw, most if draw.random() < 0.7 else 1)
+        words, values = words + part, [*values, value]
+    return [operator, *words, "]"], int(OPERATORS[operator](values)) % 10
+
+
+def batch(draw: random.Random, length: int, count: int) -> dict[str, torch.Tensor]:
+    ids, labels = torch.zeros(count, length, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+    for i in range(count):
+        words, labels[i] = expression(draw, length - 1)
+        ids[i, : len(words) + 1] = torch.tensor([1, *map(WORDS.index, words)])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+
+for seed in range(SEEDS):
+    torch.manual_seed(seed)
+    draw, model = random.Random(seed), BertForSequenceClassification(BertConfig(**SIZES))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(STEPS):
+        model(**batch(draw, draw.choice(LENGTHS), 32)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().requires_grad_(False)
+    for length in LENGTHS:
+        test = batch(draw, length, 500)
+        settings = {"keys": length // 4, "block": 16, "key_block": 4, "from_length": 0}
+        for method in ("exact", *METHODS):
+            chosen = None if method == "exact" else settings | {"method": method}
+            hf_sparse.use_attention(model, chosen, list(test["input_ids"][:8]))
+            hits = model(**test).logits.argmax(dim=-1) == test["labels"]
+            print(f"seed {seed}, length {length}, {method}: {hits.float().mean():.3f}", flush=True)
