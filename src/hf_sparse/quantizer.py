@@ -243,11 +243,11 @@ class SparseQuantizer(HfQuantizer):
         learn(model, config)
         return self.report
 
-    def _dequantize(
+    def dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
-        if not isinstance(dtype, torch.dtype):
-            dtype = None  # the config's, which is a mere string once the model has been saved
+        """Make a model dense, each layer in the dtype that it has: the config's, which transformers
+        would take, is the one in which the model was loaded."""
         for experts in [m for m in model.modules() if isinstance(m, SparseExperts)]:
             fuse(model, experts, dtype)
         parents = ModuleParents(model)
@@ -259,6 +259,7 @@ class SparseQuantizer(HfQuantizer):
         unmark(model)
         remove_saving(model)
         model.__dict__.pop("num_parameters", None)
+        self.remove_quantization_config(model)
         return model
 
     def write_page(self, model: PreTrainedModel, folder: Path) -> None:

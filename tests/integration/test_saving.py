@@ -130,6 +130,16 @@ def test_copies_and_pickles_work_and_save_like_the_original(sparse, tmp_path, to
         assert not torch.equal(logits(again, token_ids), logits(sparse, token_ids))
 
 
+def test_a_model_that_was_cast_is_dense_again_in_the_dtype_it_was_cast_to(tiny, token_ids):
+    tiny.config.dtype = torch.float32  # as of a model that was loaded in it
+    tiny.bfloat16()
+    hf_sparse.prune(tiny, SparseConfig(method="magnitude"))
+    sparse = logits(tiny, token_ids)
+    tiny.dequantize()
+    assert {parameter.dtype for parameter in tiny.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(tiny, token_ids), sparse, rtol=0.05, atol=0.01)
+
+
 def test_dequantize_gives_plain_layers_with_the_same_weights(sparse, tmp_path, token_ids):
     before = logits(sparse, token_ids)
     dense = sparse.dequantize()
