@@ -22,6 +22,7 @@ SECTIONS = (
     METHOD,
     "Mixtures of experts",
     "Storage",
+    "Attention",
     OUTPUT,
     MODEL,
     STREAMING,

@@ -78,8 +78,11 @@ def test_what_the_command_line_reads_is_what_the_package_has():
     from hf_sparse.config.arguments import ARGUMENTS as OWN
 
     for name, shared in ARGUMENTS.items():
-        same = ("name", "default", "help", "group", "otherwise", "kinds")
+        same = ("name", "default", "help", "group", "otherwise")
         assert all(getattr(shared, key) == getattr(OWN[name], key) for key in same)
+        # Classes of the package are there twice, once without torch.
+        kinds = [str(kind).replace("hf_sparse_cli.plain.", "hf_sparse.") for kind in shared.kinds]
+        assert kinds == [str(kind) for kind in OWN[name].kinds]
 
 
 def test_options_win_over_the_file(tmp_path):

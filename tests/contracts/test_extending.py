@@ -24,14 +24,14 @@ BROKEN = example("A method").replace("weight.where(", "weight.mul_(2).where(")
 REGISTERED = {
     "ria": example("A method"),
     "coordinates": example("A format"),
-    "columns": example("A kernel"),
+    "inputs": example("A kernel"),
     "broken": BROKEN.replace('"ria"', '"broken"'),
 }
 CONTRACTS = [
     ("ria", "test_solvers"),
     ("coordinates", "test_formats"),
     ("coordinates", "test_quantized_format"),
-    ("columns", "test_kernels"),
+    ("inputs", "test_kernels"),
 ]
 
 

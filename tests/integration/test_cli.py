@@ -129,7 +129,7 @@ def test_the_options_of_a_command_are_in_groups(cli):
     headings = [line for line in out.splitlines() if re.fullmatch(r"[A-Z][a-z ]+:", line)]
     assert headings == [
         "Arguments:", "What to prune:", "Data:", "Method:", "Mixtures of experts:", "Storage:",
-        "Output:", "Model:", "From disk to disk:", "Other:",
+        "Attention:", "Output:", "Model:", "From disk to disk:", "Other:",
     ]  # fmt: skip
 
 
@@ -425,7 +425,7 @@ def test_a_dense_checkpoint_is_no_sparse_one(fails, dense, tmp_path):
 
 def test_a_sparse_checkpoint_is_not_pruned_again(fails, sparse, tmp_path):
     said = fails("prune", sparse, "--method", "magnitude", "--output", tmp_path / "out")
-    assert "is sparse already: prune the dense model" in said
+    assert "is sparse already: pass the dense model that it was made from" in said
 
 
 @pytest.mark.parametrize(

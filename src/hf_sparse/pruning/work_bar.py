@@ -133,5 +133,6 @@ class WorkBar:
         rest = self.seconds_left
         if rest is not None:
             passed = self._clock - self._began
-            before, self._percent = self._percent, WHOLE * passed / (passed + rest)
+            whole = passed + rest  # 0 where the clock is too coarse to tell
+            before, self._percent = self._percent, WHOLE * passed / whole if whole else WHOLE
             self._bar.update(self._percent - before)
