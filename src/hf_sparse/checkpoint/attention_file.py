@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -53,6 +52,7 @@ def read_attention(model: nn.Module, folder: Path) -> None:
                 f"{path}: {key} has shape {tuple(tensor.shape)}, expected "
                 f"({state.heads}, n, {state.channels})"
             )
-        if not tensor.numel() or not tensor.is_floating_point() or not tensor.isfinite().all():
+        centres = tensor.float()
+        if not tensor.numel() or not tensor.is_floating_point() or not centres.isfinite().all():
             raise CheckpointError(f"{path}: {key} holds what is no finite number")
-        state.take({"centres": tensor.to(next(model.parameters()).device, torch.float32)})
+        state.take({"centres": centres.to(next(model.parameters()).device)})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -55,7 +56,7 @@ class InputThreshold:
 
     def apply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         """h(x); its derivative is 1 where x stays and 0 elsewhere. t is rounded to x's dtype."""
-        return F.hardshrink(x, self.value)
+        return F.hardshrink(x, min(self.value, torch.finfo(x.dtype).max))
 
 
 def _number(name: str, value: object, limit: float) -> float:

@@ -7,6 +7,7 @@ multiplied by rounded inputs: a quarter of bf16's bytes, read in order.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,14 +62,15 @@ class Preview:
     def scores(
         self, x: Float[Tensor, "*one in"], bias: Tensor | None
     ) -> Float[Tensor, "*one vocabulary"]:
-        """`F.linear(x, weight, bias)` for the candidates; the preview's scores for all others, at
-        most the lowest candidate's: so none of them passes a candidate."""
+        """`F.linear(x, weight, bias)` for the candidates; the preview's scores for all others,
+        below the lowest candidate's: so none of them passes a candidate."""
         y = self.codes(x, bias)
         row = y.view(-1)
         best = row.topk(self.candidates).indices
         own_bias = None if bias is None else bias[best]
         exact = F.linear(x.reshape(1, -1), self.weight[best], own_bias).view(-1)
-        row.clamp_(max=float(exact.min()))
+        below = torch.nextafter(exact.min(), exact.new_tensor(-math.inf))
+        row.clamp_(max=float(below))
         row[best] = exact
         return y
 
@@ -110,7 +112,7 @@ def preview_head(model: nn.Module, candidates: int | None = 64) -> None:
 
     While a single sequence is decoded on a CPU, a copy of the head's weight in 4 bits tells the
     `candidates` highest scores, and those are computed as without it. All others are the copy's,
-    lowered to the lowest candidate's where they are above it. So greedy decoding, and sampling with
+    lowered to below the lowest candidate's. So greedy decoding, and sampling with
     `top_k` of at most `candidates`, see exact scores, unless the copy misses a candidate; what
     sums over the whole vocabulary, as sampling without `top_k` does, sees approximate ones.
     Several tokens or sequences at once, labels, gradients and tracers get exact scores of all. It

@@ -110,6 +110,40 @@ def test_with_as_many_keys_as_there_are_it_is_exact(calls, family, kind):
     assert torch.allclose(found[real], expected[real], atol=1e-5)
 
 
+@pytest.mark.parametrize(("family", "kind"), [("llama", "packed"), ("mistral", "plain")])
+def test_a_query_that_sees_the_middle_of_a_large_key_block_alone_sees_no_more(calls, family, kind):
+    model, (inputs, real) = make(family), batch(kind, family)
+    expected = hidden(model, inputs)
+    hf_sparse.use_attention(model, SMALL | {"block": 2, "key_block": 16, "keys": 4096})
+    found = hidden(model, inputs)
+    assert calls
+    assert torch.allclose(found[real], expected[real], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_model_has_exact_attention(calls):
+    model = make("llama")
+    hf_sparse.use_attention(model, SMALL)
+    query = torch.randn(1, 4, 40, 8)
+    module = model.model.layers[0].self_attn
+    traced = torch.jit.trace(
+        lambda q: interface.attention(module, q, q, q, None, method="hs_block")[0],
+        query, check_trace=False,
+    )  # fmt: skip
+    assert not calls
+    other = torch.randn(1, 4, 40, 8)
+    exact = torch.nn.functional.scaled_dot_product_attention(other, other, other, is_causal=True)
+    assert torch.allclose(traced(other), exact.transpose(1, 2), atol=1e-5)
+
+
+def test_another_method_that_transformers_is_told_of_has_its_own_settings(calls):
+    model, (inputs, _) = make("llama"), batch("plain", "llama")
+    hf_sparse.use_attention(model, SMALL)
+    model.set_attn_implementation("hs_smyrf")
+    hidden(model, inputs)
+    assert not calls  # exact below its own from_length
+
+
 def test_few_keys_change_the_result():
     model, (inputs, _) = make("llama"), batch("plain", "llama")
     expected = hidden(model, inputs)

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...core.attention_settings import METHODS, AttentionSettings
 from ...core.errors import ConfigError
+from ...kernels.operator import recorded
 from .attend import attend
 from .base import Residual, Selector
 from .inputs import Inputs
@@ -121,9 +122,12 @@ def attention(
     for observer in _observers:
         observer(module, query, key, value, attention_mask, scale)
     state = getattr(module, STATE, None)
+    if state is not None and state.settings.method != method:
+        state = None  # transformers was told of another one since
     settings = state.settings if state is not None else AttentionSettings(method)
-    exact = bool(_observers) or query.shape[2] == 1 or key.shape[2] < settings.from_length
-    if exact or isinstance(attention_mask, Tensor) or torch.compiler.is_compiling():
+    exact = bool(_observers) or torch.compiler.is_compiling() or recorded(query)
+    exact = exact or query.shape[2] == 1 or key.shape[2] < settings.from_length
+    if exact or isinstance(attention_mask, Tensor):
         mask = attention_mask.dense if isinstance(attention_mask, LazyMask) else attention_mask
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, mask, dropout, scaling, is_causal, **kwargs

@@ -158,7 +158,8 @@ class LazyMask:
         )
         touches = (own < start + size) & (own + step > start)
         visible = visible | (touches & (counts > 0)[:, None])
-        whole = whole & visible & (counts > 0)[:, None]
+        surely = _by_rows(every, step, True).all(dim=2)  # there "sees nothing" isn't known
+        whole = whole & (surely | ~touches) & visible & (counts > 0)[:, None]
         beside = (own < start + size + step) & (own + 2 * step > start)
         leading = visible.int().argmax(dim=-1, keepdim=True) == torch.arange(
             blocks, device=valid.device
