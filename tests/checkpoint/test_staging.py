@@ -81,6 +81,21 @@ def test_no_save_begins_while_an_empty_folder_is_removed(tmp_path, other, monkey
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
+def test_a_folder_stays_in_which_another_one_appears_before_it_is_removed(
+    tmp_path, other, monkeypatch
+):
+    remove = Path.rmdir
+
+    def watched(path):
+        if path.name == "run":
+            (path / "theirs").mkdir()
+        remove(path)
+
+    monkeypatch.setattr(Path, "rmdir", watched)
+    other()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["theirs"]
+
+
 def test_a_save_that_writes_nothing_leaves_no_folder(tmp_path, other):
     other()
     assert list(tmp_path.iterdir()) == []

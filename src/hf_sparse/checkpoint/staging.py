@@ -75,8 +75,10 @@ def _remove_empty(folder: Path) -> None:
         with locked(folder):  # nobody is about to write there
             if not any(folder.iterdir()):
                 folder.rmdir()
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # another process has
+    except OSError as error:
+        # Another process has removed it, or made something in it since.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 @contextmanager
