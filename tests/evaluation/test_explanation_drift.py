@@ -31,7 +31,8 @@ def test_attributions_agree_with_finite_differences(kind, times_input):
     model = tiny_llama() if kind == "llama" else tiny_bert(BertForSequenceClassification)
     model = model.double()
     ids = IDS[0].unsqueeze(0)
-    found, target = attributions(model, {"input_ids": ids}, torch.tensor([11]), None, times_input)
+    found, scores = attributions(model, {"input_ids": ids}, torch.tensor([11]), None, times_input)
+    target = scores.argmax(-1)
     with torch.no_grad():
         embedded = model.get_input_embeddings()(ids)
         step = 3e-3  # Llama's norms are in fp32 whatever the model is
@@ -72,8 +73,10 @@ def test_drift_is_that_of_the_attributions_of_each_sample(batch_size):
     expected = []
     for ids in IDS:
         batch, last = {"input_ids": ids.unsqueeze(0)}, torch.tensor([len(ids) - 1])
-        ours, target = attributions(dense, batch, last)
-        theirs, found = attributions(sparse, batch, last, target)
+        ours, scores = attributions(dense, batch, last)
+        target = scores.argmax(-1)
+        theirs, scores = attributions(sparse, batch, last, target)
+        found = scores.argmax(-1)
         best = [set(np.argsort(-np.abs(x[0].numpy()))[:4].tolist()) for x in (ours, theirs)]
         ranks = [np.argsort(np.argsort(x[0].numpy())) for x in (ours, theirs)]
         correlation = round(float(np.corrcoef(*ranks)[0, 1]), 3)
@@ -119,3 +122,14 @@ def test_what_has_no_embeddings_or_no_tokens_is_an_error():
         explanation_drift(tiny_llama(), tiny_llama(), IDS, top=0)
     with pytest.raises(EvaluationError, match="no sample has two tokens"):
         explanation_drift(tiny_llama(), tiny_llama(), [torch.tensor([5])])
+
+
+@pytest.mark.parametrize(("own", "other"), [(3, 5), (5, 3)])
+def test_models_of_different_classes_are_not_compared(own, other):
+    dense, sparse = (
+        tiny_bert(BertForSequenceClassification, num_labels=count) for count in (own, other)
+    )
+    with torch.no_grad():
+        dense.classifier.bias[own - 1] = 100  # what it predicts, which the smaller one lacks
+    with pytest.raises(EvaluationError, match=rf"{other} classes|sparse one {other}"):
+        explanation_drift(dense, sparse, IDS)

@@ -13,7 +13,7 @@ from ..config.arguments import ARGUMENTS
 from ..config.sparse_config import SparseConfig
 from ..core.attention_settings import AttentionSettings
 from ..core.errors import ConfigError
-from ..layers.attention.install import check, install, remove, watched
+from ..layers.attention.install import check, install, kept_on_failure, remove, watched
 from ..layers.attention.interface import STATE, AttentionState, parts
 from ..layers.attention.masks import LazyMask
 from .forward import call_model
@@ -67,8 +67,9 @@ def use_attention(
             tokenizer=tokenizer, num_samples=num_samples, seq_len=seq_len,
         )  # fmt: skip
         data.check_data()
-        install(inner, settings, example)
-        learn(inner, data)
+        with kept_on_failure(inner):
+            install(inner, settings, example)
+            learn(inner, data)
     config = getattr(getattr(inner, "hf_quantizer", None), "quantization_config", None)
     if isinstance(config, SparseConfig):
         config.attention = settings

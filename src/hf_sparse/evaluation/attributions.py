@@ -46,8 +46,8 @@ def attributions(
     last: Int[Tensor, " batch"],
     target: Int[Tensor, " batch"] | None = None,
     times_input: bool = True,
-) -> tuple[Float[Tensor, "batch tokens"], Int[Tensor, " batch"]]:
-    """Each token's part in the log probability of a target, in fp32; and what the model predicts.
+) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch classes"]]:
+    """Each token's part in the log probability of a target, in fp32; and all log probabilities.
 
     The gradient g in the token's embedding e: g'e, its first-order share of the log probability
     (gradient times input), or without the input |g|, how much it hangs on the token.
@@ -58,6 +58,9 @@ def attributions(
         last: index of each sample's last token.
         target: the class or token asked about; None: what the model itself predicts.
         times_input: g'e, else |g|.
+
+    Raises:
+        EvaluationError: the model has no logits, or not that target.
     """
     embedded: list[Tensor] = []
 
@@ -68,18 +71,24 @@ def attributions(
     hook = embedding_of(model).register_forward_hook(watch)
     try:
         with torch.enable_grad():
-            logits = model(**batch).logits
+            logits = getattr(model(**batch), "logits", None)
+            if not isinstance(logits, Tensor):
+                raise EvaluationError(f"{type(model).__name__} has no logits: it predicts nothing")
             found = log_probabilities(logits, last)
-            predicted = found.argmax(-1)
-            wanted = predicted if target is None else target.to(found.device)
+            wanted = found.argmax(-1) if target is None else target.to(found.device)
+            if int(wanted.max()) >= found.shape[1]:
+                raise EvaluationError(
+                    f"{type(model).__name__} has {found.shape[1]} classes, {int(wanted.max())} is "
+                    "none of them"
+                )
             chosen = found.gather(1, wanted.unsqueeze(1)).sum()
             (gradient,) = torch.autograd.grad(chosen, embedded[:1])
     finally:
         hook.remove()
     gradient = gradient.float()
     if not times_input:
-        return gradient.norm(dim=-1), predicted
-    return (gradient * embedded[0].detach().float()).sum(-1), predicted
+        return gradient.norm(dim=-1), found.detach()
+    return (gradient * embedded[0].detach().float()).sum(-1), found.detach()
 
 
 def rank_correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:

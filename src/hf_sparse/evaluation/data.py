@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..calibration.batches import Batch, CalibrationData, make_batches
 from ..calibration.load import LONGEST_SEQUENCE, limits
 from ..core.errors import EvaluationError
+from ..core.evaluation_mode import evaluation_mode
 
 
 def load_data(
@@ -102,12 +103,5 @@ def token_mask(batch: Batch) -> Tensor:
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """No gradients and no dropout; the models' modes are restored."""
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
+    with evaluation_mode(*models), torch.no_grad():
+        yield

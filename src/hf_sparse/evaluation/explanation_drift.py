@@ -134,10 +134,16 @@ def explanation_drift(
             places = torch.arange(mask.shape[1]).expand_as(mask)
             last = places.masked_fill(~mask, -1).amax(dim=1)
             inputs = to_device(batch, dense)
-            ours, target = attributions(dense, inputs, last, None, times_input)
+            ours, predicted = attributions(dense, inputs, last, None, times_input)
+            target = predicted.argmax(-1)
             inputs = to_device(batch, sparse)
             theirs, found = attributions(sparse, inputs, last, target, times_input)
-            same = (target.cpu() == found.cpu()).tolist()
+            if found.shape != predicted.shape:
+                raise EvaluationError(
+                    f"the dense model has {predicted.shape[1]} classes and the sparse one "
+                    f"{found.shape[1]}: pass the model that it was made from"
+                )
+            same = (target.cpu() == found.argmax(-1).cpu()).tolist()
             samples += _compared(ours.cpu(), theirs.cpu(), mask, top, same)
             bar.update()
     if not samples:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..calibration.forward import input_device
 from ..calibration.load import load_calibration
 from ..config.sparse_config import SparseConfig
 from ..core.errors import CalibrationError
+from ..core.evaluation_mode import evaluation_mode
 from ..core.logging import get_logger
 from ..core.processes import ALONE, Processes
 from ..kernels.machine import Environment
@@ -87,7 +87,7 @@ def run(
     check_alike(processes, config, measurements.data, [plan.target.name for plan in plans])
     residence.begin(model, blocks, config, record)
     _check_weights(plans, blocks, residence)
-    with _evaluating(model):
+    with evaluation_mode(model):
         choice = experts.choose(measurements) if experts else None
         if experts and choice:
             before = dict(model.named_modules())
@@ -176,15 +176,3 @@ def _tell_unreached(unreached: Mapping[str, str], any_pruned: bool) -> None:
     if not any_pruned:
         raise CalibrationError(f"{text}; no other layer was to be pruned")
     logger.warning("%s", text)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module is in eval mode; afterwards each is in its own again, or its successor is."""
-    before = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = before.get(name, model.training)

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 import hf_sparse
-from hf_sparse import AttentionSettings, ConfigError, SparseConfig
+from hf_sparse import AttentionSettings, CalibrationError, ConfigError, SparseConfig
+from hf_sparse.layers.attention.interface import states
 
 SETTINGS = {"method": "hs_block", "block": 8, "key_block": 4, "keys": 16, "from_length": 4}
 
@@ -156,3 +157,29 @@ def test_without_the_package_a_dense_model_has_exact_attention_and_a_warning(tmp
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Unknown quantization type, got hf_sparse" in done.stderr
     assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+
+
+def test_what_can_not_be_learned_leaves_the_attention_that_was_there():
+    model = make("llama")
+    hf_sparse.use_attention(model, SETTINGS)
+    model.model.layers[0].train()
+    unknown = [{"input_ids": torch.tensor([[10**6, 1, 2]])}]
+    with pytest.raises(CalibrationError):
+        hf_sparse.use_attention(model, "hs_routing", unknown)
+    assert model.config._attn_implementation == "hs_block"
+    assert {state.settings.method for state in states(model).values()} == {"hs_block"}
+
+
+def test_the_dry_run_leaves_each_module_s_mode():
+    model = make("llama")
+    model.model.layers[0].train()
+    hf_sparse.use_attention(model, SETTINGS)
+    assert model.model.layers[0].training
+    assert not model.model.layers[1].training
+
+
+def test_exact_attention_of_another_kind_stays():
+    model = make("llama")
+    model.set_attn_implementation("eager")
+    hf_sparse.use_attention(model, None)
+    assert model.config._attn_implementation == "eager"

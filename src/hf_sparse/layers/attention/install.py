@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...core.attention_settings import AttentionSettings
+from ...core.attention_settings import METHODS, AttentionSettings
 from ...core.errors import ConfigError, HfSparseError
+from ...core.evaluation_mode import evaluation_mode
 from .interface import STATE, AttentionState, Observer, observed, parts
 
 EXACT = "sdpa"
@@ -38,10 +39,16 @@ def install(
 
 
 def remove(model: PreTrainedModel) -> None:
-    """Make a model's attention exact again."""
+    """Make a model's attention exact again; one that is exact stays as it is."""
+    _drop_states(model)
+    sparse = [key for key, name in _implementations(model).items() if name in METHODS]
+    if sparse:
+        model.set_attn_implementation(dict.fromkeys(sparse, EXACT))
+
+
+def _drop_states(model: PreTrainedModel) -> None:
     for module in [m for m in model.modules() if hasattr(m, STATE)]:
         delattr(module, STATE)
-    model.set_attn_implementation(EXACT)
 
 
 def check(
@@ -86,15 +93,37 @@ def check(
 def watched(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     """A model whose attention is exact and tells an observer of each call; without gradients and
     dropout. Then it is what it was."""
-    training, before = model.training, model.config._attn_implementation
-    model.eval()
+    before = _implementations(model)
     model.set_attn_implementation(AttentionSettings.method)
     try:
-        with torch.no_grad(), observed(observer):
+        with evaluation_mode(model), torch.no_grad(), observed(observer):
             yield
     finally:
         model.set_attn_implementation(before)
-        model.train(training)
+
+
+@contextmanager
+def kept_on_failure(model: PreTrainedModel) -> Iterator[None]:
+    """A model whose attention is what it was if this block raises."""
+    before = _implementations(model)
+    states = {module: getattr(module, STATE, None) for module in model.modules()}
+    try:
+        yield
+    except BaseException:
+        _drop_states(model)
+        for module, state in states.items():
+            if state is not None:
+                setattr(module, STATE, state)
+        model.set_attn_implementation(before)
+        raise
+
+
+def _implementations(model: PreTrainedModel) -> dict[str, str]:
+    """The attention of a model's config and of those inside it, as transformers takes them."""
+    config = model.config
+    inner = {key: getattr(config, key, None) for key in config.sub_configs}
+    own = {"": config._attn_implementation}
+    return own | {k: sub._attn_implementation for k, sub in inner.items() if sub is not None}
 
 
 def _made_up(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from ...calibration.stage_walk import walk_stages
 from ...calibration.tokenizers import load_tokenizer
 from ...config.sparse_config import SparseConfig
 from ...core.errors import AdapterError, ConfigError, SolveError
+from ...core.evaluation_mode import evaluation_mode
 from ...core.logging import get_logger, progress_bar
 from ...core.renamed import renamed_arguments
 from ...core.torch_settings import own_settings
@@ -92,17 +93,14 @@ def merge_adapter(
     base = model.get_base_model()
     data = load_calibration(base, config, lambda: load_tokenizer(config.tokenizer, base))
     batches = data.batches if data else ()
-    training = base.training
-    base.eval()
     merge = _Merge(base, adapted, config)
-    try:
-        with own_settings(input_device(base)):
+    with evaluation_mode(base), own_settings(input_device(base)):
+        try:
             layers = merge.solve(batches)
             fidelity = compare(base, merge.unmerged, batches) if batches else None
             merged = merge.finish(model)
-    finally:
-        merge.step_back()
-        base.train(training)
+        finally:
+            merge.step_back()
     record = data.record if data else None
     seconds = time.perf_counter() - started
     report = MergeReport(policy, adapters, tuple(layers), fidelity, record, seconds)
