@@ -207,8 +207,7 @@ class PackedModule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load the stored form and check it before a kernel sees it.
 
-        The values may have their name in files, too: Trainer loads a checkpoint's tensors as they
-        are.
+        Trainer loads a checkpoint's tensors as they are: values may have their name in files.
         """
         if self.kernel is not None:
             self.hold(self.stored)
