@@ -30,13 +30,13 @@ def sparse_state_dict(
         with align_module_device(layer):
             for key in layer.format.specs(layer.shape):
                 held = state.pop(f"{name}.{buffer_name(key)}")
-                state[f"{name}.{key}"] = layer.packed[key].clone() if held.is_meta else held
+                state[f"{name}.{key}"] = layer.packed[key].cpu() if held.is_meta else held
             if (low_rank := layer.low_rank) is not None:
                 for key, tensor in low_rank.tensors().items():
                     if state[f"{name}.{key}"].is_meta:
-                        state[f"{name}.{key}"] = tensor.clone()
+                        state[f"{name}.{key}"] = tensor.cpu()
             if layer.bias is not None and state[f"{name}.bias"].is_meta:
-                state[f"{name}.bias"] = layer.bias.detach().clone()
+                state[f"{name}.bias"] = layer.bias.detach().cpu()
     return state, metadata(
         PackedLayer(
             f"{prefix}{name}".rstrip("."),
