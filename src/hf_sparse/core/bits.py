@@ -70,6 +70,37 @@ def pack_numbers(numbers: UInt8[Tensor, " n"], bits: int) -> UInt8[Tensor, " byt
     return nonzero_bits(string.to(torch.bool).view(1, -1)).view(-1)
 
 
+def pack_rows_of_numbers(
+    numbers: UInt8[Tensor, "rows n"], bits: int
+) -> UInt8[Tensor, "rows bytes"]:
+    """Numbers below 2^bits, on the CPU, each row to ceil(n bits / 8) bytes of its own."""
+    rows, n = numbers.shape
+    padded = np.zeros((rows, -(-n // 8), 8), dtype=np.uint8)
+    padded.reshape(rows, -1)[:, :n] = numbers.numpy()
+    words = np.zeros(padded.shape[:2], dtype="<u8")
+    for place in range(8):  # eight numbers are `bits` bytes
+        words |= padded[..., place].astype("<u8") << np.uint64(place * bits)
+    joined = words.view(np.uint8).reshape(rows, -1, 8)[..., :bits].reshape(rows, -1)
+    return torch.from_numpy(np.ascontiguousarray(joined[:, : -(-n * bits // 8)]))
+
+
+def unpack_rows_of_numbers(
+    packed: UInt8[Tensor, "rows bytes"], n: int, bits: int
+) -> UInt8[Tensor, "rows n"]:
+    """`pack_rows_of_numbers` undone, for n numbers a row."""
+    rows = len(packed)
+    blocks = -(-n // 8)
+    padded = np.zeros((rows, blocks * bits), dtype=np.uint8)
+    padded[:, : packed.shape[1]] = packed.numpy()
+    joined = np.zeros((rows, blocks, 8), dtype=np.uint8)
+    joined[..., :bits] = padded.reshape(rows, blocks, bits)
+    words = joined.view("<u8")[..., 0]
+    numbers = np.empty((rows, blocks, 8), dtype=np.uint8)
+    for place in range(8):
+        numbers[..., place] = (words >> np.uint64(place * bits)) & np.uint64((1 << bits) - 1)
+    return torch.from_numpy(np.ascontiguousarray(numbers.reshape(rows, -1)[:, :n]))
+
+
 def unpack_numbers(packed: UInt8[Tensor, " bytes"], bits: int) -> UInt8[Tensor, " n"]:
     """As many numbers as the bytes have room for; those of the padding are 0."""
     if bits == 8:

@@ -22,16 +22,30 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, Shaped, UInt8
+from jaxtyping import Int64, Shaped, UInt8
 from torch import Tensor
 
-from ..core.bits import nonzero_bits, padding_is_zero, unpack_bits
+from ..core.bits import (
+    nonzero_bits,
+    pack_rows_of_numbers,
+    padding_is_zero,
+    unpack_bits,
+    unpack_rows_of_numbers,
+)
 from ..core.counting import kept_values
 from ..core.errors import FormatError
 from ..core.native import on_cpu
 from ..core.patterns import NM, Pattern
 from ..core.shapes import row_blocks
 from .base import Accepted, Layout, Packed, Rejected, TensorSpec, stored_bytes
+from .group_ranks import (
+    binomial_table,
+    choose,
+    choose_in_bytes,
+    chosen_in_bytes,
+    index_bits,
+    unrank,
+)
 
 # C(32, 16) < 2^31: ranks and the binomials they are made of stay far inside int64.
 LARGEST_M = 32
@@ -98,15 +112,19 @@ class NMPacked(Layout):
 
     def _pack_rows(self, weight: Shaped[Tensor, "rows in"]) -> Packed:
         rows = weight.shape[0]
-        values, codes = [], []
+        if self._fills_bytes(weight, weight.shape[1]):
+            chosen, codes = choose_in_bytes(nonzero_bits(weight), self.n, self.m)
+            indices = pack_rows_of_numbers(codes, 8 // self.m * self._index_bits)
+            return {"weight": kept_values(weight, chosen).view(rows, -1), "weight_indices": indices}
+        values, ranks = [], []
         for group, kept in self._groups(weight):
-            chosen, ranks = _choose(group.bool(), kept, self._binomials(weight.device))
+            chosen, found = choose(group.bool(), kept, self._binomials(weight.device))
             values.append(
                 kept_values(group.flatten(1), nonzero_bits(chosen.flatten(1))).view(rows, -1)
             )
-            codes.append(ranks)
+            ranks.append(found)
         shifts = torch.arange(self._index_bits, device=weight.device)
-        bits = ((torch.cat(codes, dim=1).unsqueeze(-1) >> shifts) & 1).bool().view(rows, -1)
+        bits = ((torch.cat(ranks, dim=1).unsqueeze(-1) >> shifts) & 1).bool().view(rows, -1)
         return {"weight": torch.cat(values, dim=1), "weight_indices": nonzero_bits(bits)}
 
     def sample(
@@ -140,15 +158,26 @@ class NMPacked(Layout):
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> Shaped[Tensor, "out in"]:
         values, indices = tensors["weight"], tensors["weight_indices"]
+        if self._fills_bytes(indices, shape[1]):
+            bits = 8 // self.m * self._index_bits
+            codes = unpack_rows_of_numbers(indices, shape[1] // 8, bits)
+            mask = unpack_bits(chosen_in_bytes(codes, self.n, self.m), shape[1])
+            return torch.zeros(shape, dtype=dtype, device="cpu").masked_scatter(
+                mask, values.to(dtype)
+            )
         dense = torch.zeros(shape, dtype=dtype, device=values.device)
         for rows in row_blocks(shape, values.device):
             columns = self._columns(indices[rows], shape[1])
             dense[rows].scatter_(1, columns, values[rows].to(dtype))
         return dense
 
+    def _fills_bytes(self, tensor: Tensor, columns: int) -> bool:
+        """Has each byte of a row's bit mask whole groups, which can be looked up in tables?"""
+        return columns % 8 == 0 and 8 % self.m == 0 and on_cpu(tensor)
+
     @property
     def _index_bits(self) -> int:
-        return (math.comb(self.m, self.n) - 1).bit_length()
+        return index_bits(self.n, self.m)
 
     def _bytes(self, weight: Tensor, value_bits: int | None) -> int:
         rows = weight.shape[0]
@@ -184,7 +213,7 @@ class NMPacked(Layout):
         binomials = self._binomials(indices.device)
         found, group = [], 0
         for groups, width, kept in self._sections(columns):
-            positions = _unrank(codes[:, group : group + groups], kept, binomials)
+            positions = unrank(codes[:, group : group + groups], kept, binomials)
             starts = self.m * torch.arange(group, group + groups, device=codes.device)
             found.append((positions.clamp(max=width - 1) + starts[:, None]).flatten(1))
             group += groups
@@ -196,9 +225,7 @@ class NMPacked(Layout):
         return (bits << torch.arange(self._index_bits, device=indices.device)).sum(dim=2)
 
     def _binomials(self, device: torch.device) -> Int64[Tensor, "i c"]:
-        """C(c, i) at [i, c], for i <= n and c < m."""
-        table = [[math.comb(c, i) for c in range(self.m)] for i in range(self.n + 1)]
-        return torch.tensor(table, dtype=torch.int64, device=device)
+        return binomial_table(self.n, self.m).to(device)
 
 
 def _smallest_n(weight: Tensor, m: int) -> int:
@@ -226,39 +253,3 @@ def _most(bits: UInt8[Tensor, "rows bytes"], m: int) -> int:
     if m in _WORDS and on_cpu(bits):
         return int(np.bitwise_count(bits.contiguous().numpy().view(_WORDS[m])).max())
     return int(unpack_bits(bits, bits.shape[1] * 8 // m * m).view(-1, m).sum(dim=1).max())
-
-
-def _choose(
-    nonzero: Bool[Tensor, "out groups width"], kept: int, binomials: Int64[Tensor, "i c"]
-) -> tuple[Bool[Tensor, "out groups width"], Int64[Tensor, "out groups"]]:
-    """Exactly `kept` positions a group, the non-zeros and then the lowest free ones; their ranks.
-
-    The rank of c_1 < c_2 < ... is sum_i C(c_i, i).
-    """
-    room = kept - nonzero.sum(dim=2, dtype=torch.int8)
-    if bool((room < 0).any()):
-        raise FormatError(f"a group holds more than {kept} non-zero weights")
-    columns = list(nonzero.unbind(dim=2))
-    found = torch.zeros_like(room, dtype=torch.int64)  # how many are chosen so far
-    ranks = torch.zeros_like(found)
-    for c, column in enumerate(columns):
-        free = ~column & (room > 0)
-        room -= free.to(torch.int8)
-        columns[c] = chosen = column | free
-        found += chosen
-        ranks += binomials[:, c].take(found) * chosen
-    return torch.stack(columns, dim=2), ranks
-
-
-def _unrank(
-    codes: Int64[Tensor, "out groups"], kept: int, binomials: Tensor
-) -> Int64[Tensor, "out groups n"]:
-    """Greedy inverse of `_rank`: from i = n down, c_i is the largest c with C(c, i) <= rest."""
-    positions = []
-    rest = codes
-    for i in range(kept, 0, -1):
-        row = binomials[i].contiguous()
-        c = (torch.searchsorted(row, rest.contiguous(), right=True) - 1).clamp(min=0)
-        positions.append(c)
-        rest = rest - row[c]
-    return torch.stack(positions[::-1], dim=2) if positions else codes.new_empty((*codes.shape, 0))

@@ -138,13 +138,14 @@ class Quantized(Format):
         numbers = unpack_numbers(tensors["weight"], self.grid.bits)
         if None not in sizes:  # else the layout takes as many as it needs
             numbers = numbers[: math.prod(sizes)].view(sizes)  # type: ignore[arg-type]
+        if zero is None:  # a number's highest bit is its sign
+            above = 8 - self.grid.bits
+            signed = (numbers << above).view(torch.int8) >> above
+            return self.layout.unpack({**tensors, "weight": signed}, shape, torch.int16)
         stored = self.layout.unpack({**tensors, "weight": numbers}, shape, torch.int16)
-        half = 1 << self.grid.bits - 1
-        offset: Tensor | int = half
-        if zero is not None:
-            width = self.grid.width(shape[1])
-            offset = zero.repeat_interleave(width, dim=1)[:, : shape[1]]
-        codes: Tensor = ((stored + offset) & (2 * half - 1)) - offset
+        width = self.grid.width(shape[1])
+        offset = zero.repeat_interleave(width, dim=1)[:, : shape[1]]
+        codes: Tensor = ((stored + offset) & self.grid.levels) - offset
         return codes
 
     def _stream_bytes(self, count: int) -> int:
