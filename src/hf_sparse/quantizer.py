@@ -30,6 +30,7 @@ from .config.arguments import ARGUMENTS
 from .config.keys import QUANT_METHOD
 from .config.sparse_config import SparseConfig
 from .core.errors import CheckpointError, ConfigError
+from .core.freed_memory import freed_memory_returned
 from .core.logging import get_logger
 from .evaluation import Evaluation
 from .layers import sparse_layers
@@ -116,7 +117,7 @@ def round_activations(model: nn.Module, to: str | None) -> None:
 
     Args:
         model: with sparse layers.
-        to: "int8", in blocks of 32 inputs or a group, with products of bytes, which are much
+        to: "int8", in blocks of at most 32 inputs, with products of bytes, which are much
             faster; None: nothing, what a model is loaded with unless its config says otherwise.
             Weights stay what they are. A warning says so if no layer can be multiplied that way.
 
@@ -251,10 +252,11 @@ class SparseQuantizer(HfQuantizer):
         for experts in [m for m in model.modules() if isinstance(m, SparseExperts)]:
             fuse(model, experts, dtype)
         parents = ModuleParents(model)
-        for name, sparse in sparse_layers(model).items():
-            empty, held = empty_original_layer(sparse), dtype or sparse.weight_dtype
-            parents.replace(sparse, unpack_linear(sparse, empty, held))
-            logger.debug("%s is dense again", name)
+        with freed_memory_returned():
+            for name, sparse in sparse_layers(model).items():
+                empty, held = empty_original_layer(sparse), dtype or sparse.weight_dtype
+                parents.replace(sparse, unpack_linear(sparse, empty, held))
+                logger.debug("%s is dense again", name)
         restore_head(model)
         unmark(model)
         remove_saving(model)

@@ -75,7 +75,7 @@ def load_data(
 
 
 def check_positive(**values: int | None) -> None:
-    """Raise an EvaluationError that names the first value that is no integer from 1; None may be."""
+    """Raise an EvaluationError that names the first value below 1, or no integer; None is fine."""
     for name, value in values.items():
         if value is not None and not (isinstance(value, Integral) and value >= 1):
             raise EvaluationError(f"{name}={brief(value)} must be an integer of at least 1")
