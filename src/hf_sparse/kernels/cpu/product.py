@@ -40,10 +40,10 @@ def packed_linear(
     instruction set, by default the best one. The result doesn't depend on the number of threads.
 
     With an `IntegerWeight` each token's x is rounded in blocks of 32 columns, or of the largest
-    power of two that divides the groups if that is less, to multiples of max |x| / 127. Sums of integers are exact; scaled, they are
-    added in fp32. So the error is at most half a multiple times sum |W| over a block's columns,
-    added up over the blocks, and fp32's. A block with an infinity or a NaN makes all outputs of its
-    token NaN.
+    power of two that divides the groups if that is less, to multiples of max |x| / 127. Sums of
+    integers are exact; scaled, they are added in fp32. So the error is at most half a multiple
+    times sum |W| over a block's columns, added up over the blocks, and fp32's. A block with an
+    infinity or a NaN makes all outputs of its token NaN.
     """
     n, k = weight.shape
     x = library.checked(x, "x", library.FLOATS)
