@@ -30,6 +30,7 @@ from .config.arguments import ARGUMENTS
 from .config.keys import QUANT_METHOD
 from .config.sparse_config import SparseConfig
 from .core.errors import CheckpointError, ConfigError
+from .core.freed_memory import freed_memory_returned
 from .core.logging import get_logger
 from .evaluation import Evaluation
 from .layers import sparse_layers
@@ -251,10 +252,11 @@ class SparseQuantizer(HfQuantizer):
         for experts in [m for m in model.modules() if isinstance(m, SparseExperts)]:
             fuse(model, experts, dtype)
         parents = ModuleParents(model)
-        for name, sparse in sparse_layers(model).items():
-            empty, held = empty_original_layer(sparse), dtype or sparse.weight_dtype
-            parents.replace(sparse, unpack_linear(sparse, empty, held))
-            logger.debug("%s is dense again", name)
+        with freed_memory_returned():
+            for name, sparse in sparse_layers(model).items():
+                empty, held = empty_original_layer(sparse), dtype or sparse.weight_dtype
+                parents.replace(sparse, unpack_linear(sparse, empty, held))
+                logger.debug("%s is dense again", name)
         restore_head(model)
         unmark(model)
         remove_saving(model)

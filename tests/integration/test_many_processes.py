@@ -151,6 +151,42 @@ def test_from_disk_to_disk_the_first_writes_what_all_make(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "one", "two"}
 
 
+def test_from_disk_to_disk_other_arguments_are_told_before_the_work(tmp_path):
+    dense = make_model(tmp_path)
+    given = {  # by rank, and what the error of both says
+        "checkpoint_dir is": lambda rank: {"checkpoint_dir": tmp_path / f"run{rank}"},
+        "checkpoint_dir is None": lambda rank: {
+            "checkpoint_dir": tmp_path / "run" if rank else None
+        },
+        "output_dir is": lambda rank: {"output_dir": tmp_path / f"out{rank}"},
+        "dtype is": lambda rank: {"dtype": ["auto", "bfloat16"][rank]},
+        "the model is": lambda rank: {"model_id_or_path": [dense, tmp_path / "no"][rank]},
+    }
+    for text, change in given.items():
+        usual = {"model_id_or_path": dense, "config": config("wanda"), "output_dir": tmp_path / "x"}
+        errors = in_processes(
+            2, lambda rank, change=change, usual=usual: prune_checkpoint(**usual | change(rank))
+        )
+        assert all(isinstance(error, ProcessError) for error in errors)
+        assert all("prunes something else" in str(error) for error in errors)
+        assert any(text in str(error) for error in errors)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+@pytest.mark.parametrize("change", [{"max_memory": "1MB"}, {"max_shard_size": "much"}])
+def test_a_process_that_fails_before_the_work_ends_the_others(tmp_path, change):
+    dense = make_model(tmp_path)
+
+    def work(rank):
+        return prune_checkpoint(dense, config("wanda"), tmp_path / "x", **(change if rank else {}))
+
+    first, second = in_processes(2, work)
+    assert isinstance(second, ConfigError)
+    assert isinstance(first, ProcessError)
+    assert str(second)[:40] in str(first)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
 def test_a_run_whose_process_died_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
     dense, run, out = make_model(tmp_path), tmp_path / "run", tmp_path / "out"
     whole = in_processes(2, lambda rank: prune_checkpoint(dense, config("wanda"), tmp_path / "x"))

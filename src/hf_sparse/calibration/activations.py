@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from ..core.errors import CalibrationError, CheckpointError
+from ..core.errors import CalibrationError, CheckpointError, SaveError
 from ..core.processes import ALONE, Processes
 from .offload import ACCELERATORS, Parked
 
@@ -90,12 +90,23 @@ class Activations:
         self.standing[name] = found
 
     def leave(self, running: Pass, block: str, output: Any) -> None:
-        """A pass has come through a pruned block: keep what it made."""
+        """A pass has come through a pruned block: keep what it made.
+
+        Raises:
+            SaveError: there is no room, or the like.
+        """
         if self._kept is not None:
             self.standing.pop(self._name(running), None)
             tensors: dict[str, Tensor] = {}
             _flatten(output, "", tensors)
-            save_file(tensors, self._file(block, running))
+            path = self._file(block, running)
+            try:
+                save_file(tensors, path)
+            except (OSError, SafetensorError) as error:
+                raise SaveError(
+                    f"what {block} made of a batch can't be written to {str(path.parent)!r}: "
+                    f"{error}; the blocks before it are there: run it again to go on from there"
+                ) from error
 
     def needed(self, outputs: Mapping[str, str]) -> list[Path]:
         """The files without which a run can't go on behind some blocks, see `outputs`."""

@@ -30,13 +30,13 @@ def sparse_state_dict(
         with align_module_device(layer):
             for key in layer.format.specs(layer.shape):
                 held = state.pop(f"{name}.{buffer_name(key)}")
-                state[f"{name}.{key}"] = layer.packed[key].clone() if held.is_meta else held
+                state[f"{name}.{key}"] = _on_cpu(layer.packed[key]) if held.is_meta else held
             if (low_rank := layer.low_rank) is not None:
                 for key, tensor in low_rank.tensors().items():
                     if state[f"{name}.{key}"].is_meta:
-                        state[f"{name}.{key}"] = tensor.clone()
+                        state[f"{name}.{key}"] = _on_cpu(tensor)
             if layer.bias is not None and state[f"{name}.bias"].is_meta:
-                state[f"{name}.bias"] = layer.bias.detach().clone()
+                state[f"{name}.bias"] = _on_cpu(layer.bias.detach())
     return state, metadata(
         PackedLayer(
             f"{prefix}{name}".rstrip("."),
@@ -48,6 +48,11 @@ def sparse_state_dict(
         )
         for name, layer in sparse_layers(model).items()
     )
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; of a model without contents as it is."""
+    return tensor if tensor.is_meta else tensor.cpu()
 
 
 class ValuesRenaming(WeightRenaming):

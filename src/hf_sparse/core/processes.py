@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import psutil  # type: ignore[import-untyped]
@@ -89,6 +90,21 @@ class Processes:
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, everywhere; the others wait for it."""
         return make()
+
+    def check_same(self, values: Mapping[str, object]) -> None:
+        """Have all processes been given the same?
+
+        Raises:
+            ProcessError: they haven't; says what differs.
+        """
+        for rank, theirs in enumerate(self.gather(dict(values))):
+            for what, mine in values.items():
+                if theirs.get(what) != mine:
+                    there, here = _where_they_differ(str(theirs.get(what)), str(mine))
+                    raise ProcessError(
+                        f"process {rank} prunes something else than process {self.rank}: {what} "
+                        f"is {there} there and {here} here"
+                    )
 
     def sum(self, tensor: Tensor, owner: int | None) -> None:
         """Add up a tensor in its place: in the process `owner`, or for None in all."""
@@ -235,6 +251,14 @@ class Group(Processes):
     def _who(self) -> str:
         who = ", ".join(f"process {rank}" for rank in self._gone) or "a process on another machine"
         return f"of {self.size} processes these ended, and the others can't go on: {who}"
+
+
+def _where_they_differ(one: str, other: str) -> tuple[str, str]:
+    """Two texts from shortly before the first difference on."""
+    pairs = enumerate(zip_longest(one, other))
+    start = max(next((i for i, (a, b) in pairs if a != b), 0) - 40, 0)
+    dots = "..." if start else ""
+    return f"{dots}{one[start:]:.120}", f"{dots}{other[start:]:.120}"
 
 
 def _is_alive(pid: int) -> bool:

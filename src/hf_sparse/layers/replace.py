@@ -1,7 +1,7 @@
 """Putting sparse layers where dense ones were, and back, hooks of accelerate included.
 
 A module that accelerate has offloaded holds meta tensors; its hook knows where the data are. Its
-successor is offloaded the same way, with its (packed) tensors in CPU memory.
+successor is offloaded the same way: its (packed) tensors are in CPU memory, or on disk in a file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from ..formats import Format, Held
 from .axes import Axes
 from .conv import sparse_class
 from .linear import SparseLinear
+from .tensor_file import held_alike
 
 
 def write_weight(module: nn.Module, weight: Tensor) -> None:
     """Overwrite a layer's weight, given in the module's own orientation.
 
-    An offloaded layer is brought in for good: it is about to be replaced.
+    An offloaded layer is brought in until it is replaced, or `offload_again` is called.
     """
     hook = getattr(module, "_hf_hook", None)
     if isinstance(hook, AlignDevicesHook) and hook.offload:
@@ -34,8 +35,27 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
             requires_grad = getattr(module, name).requires_grad
             setattr(module, name, nn.Parameter(tensor, requires_grad=requires_grad))
         module._offloaded_by = hook  # type: ignore[assignment]
+    held: nn.Parameter = module.weight  # type: ignore[assignment]
     with torch.no_grad():
-        module.weight.copy_(weight)  # type: ignore[operator,union-attr]
+        if held.untyped_storage().resizable():
+            held.copy_(weight)
+        else:
+            # A file that is mapped: what is written there stays in memory with the whole file's
+            # last tensor.
+            held.data = weight.contiguous()
+
+
+def offload_again(module: nn.Module) -> None:
+    """Offload a layer that `write_weight` has brought in, and that isn't replaced."""
+    hook = vars(module).pop("_offloaded_by", None)
+    if hook is not None:
+        _hook_like(hook, module)
+
+
+def give_up_weight(module: nn.Module) -> None:
+    """Leave a layer without its weight's contents: it has been replaced, but others hold it."""
+    weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    module.weight = nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
 
 
 def pack_linear(
@@ -122,15 +142,24 @@ def inherit(old: nn.Module, new: nn.Module) -> None:
     new._is_full_backward_hook = old._is_full_backward_hook
     hook = getattr(old, "_offloaded_by", None) or getattr(old, "_hf_hook", None)
     if isinstance(hook, AlignDevicesHook):
-        tensors = {k: v.to("cpu") for k, v in new.state_dict().items()} if hook.offload else None
-        add_hook_to_module(
-            new,
-            AlignDevicesHook(
-                execution_device=hook.execution_device,
-                offload=hook.offload,
-                io_same_device=hook.io_same_device,
-                weights_map=tensors,
-                offload_buffers=hook.offload,
-                place_submodules=hook.place_submodules,
-            ),
-        )
+        _hook_like(hook, new)
+
+
+def _hook_like(hook: AlignDevicesHook, module: nn.Module) -> None:
+    """Give a module with contents a hook that puts them where another module has its own."""
+    tensors = None
+    if hook.offload:
+        own = {name: tensor.to("cpu") for name, tensor in module.state_dict().items()}
+        tensors = held_alike(own, hook.weights_map)
+    add_hook_to_module(
+        module,
+        AlignDevicesHook(
+            execution_device=hook.execution_device,
+            offload=hook.offload,
+            io_same_device=hook.io_same_device,
+            weights_map=tensors,
+            offload_buffers=hook.offload,
+            place_submodules=hook.place_submodules,
+            skip_keys=hook.skip_keys,
+        ),
+    )

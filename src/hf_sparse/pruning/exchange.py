@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..calibration.batches import CalibrationData
 from ..config.sparse_config import SparseConfig
-from ..core.errors import ConfigError, ProcessError
+from ..core.errors import ConfigError
 from ..core.grids import Grid, QuantizedWeight, Scales
 from ..core.input_threshold import InputThreshold
 from ..core.low_rank import LowRank
@@ -57,14 +57,8 @@ def check_alike(
             f"smaller batch_size (it is {config.batch_size}) or more samples, or start fewer"
         )
     settings = config.replaced(dataset=data.record) if data else config
-    mine = {"the config": settings.to_dict(), "the layers": list(layers)}
-    for rank, theirs in enumerate(processes.gather(mine)):
-        for what, value in mine.items():
-            if theirs[what] != value:
-                raise ProcessError(
-                    f"process {rank} prunes something else than process {processes.rank}, {what} "
-                    f"or the data differ: {theirs[what]!s:.200} and {value!s:.200}"
-                )
+    asked = {f"the config's {key}": value for key, value in settings.to_dict().items()}
+    processes.check_same(asked | {"the list of layers": list(layers)})
 
 
 def exchange(

@@ -21,7 +21,7 @@ from ..formats.base import Format
 from ..formats.bitmask import Bitmask
 from ..formats.quantized import Quantized
 from ..layers import SparseLinear
-from ..layers.replace import ModuleParents, pack_linear
+from ..layers.replace import ModuleParents, give_up_weight, offload_again, pack_linear
 from ..solvers import Solution
 from ..solvers.layer_solver import LayerSolver
 from .plan import LayerPlan
@@ -63,6 +63,7 @@ class PrunedLayer:
             fmt = choose_format(held, pattern, requested)
             if isinstance(fmt, Dense) and low_rank is None and self.threshold is None:
                 self._check_zeros(count_zeros(weight))
+                offload_again(module)
                 return self.report
             if isinstance(fmt, Dense) and low_rank is not None:
                 # Nearly no zeros, but a dense layer has no low-rank part.
@@ -70,6 +71,7 @@ class PrunedLayer:
             sparse = pack_linear(module, held, fmt, low_rank, self.threshold)
             self._check_zeros(_stored_zeros(sparse, fmt, weight))
             parents.replace(module, sparse)
+            give_up_weight(module)
             stored = sparse.resident_bytes()  # before a kernel takes the weight over
             sparse.resolve()
         # Of layers that stay in memory the run says later what kernels made of them.

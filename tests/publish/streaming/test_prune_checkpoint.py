@@ -134,6 +134,16 @@ def test_a_full_disk_is_told_and_what_is_done_is_kept(tmp_path, dying):
     assert digests(tmp_path / "disk") == expected
 
 
+def test_a_disk_that_is_full_of_what_blocks_made_of_the_batches_is_told(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = save(tiny_llama, tmp_path / "dense")
+    monkeypatch.setattr("hf_sparse.calibration.activations.save_file", fail)
+    with pytest.raises(SaveError, match=r"layers\.0 made .* No space left .*run it again to go on"):
+        prune_checkpoint(source, config(), tmp_path / "disk", checkpoint_dir=tmp_path / "run")
+
+
 @pytest.fixture
 def broken_off(tmp_path, dying):
     """A run with one block finished, as a function that goes on with it."""

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -85,8 +85,8 @@ def prune_checkpoint(
             in checkpoint_dir is another one; says what differs.
         CheckpointError: the model isn't stored in safetensors files that hold all of it.
         SaveError: the result, or a finished block, can't be written.
-        ProcessError: another process failed or is gone; with checkpoint_dir the run can go on,
-            also in another number of processes.
+        ProcessError: another process was given something else, failed or is gone; with
+            checkpoint_dir the run can go on, also in another number of processes.
         HfSparseError: see `hf_sparse.core.errors`.
     """
     if not isinstance(config, SparseConfig):
@@ -95,24 +95,27 @@ def prune_checkpoint(
     target = Path(output_dir)
     if target.exists() and not target.is_dir():
         raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
-    skeleton = open_checkpoint(model_id_or_path, revision, dtype)
-    spill = _must_spill(skeleton, config, target, max_memory)
-    source = SourceWeights(skeleton.folder, skeleton.twin, skeleton.dtype)
     resumable = checkpoint_dir is not None
     processes = Processes.here()
-    with (
-        processes.together(),
-        _folder_for(target, checkpoint_dir, processes) as kept,
-        closing(
-            Ledger(
-                kept,
-                processes.from_first(lambda: _identity(skeleton, source) if resumable else {}),
-                resumable,
-                processes,
-            )
-        ) as ledger,
-        _waiting(kept, spill) as waiting,
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(processes.together())
+        processes.check_same(
+            {
+                "the model": str(model_id_or_path),
+                "output_dir": os.path.abspath(output_dir),
+                "checkpoint_dir": os.path.abspath(checkpoint_dir) if checkpoint_dir else None,
+                "revision": revision,
+                "dtype": str(dtype),
+            }
+        )
+        _bytes("max_shard_size", max_shard_size)
+        skeleton = open_checkpoint(model_id_or_path, revision, dtype)
+        spill = _must_spill(skeleton, config, target, max_memory)
+        source = SourceWeights(skeleton.folder, skeleton.twin, skeleton.dtype)
+        kept = stack.enter_context(_folder_for(target, checkpoint_dir, processes))
+        identity = processes.from_first(lambda: _identity(skeleton, source) if resumable else {})
+        ledger = stack.enter_context(closing(Ledger(kept, identity, resumable, processes)))
+        waiting = stack.enter_context(_waiting(kept, spill))
         residence = Streamed(source, ledger, waiting)
         quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
         skeleton.model.hf_quantizer = quantizer
@@ -163,7 +166,11 @@ def _must_spill(
             f"the run writes {needed.bytes_written / 1e9:.1f} GB, finished blocks and the result, "
             f"and {free / 1e9:.1f} GB are free at {str(place)!r}"
         )
-    limit = psutil.virtual_memory().available if max_memory is None else _bytes(max_memory)
+    limit = (
+        psutil.virtual_memory().available
+        if max_memory is None
+        else _bytes("max_memory", max_memory)
+    )
     if needed.peak_without_activations > limit:
         parts = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in needed.memory.items())
         raise ConfigError(
@@ -174,12 +181,12 @@ def _must_spill(
     return max_memory is not None and needed.peak > limit
 
 
-def _bytes(size: int | str) -> int:
+def _bytes(argument: str, size: int | str) -> int:
     try:
         return int(convert_file_size_to_int(size))
     except (ValueError, TypeError, AttributeError):
         raise ConfigError(
-            f"max_memory={size!r} is no size: pass bytes or a text like '8GiB'"
+            f"{argument}={size!r} is no size: pass bytes or a text like '8GiB'"
         ) from None
 
 
@@ -200,12 +207,13 @@ def _folder_for(
         yield Path(checkpoint_dir)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    made = partial(tempfile.mkdtemp, dir=target.parent, prefix=".hf_sparse-run-")
-    folder = Path(processes.from_first(made))
+    folder = None
     try:
-        yield folder
-    finally:
         if processes.is_first:
+            folder = tempfile.mkdtemp(dir=target.parent, prefix=".hf_sparse-run-")
+        yield Path(processes.from_first(lambda: folder))  # type: ignore[arg-type]
+    finally:
+        if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
