@@ -28,7 +28,7 @@ def expression(draw: random.Random, length: int) -> tuple[list[str], int]:
     if length < 5:
         return [str(digit := draw.randrange(10))], digit
     operator, words, values = draw.choice(list(OPERATORS)), [], []
-    for left in range(draw.randint(2, min(5, length - 2)), 0, -1):
+    for left in range(draw.randint(2, min(10, length - 2)), 0, -1):
         most = (length - 2 - len(words)) // left
         part, value = expression(draw, most if draw.random() < 0.7 else 1)
         words, values = words + part, [*values, value]

@@ -17,7 +17,7 @@ from transformers.quantizers import (
     register_quantizer,
 )
 
-from .calibration.attention import apply_attention, check_attention, learn
+from .calibration.attention import apply_attention, check_attention, learn, settle_attention
 from .calibration.sources import check_source
 from .checkpoint.attention_file import read_attention
 from .checkpoint.commit import PAGE_FILE
@@ -32,6 +32,7 @@ from .config.sparse_config import SparseConfig
 from .core.errors import CheckpointError, ConfigError
 from .core.freed_memory import freed_memory_returned
 from .core.logging import get_logger
+from .core.unwrapped import unwrapped
 from .evaluation import Evaluation
 from .layers import sparse_layers
 from .layers.activations import round_activations as layers_round_activations
@@ -47,7 +48,6 @@ from .pruning.prune import check_before_loading, prune_in_place, require_dense
 from .pruning.report import PruningReport
 from .pruning.residence import Residence
 from .pruning.saved_report import saved_report
-from .pruning.wrappers import unwrapped
 from .publish.html import write_report
 from .publish.save import install_saving, is_plain, remove_saving
 from .training import peft_hooks
@@ -117,7 +117,7 @@ def round_activations(model: nn.Module, to: str | None) -> None:
 
     Args:
         model: with sparse layers.
-        to: "int8", in blocks of 32 inputs or a group, with products of bytes, which are much
+        to: "int8", in blocks of at most 32 inputs, with products of bytes, which are much
             faster; None: nothing, what a model is loaded with unless its config says otherwise.
             Weights stay what they are. A warning says so if no layer can be multiplied that way.
 
@@ -163,9 +163,10 @@ class SparseQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The last that transformers asks before it looks for files: the guard has done its work,
-        they have their usual names."""
+        they have their usual names; and what was passed as `attn_implementation` is known."""
         if getattr(config, POINTER, None) == GUARD:
             delattr(config, POINTER)
+        settle_attention(self.quantization_config, config._attn_implementation, self.pre_quantized)
         return config
 
     update_tp_plan = update_attn_implementation  # what transformers asks last before 5.24

@@ -235,3 +235,27 @@ snapshot_download("me/tiny-sparse", local_dir=folder / "copy")
     client.check(code, tmp_path)
     assert len(json.loads((tmp_path / "layers.json").read_text())["layers"]) == LAYERS
     assert read_files(tmp_path / "copy") == client.hub.repos["me/tiny-sparse"].files()
+
+
+def test_what_an_attention_has_learned_is_fetched_with_the_weights(
+    client: Client, dense: Path, tmp_path: Path
+) -> None:
+    code = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+from hf_sparse import SparseConfig
+
+given = {"method": "hs_routing", "block": 8, "key_block": 4, "keys": 8, "from_length": 0}
+data = [torch.arange(3, 61), torch.arange(2, 60)]
+config = SparseConfig(
+    method="magnitude", attention=given, dataset=data, num_samples=2, seq_len=32
+)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)
+model.push_to_hub("me/attention")
+torch.save(model(torch.arange(3, 61).reshape(2, 29)).logits, sys.argv[2])
+"""
+    client.check(code, dense, tmp_path / "pushed.pt")
+    assert "sparse_attention.safetensors" in client.hub.repos["me/attention"].files()
+    other = Client(client.hub, tmp_path / "other")
+    found = other.logits("me/attention", tmp_path / "loaded.safetensors")
+    assert torch.equal(found, torch.load(tmp_path / "pushed.pt"))

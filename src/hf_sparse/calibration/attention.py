@@ -7,18 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from transformers import PreTrainedModel
 
 from ..config.arguments import ARGUMENTS
 from ..config.sparse_config import SparseConfig
 from ..core.attention_settings import AttentionSettings
 from ..core.errors import ConfigError
+from ..core.logging import get_logger
+from ..core.untrusted_text import brief
+from ..core.unwrapped import unwrapped
 from ..layers.attention.install import check, install, kept_on_failure, remove, watched
 from ..layers.attention.interface import STATE, AttentionState, parts
 from ..layers.attention.masks import LazyMask
 from .forward import call_model
 from .load import load_calibration
 from .tokenizers import load_tokenizer
+
+logger = get_logger(__name__)
 
 SAMPLES = 1024  # of a layer's queries, and of its keys
 
@@ -39,7 +45,8 @@ def use_attention(
     hf_sparse has pruned is saved with it from then on.
 
     Args:
-        model: a transformers model that calls transformers' attention interface.
+        model: a transformers model that calls transformers' attention interface, or PEFT's or a
+            data-parallel wrapper of one; not a compiled one.
         attention: a method, "hs_block", "hs_smyrf", "hs_routing", "hs_mongoose", "hs_performer" or
             "hs_scatterbrain"; settings, as a dict or `AttentionSettings`; None for exact attention.
         dataset: as `SparseConfig.dataset`, for the methods that learn: "hs_routing" and
@@ -56,8 +63,12 @@ def use_attention(
         CalibrationError: the data are unusable.
     """
     settings = ARGUMENTS["attention"].check("attention", attention)
-    wrapper: Any = model
-    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
+    if settings is not None and isinstance(model, OptimizedModule):
+        raise ConfigError(
+            "attention stays exact under torch.compile: call use_attention on the model that isn't "
+            "compiled, and run that one on long prompts"
+        )
+    inner: Any = unwrapped(model)
     _require_transformers(inner)
     if settings is None:
         remove(inner)
@@ -73,6 +84,32 @@ def use_attention(
     config = getattr(getattr(inner, "hf_quantizer", None), "quantization_config", None)
     if isinstance(config, SparseConfig):
         config.attention = settings
+
+
+def settle_attention(config: SparseConfig, implementation: str | None, saved: bool) -> None:
+    """Let an `attn_implementation` that was passed to `from_pretrained` win over a saved attention.
+
+    Args:
+        config: of the model that is about to be loaded.
+        implementation: what was passed, None if nothing was.
+        saved: is the model sparse already? Otherwise the config's attention was asked for as well.
+
+    Raises:
+        ConfigError: two attentions are asked for.
+    """
+    if config.attention is None or implementation in (None, config.attention.method):
+        return
+    if not saved:
+        raise ConfigError(
+            f"attn_implementation={brief(implementation)} and attention with method "
+            f"{config.attention.method!r} are both asked for: pass one of them"
+        )
+    logger.warning(
+        "attn_implementation=%s was passed: the saved attention %r isn't used, nor saved again",
+        brief(implementation),
+        config.attention.method,
+    )
+    config.attention = None
 
 
 def check_attention(model: nn.Module, config: SparseConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from ..core.errors import CalibrationError, HfSparseError
+from ..core.input_device import input_device
 from .batches import Batch
 
 # What a forward takes besides inputs, or makes for itself from another one.
@@ -44,14 +44,6 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
             f"{type(error).__name__}: {error}. The data have {', '.join(sorted(batch))}; it "
             f"also takes {', '.join(lacking_inputs(model, batch)) or 'nothing else'}"
         ) from error
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs. accelerate moves those of offloaded modules by itself."""
-    # Sparse layers hold buffers: without biases there may be no parameter left.
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    device: torch.device = getattr(model, "device", None) or next(tensors).device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 # What a config may ask a model to keep or return beside its outputs, and what a run has instead: a

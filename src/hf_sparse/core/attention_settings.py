@@ -19,7 +19,16 @@ METHODS: Mapping[str, tuple[str, str]] = {
     "hs_performer": ("own", "favor"),
     "hs_scatterbrain": ("smyrf", "favor"),
 }
-LARGEST = 2**31  # of every number here
+# Of each number. Memory is taken for a block of queries times its keys, and for features: what is
+# larger than these is a mistake, or an attempt to take all memory.
+LARGEST = {
+    "keys": 2**31 - 1,
+    "from_length": 2**31 - 1,
+    "seed": 2**31 - 1,
+    "block": 2**16,
+    "key_block": 2**16,
+    "features": 2**16,
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,9 @@ class AttentionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("method", "selector", "residual"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"attention {name}={brief(getattr(self, name))} must be a name")
         if self.method not in METHODS:
             raise ConfigError(unknown_name("attention method", self.method, METHODS))
         selector, residual = METHODS[self.method]
@@ -67,9 +79,11 @@ class AttentionSettings:
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
-    if type(value) is not int or not least <= value < LARGEST:
+    most = LARGEST[name]
+    if type(value) is not int or not least <= value <= most:
         raise ConfigError(
-            f"attention {name}={brief(value)} must be an integer of at least {least}, below 2^31"
+            f"attention {name}={brief(value)} must be an integer of at least {least} and "
+            f"at most {most}"
         )
 
 
@@ -89,13 +103,11 @@ def check_attention(name: str, value: Any) -> AttentionSettings | None:
             'of settings, e.g. {"method": "hs_block", "keys": 2048}'
         )
     known = [field.name for field in fields(AttentionSettings)]
-    for key, given in value.items():
+    for key in value:
         if key not in known:
             near = did_you_mean(key, known)
             raise ConfigError(
                 f"{name} has no setting {brief(key)}{f' ({near})' if near else ''}; it knows "
                 f"{', '.join(known)}"
             )
-        if key in ("method", "selector", "residual") and not isinstance(given, str):
-            raise ConfigError(f"{name} {key}={brief(given)} must be a name")
     return AttentionSettings(**value)

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..calibration.forward import input_device
 from ..calibration.load import load_calibration
 from ..calibration.tokenizers import load_tokenizer
 from ..config.sparse_config import SparseConfig
 from ..core.errors import ConfigError
+from ..core.input_device import input_device
 from ..core.processes import Processes
 from ..core.torch_settings import own_settings
 from ..kernels.cpu.wide import wide_products

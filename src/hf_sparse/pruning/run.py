@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration.forward import input_device
 from ..calibration.load import load_calibration
 from ..config.sparse_config import SparseConfig
 from ..core.errors import CalibrationError
 from ..core.evaluation_mode import evaluation_mode
+from ..core.input_device import input_device
 from ..core.logging import get_logger
 from ..core.processes import ALONE, Processes
 from ..kernels.machine import Environment

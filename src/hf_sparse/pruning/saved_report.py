@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers.utils import cached_file
-
 from ..checkpoint.commit import REPORT_FILE
+from ..checkpoint.companion import companion
 from ..core.errors import CheckpointError
 from ..core.logging import get_logger
 from .report import PruningReport
@@ -21,11 +20,7 @@ def saved_report(folder: Path) -> PruningReport | None:
         folder: where its files lie. If that is in the cache of the Hub, the report is fetched.
     """
     try:
-        if folder.parent.name == "snapshots":  # .../models--OWNER--NAME/snapshots/COMMIT
-            cache, repository = folder.parents[2], folder.parents[1].name
-            name = repository.removeprefix("models--").replace("--", "/")
-            cached_file(name, REPORT_FILE, cache_dir=str(cache), revision=folder.name)
-        return PruningReport.from_folder(folder)
+        return PruningReport.from_folder(companion(folder, REPORT_FILE).parent)
     except CheckpointError as error:
         logger.warning("the model is loaded without its report: %s", str(error))
     except OSError as error:

@@ -13,12 +13,15 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 import hf_sparse
 from hf_sparse import AttentionSettings, CalibrationError, ConfigError, SparseConfig
+from hf_sparse.layers.attention import interface
 from hf_sparse.layers.attention.interface import states
 
 SETTINGS = {"method": "hs_block", "block": 8, "key_block": 4, "keys": 16, "from_length": 4}
@@ -36,7 +39,10 @@ SETTINGS = {"method": "hs_block", "block": 8, "key_block": 4, "keys": 16, "from_
         ({"keys": True}, "attention keys=True must be an integer"),
         ({"block": 2.5}, "attention block=2.5 must be an integer"),
         ({"from_length": -1}, "attention from_length=-1 must be"),
-        ({"seed": 2**40}, "below 2.31"),
+        ({"seed": 2**40}, "at most 2147483647"),
+        ({"block": 2**31 - 1}, "attention block=2147483647 must be .* at most 65536"),
+        ({"key_block": 2**31 - 1}, "attention key_block=2147483647 must be .* at most 65536"),
+        ({"features": 2**31 - 1}, "attention features=2147483647 must be .* at most 65536"),
         ({"selector": "blok"}, "did you mean 'block'"),
         ({"residual": "centroid"}, "did you mean 'centroids'"),
     ],
@@ -48,6 +54,13 @@ def test_wrong_settings_are_named(given, message):
     ):
         with pytest.raises(ConfigError, match=message):
             ask()
+
+
+def test_settings_that_are_made_by_hand_are_checked_too():
+    with pytest.raises(ConfigError, match=r"attention method=.'x'. must be a name"):
+        AttentionSettings(["x"])
+    with pytest.raises(ConfigError, match="attention residual=3 must be a name"):
+        AttentionSettings(residual=3)
 
 
 def biased():
@@ -93,6 +106,46 @@ def test_soft_caps_are_an_error_without_a_check_before(monkeypatch):
         model(torch.zeros(1, 4, dtype=torch.long))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("s_aux", torch.zeros(4), "attention sinks"),
+        ("sinks", torch.zeros(4), "attention sinks"),
+        ("block_indices", torch.zeros(1, 1, 40, 2), "keys that it picks itself"),
+        ("indices", torch.zeros(1, 40, 2), "keys that it picks itself"),
+        ("relative_bias", torch.zeros(4), "an argument 'relative_bias' of its own"),
+        ("temperature", 0.5, "an argument 'temperature' of its own"),
+    ],
+)
+@pytest.mark.parametrize("length", [1, 40])
+def test_what_else_changes_scores_is_never_ignored(name, value, message, length):
+    query = torch.randn(1, 4, length, 8)
+    module = make("llama").model.layers[0].self_attn
+    with pytest.raises(ConfigError, match=message):
+        interface.attention(module, query, query, query, None, method="hs_block", **{name: value})
+
+
+def test_sinks_are_an_error_before_anything_is_changed():
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = GptOssForCausalLM(GptOssConfig(**sizes, num_local_experts=2)).eval()
+    before = model.config._attn_implementation
+    with pytest.raises(ConfigError, match="attention sinks"):
+        hf_sparse.use_attention(model, "hs_block")
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_data_parallel_model_has_it_and_a_compiled_one_says_that_it_can_not():
+    model = make("llama")
+    hf_sparse.use_attention(torch.nn.DataParallel(model), SETTINGS)
+    assert model.config._attn_implementation == "hs_block"
+    with pytest.raises(ConfigError, match=r"exact under torch\.compile"):
+        hf_sparse.use_attention(torch.compile(model), SETTINGS)
+    hf_sparse.use_attention(torch.compile(model), None)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_attention_is_for_models_of_transformers():
     with pytest.raises(ConfigError, match="models of transformers, found Sequential"):
         hf_sparse.use_attention(torch.nn.Sequential(), "hs_block")
@@ -122,6 +175,26 @@ def test_a_model_is_saved_with_its_attention(tmp_path, sparsity):
     again.save_pretrained(tmp_path / "exact")
     config = json.loads((tmp_path / "exact" / "config.json").read_text())
     assert config["quantization_config"]["attention"] is None
+
+
+@pytest.mark.parametrize("asked", ["sdpa", "eager", "hs_smyrf"])
+def test_an_attention_that_is_passed_to_from_pretrained_wins_over_the_saved_one(tmp_path, asked):
+    model = make("llama")
+    hf_sparse.prune(model, SparseConfig(method="magnitude", sparsity=0.5, attention=SETTINGS))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=asked)
+    assert again.config._attn_implementation == asked
+    assert states(again) == {}
+    assert again.hf_quantizer.quantization_config.attention is None
+
+
+def test_two_attentions_that_are_asked_for_are_an_error(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    config = SparseConfig(method="magnitude", attention=SETTINGS)
+    with pytest.raises(ConfigError, match="'sdpa' and attention with method 'hs_block'"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=config, attn_implementation="sdpa"
+        )
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

@@ -169,14 +169,18 @@ def test_what_was_learned_is_saved_beside_the_weights(tmp_path, method):
     learned = load_file(tmp_path / "sparse_attention.safetensors")
     assert set(learned) == {f"model.layers.{i}.self_attn.centres" for i in range(2)}
     assert not any("sparse_attention" in key for key in load_file(tmp_path / "model.safetensors"))
+    metadata = {"selector": METHODS[method][0]}
     for damage, message in (
         ({"model.layers.0.self_attn.centres": torch.ones(2, 3, 9)}, r"shape \(2, 3, 9\)"),
         ({"model.layers.0.self_attn.centres": torch.full((2, 3, 8), math.nan)}, "no finite"),
         ({"other": torch.ones(2)}, "model.layers.0.self_attn.centres is missing"),
     ):
-        save_file(damage, tmp_path / "sparse_attention.safetensors")
+        save_file(damage, tmp_path / "sparse_attention.safetensors", metadata)
         with pytest.raises(CheckpointError, match=message):
             AutoModelForCausalLM.from_pretrained(tmp_path)
+    save_file(learned, tmp_path / "sparse_attention.safetensors", {"selector": "other"})
+    with pytest.raises(CheckpointError, match="selector 'other' has learned, not"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
     (tmp_path / "sparse_attention.safetensors").unlink()
     with pytest.raises(CheckpointError, match="can't be read"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -184,6 +188,24 @@ def test_what_was_learned_is_saved_beside_the_weights(tmp_path, method):
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "sparse_attention.safetensors").exists()
     assert states(model) == {}
+
+
+@pytest.mark.parametrize("lowest", ["cpu", "disk"])
+def test_what_an_offloaded_model_has_learned_is_in_memory(tmp_path, lowest):
+    model = make("llama")
+    given = {"method": "hs_routing", "block": 8, "key_block": 4, "keys": 32, "from_length": 0}
+    hf_sparse.prune(
+        model, SparseConfig(method="magnitude", sparsity=0.5, attention=given, dataset=IDS,
+                            num_samples=2, seq_len=64)
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "saved")
+    names = ("embed_tokens", "norm", "rotary_emb", "layers.0", "layers.1")
+    places = {f"model.{name}": "disk" if "." in name else lowest for name in names}
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map=places | {"lm_head": "cpu"},
+        offload_folder=tmp_path / "offloaded",
+    )  # fmt: skip
+    assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("method", LEARNING)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ...core.attention_settings import METHODS, AttentionSettings
 from ...core.errors import ConfigError, HfSparseError
 from ...core.evaluation_mode import evaluation_mode
+from ...core.input_device import input_device
 from .interface import STATE, AttentionState, Observer, observed, parts
 
 EXACT = "sdpa"
@@ -128,7 +129,7 @@ def _implementations(model: PreTrainedModel) -> dict[str, str]:
 
 def _made_up(model: PreTrainedModel) -> dict[str, Tensor]:
     """Two tokens, or one image."""
-    main, config, device = model.main_input_name, model.config, model.device
+    main, config, device = model.main_input_name, model.config, input_device(model)
     if main == "input_ids":
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
         decoder = "decoder_input_ids" in inspect.signature(model.forward).parameters

@@ -34,6 +34,20 @@ UNSUPPORTED = {
     "position_bias": "position bias",
     "softcap": "soft caps",
     "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "indices": "keys that it picks itself",
+    "block_indices": "keys that it picks itself",
+}
+# Tensors that only say again what the mask says, or are about something else.
+HARMLESS = {
+    "cache_position",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "position_ids",
+    "seq_idx",
 }
 
 Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, "LazyMask | Tensor | None", float], None]
@@ -109,11 +123,13 @@ def attention(
         (batch, tokens, heads, channels), and no weights.
 
     Raises:
-        ConfigError: the model changes scores by position or size; or the method needs what it has
-            not learned.
+        ConfigError: the model changes scores by position or size, or has a tensor or a number for
+            its attention that is not known here; or the method needs what it has not learned.
     """
-    for name, what in UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
+    for name, given in kwargs.items():
+        what = UNSUPPORTED.get(name, f"an argument {name!r} of its own")
+        unknown = isinstance(given, (Tensor, float)) and name not in HARMLESS
+        if given is not None and (name in UNSUPPORTED or unknown):
             raise ConfigError(
                 f"{type(module).__name__} has {what}, which {method!r} can't follow: load the "
                 'model with attn_implementation="sdpa" or "eager"'

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ...calibration.batches import Batch
-from ...calibration.forward import input_device
 from ...calibration.layer_statistics import Observed
 from ...calibration.load import load_calibration
 from ...calibration.stage_walk import walk_stages
@@ -24,6 +23,7 @@ from ...calibration.tokenizers import load_tokenizer
 from ...config.sparse_config import SparseConfig
 from ...core.errors import AdapterError, ConfigError, SolveError
 from ...core.evaluation_mode import evaluation_mode
+from ...core.input_device import input_device
 from ...core.logging import get_logger, progress_bar
 from ...core.renamed import renamed_arguments
 from ...core.torch_settings import own_settings
