@@ -96,6 +96,10 @@ def prune_checkpoint(
     target = Path(output_dir)
     if target.exists() and not target.is_dir():
         raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
+    if checkpoint_dir is not None and Path(checkpoint_dir).resolve() == target.resolve():
+        raise ConfigError(
+            f"checkpoint_dir and output_dir are both {str(target)!r}: pass a folder of its own"
+        )
     resumable = checkpoint_dir is not None
     processes = Processes.here()
     with ExitStack() as stack:
