@@ -117,7 +117,7 @@ def round_activations(model: nn.Module, to: str | None) -> None:
 
     Args:
         model: with sparse layers.
-        to: "int8", in blocks of 32 inputs or a group, with products of bytes, which are much
+        to: "int8", in blocks of at most 32 inputs, with products of bytes, which are much
             faster; None: nothing, what a model is loaded with unless its config says otherwise.
             Weights stay what they are. A warning says so if no layer can be multiplied that way.
 

@@ -1,11 +1,13 @@
 """Attributions against finite differences, and how two models' are compared."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_bert, tiny_llama
+from tiny_models import tiny_bert, tiny_llama, tiny_t5
 from torch import nn
-from transformers import BertForSequenceClassification
+from transformers import BertForMaskedLM, BertForSequenceClassification
 
 import hf_sparse
 from conftest import layer_report
@@ -118,10 +120,34 @@ def test_the_page_shows_the_samples_that_differ_most_first(tmp_path):
 def test_what_has_no_embeddings_or_no_tokens_is_an_error():
     with pytest.raises(EvaluationError, match="no input embeddings"):
         explanation_drift(nn.Linear(2, 2), tiny_llama(), IDS)
-    with pytest.raises(EvaluationError, match="top=0"):
-        explanation_drift(tiny_llama(), tiny_llama(), IDS, top=0)
+    for top in (0, 1.5, "3"):
+        with pytest.raises(EvaluationError, match=f"top={top!r} must be an integer"):
+            explanation_drift(tiny_llama(), tiny_llama(), IDS, top=top)
     with pytest.raises(EvaluationError, match="no sample has two tokens"):
         explanation_drift(tiny_llama(), tiny_llama(), [torch.tensor([5])])
+
+
+def test_a_model_that_predicts_no_next_token_of_its_inputs_is_an_error():
+    translations = [{"input_ids": IDS[0][None], "decoder_input_ids": IDS[0][None]}]
+    for model, data in ((tiny_t5(), translations), (tiny_bert(BertForMaskedLM), IDS)):
+        with pytest.raises(EvaluationError, match="neither a class nor the next token"):
+            explanation_drift(model, model, data)
+
+
+def test_reasons_that_are_no_numbers_are_not_compared():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0] = math.inf
+    with pytest.raises(EvaluationError, match="NaN or infinite"):
+        explanation_drift(tiny_llama(), model, IDS)
+
+
+def test_gradients_are_taken_in_inference_mode_too():
+    dense, sparse = tiny_llama(), tiny_llama()
+    hf_sparse.prune(sparse, SparseConfig(method="magnitude", sparsity=0.7))
+    expected = explanation_drift(dense, sparse, IDS)
+    with torch.inference_mode():
+        assert explanation_drift(dense, sparse, IDS) == expected
 
 
 @pytest.mark.parametrize(("own", "other"), [(3, 5), (5, 3)])

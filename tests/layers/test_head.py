@@ -54,6 +54,12 @@ def test_a_head_gives_what_a_linear_layer_gives():
     torch.testing.assert_close(head(x).double(), expected, rtol=2e-2, atol=2e-2)
 
 
+def test_a_head_within_autocast_is_in_its_dtype():
+    head, x = head_of(), normal(1, 36).bfloat16()
+    with torch.autocast("cpu", torch.float16):
+        assert head(x).dtype == F.linear(x, head.weight).dtype == torch.float16
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_head_compiles_and_exports():
     head = head_of().requires_grad_(False)

@@ -1,6 +1,7 @@
 """A previewed head: exact scores of the candidates, and of all where more is asked for."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -154,6 +155,36 @@ def test_none_gives_back_the_head_that_was(cls):
 def test_a_number_of_candidates_that_is_none_is_an_error(candidates):
     with pytest.raises(ConfigError, match="candidates="):
         preview_head(Model(), candidates)
+
+
+def test_a_call_that_is_refused_leaves_the_preview_that_was():
+    model = Model()
+    preview_head(model, 8)
+    with pytest.raises(ConfigError, match="candidates=0"):
+        preview_head(model, 0)
+    assert model.head.preview.candidates == 8
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_head_with_values_that_are_no_numbers_is_an_error(value):
+    model = Model()
+    model.head.weight[3, 4] = value
+    with pytest.raises(ConfigError, match="NaN or infinite"):
+        preview_head(model)
+
+
+def test_autocast_and_traces_get_exact_scores_of_all(recwarn):
+    model, x = Model(), inputs(1, 72)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.head(x)
+        preview_head(model, 8)
+        assert torch.equal(model.head(x), half)
+    assert half.dtype == torch.bfloat16
+    recwarn.clear()
+    traced = torch.jit.trace(model.head, x, check_trace=False)
+    assert not [w for w in recwarn if w.category is torch.jit.TracerWarning]
+    other = 2 * x
+    torch.testing.assert_close(traced(other), F.linear(other, model.head.weight, model.head.bias))
 
 
 def test_a_model_without_a_linear_head_is_an_error():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import tiny_bert, tiny_llama
+from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from transformers import BertForSequenceClassification, TrainingArguments
 
 import hf_sparse
@@ -20,6 +20,14 @@ def classifier(**changes):
 
 def language_model(sparsity=0.0):
     model = tiny_llama(attn_implementation="eager")
+    if sparsity:
+        hf_sparse.prune(model, SparseConfig(method="magnitude", sparsity=sparsity))
+    return model
+
+
+def gpt2(sparsity=0.0):
+    """Its class has no name that tells what it predicts."""
+    model = tiny_gpt2(attn_implementation="eager")
     if sparsity:
         hf_sparse.prune(model, SparseConfig(method="magnitude", sparsity=sparsity))
     return model
@@ -87,8 +95,9 @@ def test_the_gradient_in_kept_values_agrees_with_finite_differences():
         assert found == pytest.approx(slope, rel=2e-2, abs=1e-4)
 
 
-def test_the_reasons_of_the_dense_model_are_kept():
-    dense, model = language_model(), language_model(0.5)
+@pytest.mark.parametrize("make", [language_model, gpt2])
+def test_the_reasons_of_the_dense_model_are_kept(make):
+    dense, model = make(), make(0.5)
     loss = ExplanationLoss(model, dense=dense)
 
     def gradient(of):
@@ -103,8 +112,21 @@ def test_the_reasons_of_the_dense_model_are_kept():
     penalty = (own - kept).square().sum() / kept.square().sum()
     torch.testing.assert_close(found, expected + penalty)
     expected = gradient(dense)[1]
-    same = ExplanationLoss(dense, dense=language_model())
+    same = ExplanationLoss(dense, dense=make())
     torch.testing.assert_close(same(dense(input_ids=IDS), IDS), expected)
+
+
+def test_an_encoder_decoder_hangs_on_the_inputs_of_its_encoder():
+    model = tiny_t5(attn_implementation="eager")
+    loss = ExplanationLoss(model, irrelevant=lambda ids: ids % 2 == 0, weight=3.0)
+    found = loss(model(input_ids=IDS, labels=IDS.flip(1)), IDS.flip(1))
+    loss.remove()
+    embedded = model.get_encoder().get_input_embeddings()(IDS).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, labels=IDS.flip(1)).logits
+    (gradient,) = torch.autograd.grad(logits.log_softmax(-1).sum(), embedded)
+    penalty = ((IDS % 2 == 0).unsqueeze(-1) * gradient).square().sum() / len(IDS)
+    expected = F.cross_entropy(logits.flatten(0, 1), IDS.flip(1).flatten())
+    torch.testing.assert_close(found, expected + 3 * penalty)
 
 
 def test_training_with_it_lowers_the_penalty_and_evaluation_is_the_cross_entropy(tmp_path):
@@ -153,6 +175,8 @@ def test_fused_attention_missing_labels_and_masks_of_another_shape_are_errors():
     with pytest.raises(TrainingError, match="the data have none"):
         loss(outputs, None)
     with pytest.raises(TrainingError, match=r"mask of shape \(10,\), expected \(2, 10\)"):
+        loss(outputs, IDS)
+    with pytest.raises(TrainingError, match="has seen no forward pass"):
         loss(outputs, IDS)
     with pytest.raises(TrainingError, match="pass input_ids by name"):
         model(IDS)

@@ -40,8 +40,8 @@ class RunArguments(LayerArguments):
     )
     activations: Argument[str | None, str | None] = Argument(
         None,
-        'What CPUs may round the inputs of layers with `bits` to: "int8", in blocks of 32 inputs '
-        "or a group, which makes their products much faster and changes them by up to half a step "
+        'What CPUs may round the inputs of layers with `bits` to: "int8", in blocks of at most 32 '
+        "inputs, which makes their products much faster and changes them by up to half a step "
         "of max |x| / 127. Pruning and saved weights are the same without. `from_pretrained` takes "
         "it for a sparse checkpoint, too, and `hf_sparse.round_activations` changes it later.",
         STORAGE,

@@ -10,15 +10,19 @@ from torch import Tensor, nn
 
 from ..calibration.batches import Batch
 from ..core.errors import EvaluationError
+from .data import predicts_next
 
 
 def embedding_of(model: nn.Module) -> nn.Module:
-    """What makes a model's input embeddings of token ids.
+    """What makes a model's input embeddings of token ids; an encoder-decoder's encoder has its own.
 
     Raises:
         EvaluationError: the model has none.
     """
-    find = getattr(model, "get_input_embeddings", None)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        find = model.get_encoder().get_input_embeddings  # type: ignore[operator]
+    else:
+        find = getattr(model, "get_input_embeddings", None)
     try:
         embedding = None if find is None else find()
     except NotImplementedError:
@@ -60,7 +64,8 @@ def attributions(
         times_input: g'e, else |g|.
 
     Raises:
-        EvaluationError: the model has no logits, or not that target.
+        EvaluationError: the model predicts no class and no next token, or not that target; or what
+            it computes is no number.
     """
     embedded: list[Tensor] = []
 
@@ -74,6 +79,11 @@ def attributions(
             logits = getattr(model(**batch), "logits", None)
             if not isinstance(logits, Tensor):
                 raise EvaluationError(f"{type(model).__name__} has no logits: it predicts nothing")
+            if not embedded or (logits.ndim == 3 and not predicts_next(model)):
+                raise EvaluationError(
+                    f"{type(model).__name__} predicts neither a class nor the next token of its "
+                    "inputs: pass a causal language model or a classifier of token ids"
+                )
             found = log_probabilities(logits, last)
             wanted = found.argmax(-1) if target is None else target.to(found.device)
             if int(wanted.max()) >= found.shape[1]:
@@ -85,6 +95,11 @@ def attributions(
             (gradient,) = torch.autograd.grad(chosen, embedded[:1])
     finally:
         hook.remove()
+    if found.isnan().any() or not gradient.isfinite().all():
+        raise EvaluationError(
+            f"the predictions of {type(model).__name__} in {logits.dtype}, or their gradients, are "
+            "NaN or infinite for these data: load it with dtype=torch.float32"
+        )
     gradient = gradient.float()
     if not times_input:
         return gradient.norm(dim=-1), found.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..calibration.batches import Batch, CalibrationData, make_batches
 from ..calibration.load import LONGEST_SEQUENCE, limits
 from ..core.errors import EvaluationError
 from ..core.evaluation_mode import evaluation_mode
+from ..core.untrusted_text import brief
 
 
 def load_data(
@@ -50,12 +52,12 @@ def load_data(
     if causal:
         check_causal(model)
     longest, vocab_size = limits(model)
+    check_positive(seq_len=seq_len, num_samples=num_samples, batch_size=batch_size)
     seq_len = seq_len or min(LONGEST_SEQUENCE, longest or LONGEST_SEQUENCE)
     if seq_len < 2 or (longest is not None and seq_len > longest):
         raise EvaluationError(
             f"seq_len={seq_len} must be at least 2 and at most the {longest} positions of the model"
         )
-    check_positive(num_samples=num_samples, batch_size=batch_size)
     loaded = make_batches(
         data,
         load_tokenizer,
@@ -73,16 +75,21 @@ def load_data(
 
 
 def check_positive(**values: int | None) -> None:
-    """Raise an EvaluationError that names the first value below 1; None is allowed."""
+    """Raise an EvaluationError that names the first value below 1, or no integer; None is fine."""
     for name, value in values.items():
-        if value is not None and value < 1:
-            raise EvaluationError(f"{name}={value} must be at least 1")
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
+            raise EvaluationError(f"{name}={brief(value)} must be an integer of at least 1")
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Is what a model says at a token about the next one of its own inputs?"""
+    causal = bool(getattr(model, "can_generate", bool)())
+    return causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def check_causal(model: nn.Module) -> None:
     """Raise an EvaluationError unless the model predicts the next token."""
-    causal = getattr(model, "can_generate", bool)()
-    if not causal or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not predicts_next(model):
         raise EvaluationError(
             f"{type(model).__name__} is no causal language model: load it with AutoModelForCausalLM"
         )

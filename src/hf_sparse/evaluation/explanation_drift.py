@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.batches import Batch
 from ..core.data_record import DataRecord
 from ..core.errors import EvaluationError
 from ..core.logging import progress_bar
@@ -117,38 +118,45 @@ def explanation_drift(
         seq_len, num_samples, batch_size, seed, split: as for `perplexity`.
 
     Raises:
-        EvaluationError: an argument is out of range, a model has no input embeddings, or their
-            outputs differ in shape.
+        EvaluationError: an argument is out of range, a model has no input embeddings or predicts
+            neither a class nor the next token, their outputs differ in shape, or are no numbers.
         CalibrationError: the data are unusable.
     """
     check_positive(top=top)
     for model in (dense, sparse):
         embedding_of(model)
-    loaded, _ = load_data(dense, lambda: tokenizer, data, seq_len=seq_len,
-        num_samples=num_samples, batch_size=batch_size, seed=seed, split=split,
-        causal=False)  # fmt: skip
-    samples: list[SampleDrift] = []
-    with evaluating(dense, sparse), progress_bar(len(loaded.batches), "Explanations") as bar:
-        for batch in loaded.batches:
-            mask = token_mask(batch)
-            places = torch.arange(mask.shape[1]).expand_as(mask)
-            last = places.masked_fill(~mask, -1).amax(dim=1)
-            inputs = to_device(batch, dense)
-            ours, predicted = attributions(dense, inputs, last, None, times_input)
-            target = predicted.argmax(-1)
-            inputs = to_device(batch, sparse)
-            theirs, found = attributions(sparse, inputs, last, target, times_input)
-            if found.shape != predicted.shape:
-                raise EvaluationError(
-                    f"the dense model has {predicted.shape[1]} classes and the sparse one "
-                    f"{found.shape[1]}: pass the model that it was made from"
-                )
-            same = (target.cpu() == found.argmax(-1).cpu()).tolist()
-            samples += _compared(ours.cpu(), theirs.cpu(), mask, top, same)
-            bar.update()
+    # Data that are read in inference mode couldn't be kept for gradients.
+    with torch.inference_mode(False), evaluating(dense, sparse):
+        loaded, _ = load_data(dense, lambda: tokenizer, data, seq_len=seq_len,
+            num_samples=num_samples, batch_size=batch_size, seed=seed, split=split,
+            causal=False)  # fmt: skip
+        samples: list[SampleDrift] = []
+        with progress_bar(len(loaded.batches), "Explanations") as bar:
+            for batch in loaded.batches:
+                samples += _drift(dense, sparse, batch, top, times_input)
+                bar.update()
     if not samples:
         raise EvaluationError("no sample has two tokens: there is no order to compare")
     return ExplanationDrift(tuple(samples), top, times_input, loaded.record)
+
+
+def _drift(
+    dense: nn.Module, sparse: nn.Module, batch: Batch, top: int, times_input: bool
+) -> list[SampleDrift]:
+    """Of the samples of a batch that have two tokens or more."""
+    mask = token_mask(batch)
+    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    last = places.masked_fill(~mask, -1).amax(dim=1)
+    ours, predicted = attributions(dense, to_device(batch, dense), last, None, times_input)
+    target = predicted.argmax(-1)
+    theirs, found = attributions(sparse, to_device(batch, sparse), last, target, times_input)
+    if found.shape != predicted.shape:
+        raise EvaluationError(
+            f"the dense model has {predicted.shape[1]} classes and the sparse one "
+            f"{found.shape[1]}: pass the model that it was made from"
+        )
+    same = (target.cpu() == found.argmax(-1).cpu()).tolist()
+    return _compared(ours.cpu(), theirs.cpu(), mask, top, same)
 
 
 def _compared(

@@ -126,7 +126,7 @@ def perplexity(
         raise EvaluationError("no sample has two tokens: there is nothing to predict")
     nll = total / tokens
     return Perplexity(
-        perplexity=math.exp(nll) if nll < 700 else math.inf,
+        perplexity=math.inf if nll >= 700 else math.exp(nll),
         nll=nll,
         tokens=tokens,
         windows=sum(len(batch["input_ids"]) for batch, _ in windows),

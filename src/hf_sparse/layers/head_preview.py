@@ -93,9 +93,8 @@ class PreviewedHead(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        one = input.numel() == input.shape[-1] == weight.shape[1] and input.dtype == weight.dtype
         trains = torch.is_grad_enabled() and weight.requires_grad
-        if not (one and input.is_cpu and weight.is_cpu and unwatched(input, bias)) or trains:
+        if trains or not unwatched(input, bias) or not _is_one_row(input, weight):
             return super().forward(input)
         if not self.preview.is_of(weight):
             logger.warning_once(  # type: ignore[attr-defined]
@@ -104,6 +103,16 @@ class PreviewedHead(nn.Linear):
             )
             return super().forward(input)
         return self.preview.scores(input, bias)
+
+
+def _is_one_row(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.is_cpu
+        and weight.is_cpu
+        and x.numel() == x.shape[-1] == weight.shape[1]
+        and x.dtype == weight.dtype
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 @torch.no_grad()
@@ -124,16 +133,16 @@ def preview_head(model: nn.Module, candidates: int | None = 64) -> None:
         candidates: how many, below the size of the vocabulary. None: all are exact again.
 
     Raises:
-        ConfigError: it has no such head, or this machine can't multiply the copy.
+        ConfigError: it has no such head, or this machine can't multiply the copy. Nothing has
+            changed then.
     """
     find = getattr(model, "get_output_embeddings", None)
     head: Any = None if find is None else find()
-    if isinstance(head, PreviewedHead):
-        head.__class__ = head.before  # type: ignore[assignment]
-        del head.preview, head.before
+    before = head.before if isinstance(head, PreviewedHead) else type(head)
     if candidates is None:
+        _restore(head)
         return
-    if type(head) not in (nn.Linear, HeadLinear):
+    if before not in (nn.Linear, HeadLinear):
         found = "no output head" if head is None else f"a {type(head).__name__} as its output head"
         raise ConfigError(f"{type(model).__name__} has {found}: a preview needs an nn.Linear")
     vocabulary = head.weight.shape[0]
@@ -144,9 +153,16 @@ def preview_head(model: nn.Module, candidates: int | None = 64) -> None:
         )
     if obstacle := _obstacle(head):
         raise ConfigError(f"the head of {type(model).__name__} can't be previewed: {obstacle}")
-    before, preview = type(head), Preview.of(head.weight, candidates)
+    preview = Preview.of(head.weight, candidates)
+    _restore(head)
     head.__class__ = PreviewedHead
     head.__dict__ |= {"preview": preview, "before": before}
+
+
+def _restore(head: Any) -> None:
+    if isinstance(head, PreviewedHead):
+        head.__class__ = head.before  # type: ignore[assignment]
+        del head.preview, head.before
 
 
 def _obstacle(head: nn.Linear) -> str | None:
@@ -157,6 +173,8 @@ def _obstacle(head: nn.Linear) -> str | None:
         return f"its weight is {weight.dtype}"
     if weight.is_inference():
         return "it was made in torch.inference_mode(), where writes aren't counted"
+    if not weight.isfinite().all():
+        return "its weight has values that are NaN or infinite"
     if not library.available():
         return library.unavailable_reason()
     if library.integer_path() == library.PLAIN_PATH:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.errors import EvaluationError, TrainingError
 from ..core.untrusted_text import brief
 from ..evaluation.attributions import embedding_of
+from ..evaluation.data import predicts_next
 from .predictions import chosen_positions, wide
 
 
@@ -68,7 +69,7 @@ class ExplanationLoss:
         for each in (model, dense):
             if each is not None:
                 _check(each)
-        self._causal = getattr(model, "loss_type", None) == "ForCausalLM"
+        self._causal = predicts_next(model)
         self._inputs: dict[str, Any] = {}
         self._embedded: Tensor | None = None
         self._hooks = [
@@ -86,7 +87,12 @@ class ExplanationLoss:
             raise TrainingError("ExplanationLoss compares with labels: the data have none")
         loss, count = self._cross_entropy(outputs.logits, labels)
         embedded, self._embedded = self._embedded, None
-        if torch.is_grad_enabled() and embedded is not None and count:
+        if torch.is_grad_enabled() and count:
+            if embedded is None:
+                raise TrainingError(
+                    "ExplanationLoss has seen no forward pass with gradients since the last loss: "
+                    "make one for each model that is trained, and don't call `remove` before"
+                )
             # Per sample or relative, and weighted as the batch's part of a step.
             loss = loss + self._weight * count * self._penalty(outputs.logits, labels, embedded)
         return loss / (count or 1 if num_items_in_batch is None else num_items_in_batch)
@@ -178,5 +184,6 @@ def _check(model: nn.Module) -> None:
     if used is not None and used != "eager":
         raise TrainingError(
             f"{type(model).__name__} has attn_implementation={used!r}, whose gradients have none "
-            'themselves: call model.set_attn_implementation("eager")'
+            'themselves: call model.set_attn_implementation("eager"), or load it with '
+            'attn_implementation="eager" where that changes nothing'
         )

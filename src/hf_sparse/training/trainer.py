@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..core.errors import TrainingError
+from ..evaluation.data import predicts_next
 from ..layers import sparse_layers
 from .distillation import hidden_loss, kl_loss
 from .kept_values import prepare_for_training
@@ -124,7 +125,7 @@ class SparseTrainer(Trainer):
             )
         with torch.no_grad():
             taught = self.teacher(**inputs, output_hidden_states=self.hidden_weight > 0)
-        causal = getattr(self.accelerator.unwrap_model(model), "loss_type", None) == "ForCausalLM"
+        causal = predicts_next(self.accelerator.unwrap_model(model))
         chosen = chosen_positions(outputs.logits, labels, inputs.get("attention_mask"), causal)
         tokens = len(outputs.logits) if chosen is None else int(chosen.sum())
         terms = outputs.logits.new_zeros((), dtype=torch.float32)

@@ -30,6 +30,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         not transformed()  # which torch's custom operators know nothing of
         and x.dtype == weight.dtype
         and x.dtype in library.HALVES
+        and not torch.is_autocast_enabled("cpu")  # whose dtype may be the other one
         and x.device.type == weight.device.type == "cpu"
         and x.shape[-1] == weight.shape[1]
         and x.numel() == weight.shape[1]

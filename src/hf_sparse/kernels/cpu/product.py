@@ -39,11 +39,11 @@ def packed_linear(
     x may be fp32, bf16 or fp16 whatever the values are; rows of x may lie apart. `path` names the
     instruction set, by default the best one. The result doesn't depend on the number of threads.
 
-    With an `IntegerWeight` each token's x is rounded in blocks of 32 columns, or of a group where
-    groups are smaller, to multiples of max |x| / 127. Sums of integers are exact; scaled, they are
-    added in fp32. So the error is at most half a multiple times sum |W| over a block's columns,
-    added up over the blocks, and fp32's. A block with an infinity or a NaN makes all outputs of its
-    token NaN.
+    With an `IntegerWeight` each token's x is rounded in blocks of 32 columns, or of the largest
+    power of two that divides the groups if that is less, to multiples of max |x| / 127. Sums of
+    integers are exact; scaled, they are added in fp32. So the error is at most half a multiple
+    times sum |W| over a block's columns, added up over the blocks, and fp32's. A block with an
+    infinity or a NaN makes all outputs of its token NaN.
     """
     n, k = weight.shape
     x = library.checked(x, "x", library.FLOATS)
