@@ -20,7 +20,8 @@ LENGTHS = (128, 256)
 OPERATORS = {"[MIN": min, "[MAX": max, "[MED": median, "[SM": sum}
 WORDS = ["PAD", "CLS", "]", *OPERATORS, *map(str, range(10))]
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_labels": 10}
-SIZES |= {"vocab_size": len(WORDS), "intermediate_size": 128, "hidden_dropout_prob": 0.0}
+SIZES |= {"vocab_size": len(WORDS), "intermediate_size": 128}
+SIZES |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def expression(draw: random.Random, length: int) -> tuple[list[str], int]:
@@ -44,13 +45,20 @@ def batch(draw: random.Random, length: int, count: int) -> dict[str, torch.Tenso
 
 
 def train(seed: int, steps: int) -> BertForSequenceClassification:
-    """An encoder that has seen `steps` batches of 32 expressions, of either length."""
+    """An encoder that has seen `steps` batches of 32 expressions, every fourth of the longer ones.
+
+    The learning rate rises over 200 steps and falls to nothing.
+    """
     torch.manual_seed(seed)
     draw, model = random.Random(seed), BertForSequenceClassification(BertConfig(**SIZES))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for _ in range(steps):
-        model(**batch(draw, draw.choice(LENGTHS), 32)).loss.backward()
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 200) * (1 - step / steps)
+    )
+    for step in range(steps):
+        model(**batch(draw, LENGTHS[step % 4 == 3], 32)).loss.backward()
         optimizer.step()
+        rate.step()
         optimizer.zero_grad()
     return model.eval()
 

@@ -15,6 +15,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from hf_sparse.formats import Bitmask, Quantized
 from hf_sparse.kernels import Stored, choose
 from hf_sparse.kernels.codes import more_than_8_bits
 from hf_sparse.kernels.cpu import library
+from hf_sparse.kernels.cpu.columns.kernel import ColumnKernel
 from hf_sparse.kernels.cpu.dense_row import dense_row
 from hf_sparse.kernels.gpu.kernel import SlicedKernel
 from hf_sparse.kernels.gpu.semi_structured import SemiStructuredKernel
@@ -55,6 +57,14 @@ def stored(random_: random.Random, coded: bool = False) -> Stored:
         return Stored(fmt, tensors, (rows, columns), torch.float32, activations=rounded)
     weight = weight.to(DTYPES[kind])
     return Stored(Bitmask(), Bitmask().pack(weight), (rows, columns), weight.dtype)
+
+
+def by_column(random_: random.Random) -> Stored:
+    """A weight whose inputs are known to have zeros: of values."""
+    made = stored(random_)
+    while made.format.grid is not None:
+        made = stored(random_)
+    return replace(made, zero_inputs=0.5)
 
 
 def codes_of(made: Stored) -> Tensor:
@@ -110,7 +120,7 @@ def operand(value: Any, random_: random.Random) -> Any:
 def one_call(random_: random.Random) -> str:
     """The outcome in words."""
     torch.manual_seed(random_.randrange(1 << 30))
-    which = random_.randrange(8)
+    which = random_.randrange(9)
     if which == 0:
         weight = torch.randn(random_.randint(1, 20), random_.randint(1, 50)).bfloat16()
         name, operator, operands = "dense_row", dense_row, [weight]
@@ -119,10 +129,11 @@ def one_call(random_: random.Random) -> str:
         weight = torch.randn(32, 64)
         operands = [weight[:, :32].clone(), None, 32, 64]
     else:
-        made = stored(random_, coded=which == 7)
+        made = by_column(random_) if which == 8 else stored(random_, coded=which == 7)
         if made.format.name == "quantized" and more_than_8_bits(codes_of(made)) is not None:
             return "codes of 9 bits: no kernel's"
-        kernel: Any = SlicedKernel.of(made) if which < 4 else choose(made).kernel
+        found = ColumnKernel.take(made) if which == 8 else choose(made)
+        kernel: Any = SlicedKernel.of(made) if which < 4 else found.kernel
         back = random_.randrange(2)
         weight = made.dense(torch.float64)
         weight, operator = (

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "abi.h"
+#include "convert.h"
 #include "integer.h"
 
 using namespace tiles;
@@ -44,6 +45,11 @@ int32_t integer_unpack(const IntegerWeight*, int8_t*, ParallelFor);
 int32_t integer_check(const IntegerWeight*);
 int32_t integer_linear(const IntegerWeight*, int32_t, const void*, int32_t, int64_t, int64_t,
                        const void*, int32_t, void*, int32_t, int64_t, ParallelFor);
+int32_t columns_index(const ColumnWeight*, int32_t*);
+int32_t columns_check(const ColumnWeight*);
+int32_t columns_linear(const ColumnWeight*, int32_t, const void*, int32_t, int64_t, int64_t,
+                       const void*, int32_t, void*, int32_t, int64_t, ParallelFor);
+int32_t columns_row(const Row*, const void*, void*);
 int32_t tile_dense_row(int64_t, int64_t, const void*, int32_t, int64_t, int32_t, const void*,
                        int32_t, void*, int32_t, ParallelFor);
 }
@@ -115,6 +121,64 @@ struct IntegerCase {
     }
     expect(integer_measure(n, k, code(0), bits, kept, bases(), nullptr) == kOk, "integer_measure");
     bytes = static_cast<int64_t>(bases()[tiles]) + kValuePadding;
+    return bytes;
+  }
+};
+
+// A random weight by column, dense or in panels, in buffers of exact size.
+struct ColumnCase {
+  int64_t n, k;
+  int32_t dtype = static_cast<int32_t>(uniform(0, 2));
+  bool packs = chance(0.6);
+  int64_t panel_rows = packs ? 32 * uniform(1, 4) : 0;
+  int64_t panels = packs ? ceil_div(n, panel_rows) : 0;
+  int64_t rows = panels * kRows, columns = packs ? k * (panel_rows / kRows) : 0;
+  int64_t pairs = (columns + 1) / 2, blocks = ceil_div(pairs, kBlockPairs);
+  Bytes transposed, tiled, masks, base, off, values, offsets;
+  int64_t bytes;
+  Weight packed;
+
+  ColumnCase(int64_t outputs, int64_t inputs)
+      : n(outputs), k(inputs), transposed(n * k * item_size(dtype)),
+        tiled(rows * columns * item_size(dtype)), masks(panels * pairs * 4),
+        base((panels + 1) * 8), off(panels * blocks * 4), values(fill()),
+        offsets(panels * k * 4) {
+    auto* words = reinterpret_cast<uint32_t*>(masks.data);
+    auto* bases = reinterpret_cast<uint64_t*>(base.data);
+    auto* block_off = reinterpret_cast<uint32_t*>(off.data);
+    packed = {rows, columns, words, bases, block_off, values.data, nullptr, bytes, columns, dtype, 0};
+    if (!packs) return;
+    expect(tile_pack_dense(rows, columns, tiled.data, columns, dtype, words, bases, block_off,
+                           values.data, bytes, nullptr) == kOk, "pack of panels");
+    expect(tile_check(&packed) == kOk, "check of panels");
+    const ColumnWeight w = weight();
+    expect(columns_index(&w, reinterpret_cast<int32_t*>(offsets.data)) == kOk, "columns_index");
+  }
+  ColumnWeight weight() const {
+    return {n, k, packs ? nullptr : transposed.data, packs ? &packed : nullptr,
+            reinterpret_cast<const int32_t*>(offsets.data), panel_rows, dtype};
+  }
+  double at(int64_t row, int64_t column) const {
+    return load_as_float(transposed.data, column * n + row, dtype);
+  }
+
+ private:
+  int64_t fill() {
+    const double density = chance(0.2) ? 0.0 : 0.5;
+    for (int64_t i = 0; i < rows * columns; ++i) store_from_float(tiled.data, i, dtype, 0.0f);
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t c = 0; c < k; ++c) {
+        const float v = chance(density) ? static_cast<float>(normal()) : 0.0f;
+        store_from_float(transposed.data, c * n + r, dtype, v);
+        if (!packs) continue;
+        const int64_t panel = r / panel_rows, within = r % panel_rows;
+        const int64_t row = panel * kRows + within % kRows;
+        const int64_t column = c * (panel_rows / kRows) + within / kRows;
+        store_from_float(tiled.data, row * columns + column, dtype, v);
+      }
+    }
+    const int64_t count = packs ? tile_count_dense(rows, columns, tiled.data, columns, dtype) : 0;
+    bytes = count * item_size(dtype) + kValuePadding;
     return bytes;
   }
 };

@@ -216,6 +216,48 @@ void one_dense_row() {
                          dtype(kF32), pointer(y.data), dtype(kF32), nullptr));
 }
 
+// A weight by column: wrong numbers and missing arrays, what it is checked for.
+void one_column_weight() {
+  ColumnCase made(uniform(1, 150), uniform(1, 60));
+  ColumnWeight w = made.weight();
+  if (chance(0.1)) w.n = chance(0.5) ? uniform(1, made.n) : no_size();
+  if (chance(0.1)) w.k = made.packs ? number(made.k) : chance(0.5) ? uniform(1, made.k) : no_size();
+  if (chance(0.1)) w.panel_rows = number(made.panel_rows);
+  if (chance(0.1)) w.dense_dtype = w.dense ? dtype(kI8) : dtype(kF32);
+  if (w.dense && w.dense_dtype == kF32 && made.dtype != kF32) w.dense_dtype = made.dtype;
+  if (chance(0.05)) w.dense = nullptr;
+  if (chance(0.05)) w.offsets = nullptr;
+  if (chance(0.1)) made.packed.value_dtype = chance(0.5) ? kI8 : kI4;
+  const int32_t good = counted("columns_check", columns_check(&w));
+  Bytes index(made.panels * made.k * 4);
+  const int32_t indexed = columns_index(&w, reinterpret_cast<int32_t*>(index.data));
+  if (counted("columns_index", indexed) == kOk) expect(good == kOk, "an index of what is refused");
+
+  const int64_t k = good == kOk ? w.k : made.k, n = good == kOk ? w.n : made.n;
+  const int64_t m = uniform(0, 5), x_stride = k + uniform(0, 5), y_stride = n + uniform(0, 3);
+  const int32_t x_dtype = static_cast<int32_t>(uniform(0, 2));
+  Bytes x(m ? ((m - 1) * x_stride + k) * item_size(x_dtype) : 0);
+  Bytes y(m ? ((m - 1) * y_stride + n) * item_size(x_dtype) : 0), bias(n * item_size(x_dtype));
+  const float odd[] = {NAN, INFINITY, -0.0f, 0.0f};
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t c = 0; c < k; ++c) {
+      store_from_float(x.data, i * x_stride + c, x_dtype, chance(0.7) ? 1.0f : odd[uniform(0, 3)]);
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) store_from_float(bias.data, i, x_dtype, 1.0f);
+  if (good == kOk) one_row("columns_row", columns_row, w, x_dtype);
+  for (int32_t path = -3; path <= tile_path_count(); ++path) {
+    const int64_t wrong[] = {k - 1, 0, -1, INT64_MIN, kMaxStride + 1, INT64_MAX};
+    const int32_t odd_dtypes[] = {kI8, kI4, 5, -1, INT32_MAX};
+    const int32_t own = chance(0.9) ? x_dtype : odd_dtypes[uniform(0, 4)];
+    counted("columns_linear",
+            columns_linear(&w, path, pointer(x.data), own, chance(0.9) ? m : no_size(),
+                           chance(0.9) ? x_stride : wrong[uniform(0, 5)],
+                           chance(0.5) ? bias.data : nullptr, own, pointer(y.data), own,
+                           chance(0.9) ? y_stride : n - 1, nullptr));
+  }
+}
+
 // Functions over whole weights, in buffers of exact size.
 void one_whole_weight() {
   const int64_t rows = uniform(1, 20), k = chance(0.7) ? uniform(1, 70) : uniform(70, 700);
@@ -273,6 +315,7 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases; ++i) one_weight();
   for (int i = 0; i < cases; ++i) one_integer_weight();
   for (int i = 0; i < cases; ++i) one_dense_row();
+  for (int i = 0; i < cases; ++i) one_column_weight();
   for (int i = 0; i < cases; ++i) one_whole_weight();
   int64_t calls = 0;
   for (const auto& [outcome, count] : outcomes) {

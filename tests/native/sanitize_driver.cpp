@@ -248,6 +248,48 @@ void one_integer_case() {
   }
 }
 
+// A weight by column times tokens of which some inputs are 0.
+void one_column_case() {
+  const ColumnCase made(uniform(1, 300), uniform(1, 90));
+  const int64_t n = made.n, k = made.k, m = uniform(1, 4);
+  const ColumnWeight w = made.weight();
+  expect(columns_check(&w) == kOk, "columns_check");
+  const int32_t x_dtype = static_cast<int32_t>(uniform(0, 2));
+  const int64_t x_stride = k + uniform(0, 5), y_stride = n + uniform(0, 3);
+  Bytes x(((m - 1) * x_stride + k) * item_size(x_dtype)), y(((m - 1) * y_stride + n) * 4);
+  const double share = chance(0.2) ? 1.0 : 0.5;
+  for (int64_t i = 0; i < (m - 1) * x_stride + k; ++i) {
+    const float v = chance(share) ? 0.0f : static_cast<float>(normal());
+    store_from_float(x.data, i, x_dtype, v);
+  }
+  Bytes bias(n * 4);
+  for (int64_t r = 0; r < n; ++r) {
+    store_from_float(bias.data, r, kF32, static_cast<float>(normal()));
+  }
+  const bool with_bias = chance(0.5);
+  same_row(columns_row, columns_linear, w, x.data, with_bias ? bias.data : nullptr, x_dtype, kF32);
+  for (int32_t path = 0; path < tile_path_count(); ++path) {
+    if (!tile_path_available(path)) continue;
+    const std::string name = tile_path_name(path);
+    expect(columns_linear(&w, path, x.data, x_dtype, m, x_stride, with_bias ? bias.data : nullptr,
+                          kF32, y.data, kF32, y_stride, chance(0.5) ? uneven : nullptr) == kOk,
+           name + ": columns_linear");
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t r = 0; r < n; ++r) {
+        double sum = with_bias ? load_as_float(bias.data, r, kF32) : 0, size = std::fabs(sum);
+        for (int64_t c = 0; c < k; ++c) {
+          const double term = made.at(r, c) * load_as_float(x.data, i * x_stride + c, x_dtype);
+          sum += term;
+          size += std::fabs(term);
+        }
+        const double got = load_as_float(y.data, i * y_stride + r, kF32);
+        expect(std::fabs(got - sum) <= 0x1p-23 * (std::sqrt(static_cast<double>(k)) + 4) * size,
+               name + ": columns_linear differs");
+      }
+    }
+  }
+}
+
 // A dense weight of 16-bit floats times one token.
 void one_dense_row() {
   const int64_t n = uniform(1, 70), k = uniform(1, 300), stride = k + uniform(0, 5);
@@ -293,5 +335,6 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases; ++i) one_case();
   for (int i = 0; i < cases; ++i) one_integer_case();
   for (int i = 0; i < cases; ++i) one_dense_row();
+  for (int i = 0; i < cases; ++i) one_column_case();
   std::printf("%d cases passed\n", cases);
 }

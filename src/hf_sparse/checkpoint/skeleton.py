@@ -49,6 +49,10 @@ def empty_model(
         raise CheckpointError(
             f"{folder}: transformers can't build the model in config.json: {error}"
         ) from error
+    if not names:
+        raise CheckpointError(
+            f"{folder}: its config.json has no 'architectures', the model's class"
+        )
     raise CheckpointError(f"{folder}: this transformers has no {kind!r} model called {names!r}")
 
 

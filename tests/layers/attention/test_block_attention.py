@@ -175,6 +175,19 @@ def test_a_prompt_may_go_on_in_pieces(calls, length):
     assert len(calls) == 6
 
 
+def test_a_few_tokens_after_many_have_what_one_at_a_time_has(calls):
+    model, (inputs, _) = make("llama"), batch("plain", "llama")
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        expected = hidden(model, inputs)[:, 68:]
+        cache = DynamicCache()
+        model(ids[:, :68], None, None, cache)
+        hf_sparse.use_attention(model, SMALL)
+        found = model(ids[:, 68:], None, None, cache).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not calls
+
+
 def test_a_static_cache_has_exact_attention():
     model, (inputs, _) = make("llama"), batch("plain", "llama")
     options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}

@@ -1,12 +1,14 @@
 """What a run will take, counted by hand, and what can't fit."""
 
+import json
+
 import pytest
 import torch
 from killed_runs import config, digests
 from tiny_models import DECODER, build, tiny_llama
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_sparse import ConfigError, Rates, SparseConfig, estimate, prune_checkpoint
+from hf_sparse import CheckpointError, ConfigError, Rates, SparseConfig, estimate, prune_checkpoint
 from hf_sparse.publish.streaming import rates as measured
 from hf_sparse.publish.streaming import residence
 
@@ -56,6 +58,22 @@ def test_time_is_work_by_rates(source):
     expected += work["factors"] / 4e6 + 2 * BLOCK / 1e3
     expected += (found.bytes_read + found.bytes_written) / 1e5
     assert found.seconds == pytest.approx(expected)
+
+
+def test_what_is_missing_is_named(source):
+    with pytest.raises(ConfigError, match="needs a SparseConfig, got NoneType"):
+        estimate(source, None, measure=False)
+    content = json.loads((source / "config.json").read_text())
+    for key, error, message in (
+        ("dtype", ConfigError, "names no dtype"),
+        ("architectures", CheckpointError, "no 'architectures'"),
+    ):
+        without = {name: value for name, value in content.items() if name != key}
+        (source / "config.json").write_text(json.dumps(without))
+        for weights in source.glob("*.safetensors"):
+            weights.unlink()
+        with pytest.raises(error, match=message):
+            estimate(source, config(), measure=False)
 
 
 def test_no_weights_are_needed(source):

@@ -306,6 +306,22 @@ def test_gradients_of_the_whole_model_are_refused_before_anything_is_read(tmp_pa
         prune_checkpoint("nowhere", config("best", dataset=["text"]), tmp_path / "disk")
 
 
+def test_a_model_is_never_its_own_output(tmp_path):
+    source = save(tiny_llama, tmp_path / "dense")
+    before = digests(source)
+    (tmp_path / "link").symlink_to(source)
+    for output in (source, source / ".", tmp_path / "link"):
+        with pytest.raises(SaveError, match="is the folder of the model itself"):
+            prune_checkpoint(source, config(), output)
+    assert digests(source) == before
+
+
+def test_finished_blocks_are_not_kept_in_the_output(tmp_path):
+    source = save(tiny_llama, tmp_path / "dense")
+    with pytest.raises(ConfigError, match="checkpoint_dir and output_dir are both"):
+        prune_checkpoint(source, config(), tmp_path / "out", checkpoint_dir=tmp_path / "." / "out")
+
+
 def test_a_layer_in_a_file_is_told_by_the_bytes_that_are_stored(tmp_path):
     source = save(tiny_llama, tmp_path / "dense")
     report = prune_checkpoint(source, config(), tmp_path / "disk")

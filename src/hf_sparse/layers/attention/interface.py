@@ -1,7 +1,7 @@
 """The attention implementations that transformers finds by name, and the mask that they are given.
 
-Exact attention takes over for one query, for few keys, under a compiler, and where a model makes
-its mask itself.
+Exact attention takes over for a few queries after many keys, for few keys, under a compiler, and
+where a model makes its mask itself.
 """
 
 from __future__ import annotations
@@ -143,6 +143,8 @@ def attention(
     settings = state.settings if state is not None else AttentionSettings(method)
     exact = bool(_observers) or torch.compiler.is_compiling() or recorded(query)
     exact = exact or query.shape[2] == 1 or key.shape[2] < settings.from_length
+    # A few tokens after many, as assisted decoding checks them: what one at a time would have.
+    exact = exact or query.shape[2] < min(settings.block, key.shape[2])
     if exact or isinstance(attention_mask, Tensor):
         mask = attention_mask.dense if isinstance(attention_mask, LazyMask) else attention_mask
         result: tuple[Tensor, None] = sdpa_attention_forward(

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from ...calibration.expected import ExpectedData
 from ...config.sparse_config import SparseConfig
 from ...core.duration import duration
+from ...core.errors import ConfigError
 from ...core.patterns import NM, Unstructured
 from ...core.statistics import Needs
 from ...layers.blocks import Block, find_blocks
@@ -145,6 +146,8 @@ def estimate(
         CalibrationError: data in memory are unusable.
         CheckpointError: there is no such model.
     """
+    if not isinstance(config, SparseConfig):
+        raise ConfigError(f"estimate needs a SparseConfig, got {type(config).__name__}")
     skeleton = open_checkpoint(model_id_or_path, revision, dtype, weights=False)
     found = estimate_model(skeleton.twin, config)
     if rates is None and measure:

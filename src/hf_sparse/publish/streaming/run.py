@@ -84,7 +84,8 @@ def prune_checkpoint(
         ConfigError: the config can't be used from disk to disk or in so little memory, or the run
             in checkpoint_dir is another one; says what differs.
         CheckpointError: the model isn't stored in safetensors files that hold all of it.
-        SaveError: the result, or a finished block, can't be written.
+        SaveError: the result, or a finished block, can't be written, or output_dir is the model's
+            own folder.
         ProcessError: another process was given something else, failed or is gone; with
             checkpoint_dir the run can go on, also in another number of processes.
         HfSparseError: see `hf_sparse.core.errors`.
@@ -95,6 +96,10 @@ def prune_checkpoint(
     target = Path(output_dir)
     if target.exists() and not target.is_dir():
         raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
+    if checkpoint_dir is not None and Path(checkpoint_dir).resolve() == target.resolve():
+        raise ConfigError(
+            f"checkpoint_dir and output_dir are both {str(target)!r}: pass a folder of its own"
+        )
     resumable = checkpoint_dir is not None
     processes = Processes.here()
     with ExitStack() as stack:
@@ -110,6 +115,11 @@ def prune_checkpoint(
         )
         _bytes("max_shard_size", max_shard_size)
         skeleton = open_checkpoint(model_id_or_path, revision, dtype)
+        if target.exists() and target.samefile(skeleton.folder):
+            raise SaveError(
+                f"{str(target)!r} is the folder of the model itself, whose weights would be "
+                "replaced: pass another output_dir"
+            )
         spill = _must_spill(skeleton, config, target, max_memory)
         source = SourceWeights(skeleton.folder, skeleton.twin, skeleton.dtype)
         kept = stack.enter_context(_folder_for(target, checkpoint_dir, processes))

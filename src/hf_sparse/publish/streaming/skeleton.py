@@ -100,6 +100,11 @@ def _dtype(asked: str | torch.dtype, content: Mapping[str, Any], folder: Path) -
                     found: torch.dtype = file.get_tensor(key).dtype
                     if found.is_floating_point:
                         return found
+    if named is None:
+        raise ConfigError(
+            f"the config.json of {folder} names no dtype, and there are no weights: pass "
+            "dtype=torch.bfloat16 or another one"
+        )
     dtype = getattr(torch, named, None) if isinstance(named, str) else named
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(

@@ -28,7 +28,9 @@
 #include <unistd.h>
 #endif
 
+#include "amx_registers.h"
 #include "convert.h"
+#include "integer.h"
 #include "tiles.h"
 #include "target.h"
 
@@ -69,19 +71,13 @@ uint16_t* packed_step(const Product& p, int64_t group, int64_t step) {
   return static_cast<uint16_t*>(p.packed_x) + place * parts(p) * p.chunk * kStepColumns;
 }
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
 bool available() {
 #if defined(__linux__)
   unsigned a, b, c, d;
   if (!__builtin_cpu_supports("avx512vbmi2") || !__builtin_cpu_supports("avx512bw")) return false;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool amx_bf16 = (d >> 22 & 1u) != 0, amx_tile = (d >> 24 & 1u) != 0;
-  if (!amx_bf16 || !amx_tile) return false;
+  const bool bf16 = (d >> 22 & 1u) != 0, tile = (d >> 24 & 1u) != 0, int8 = (d >> 25 & 1u) != 0;
+  if (!bf16 || !tile || !int8) return false;
   // The kernel gives tile registers only to processes that ask (ARCH_REQ_XCOMP_PERM, TILEDATA).
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
@@ -440,7 +436,7 @@ void packed_columns(const ColumnProduct& p, int64_t begin, int64_t end) {
 }  // namespace
 
 const Path kAmxPath = {"amx",    available, fits,      plan,          pack_units,    pack_x, grain,
-                       multiply, decode,    dense_row, dense_columns, packed_columns};
+                       multiply, decode,    dense_row, dense_columns, packed_columns, &kAmxIntegers};
 
 }  // namespace tiles
 TILE_TARGET_END

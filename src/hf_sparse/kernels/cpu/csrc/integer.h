@@ -24,9 +24,9 @@
 //
 // Activations: each token's x is cut into blocks of columns (`block_columns`), and in each
 // x ~ step * q, q = -127..127, step = max |x| / 127. Small blocks, because models have single inputs
-// that are a hundred times larger than the others, and in their block little is left of those. Sums of
-// code * q are exact, one for each half of an octet. Times the step they are added in fp32, blocks in
-// order, over a span of columns that have one scale per row; there the halves are added and scaled.
+// that are a hundred times larger than the others, and in their block little is left of those. A block's
+// sums of code * q are exact. Times the step they are added in fp32, blocks in order, over a span of
+// columns that have one scale per row, and scaled there.
 // So the result depends on neither threads nor, but for scalar code, whose sums aren't fused, on the
 // instruction set. What is lost is the rounding of x: |error| <= sum over blocks of step / 2 * sum |W|,
 // and fp32's. A block with an infinity or a NaN makes its token's outputs NaN.
@@ -104,11 +104,11 @@ inline const uint8_t* decode_step(const IntegerWeight& w, const uint8_t* values,
   return values + step_bytes(w.bits, kept[0], kept[1]);
 }
 
-// A block of x: the step, and the sums of q over the first and the second half of its octets, which
-// take off what was added to codes to make them unsigned.
+// A block of x: the step, and the sum of q, which takes off what was added to codes to make them
+// unsigned.
 struct RoundedBlock {
   float step;
-  int32_t sums[2];
+  int32_t sum;
 };
 
 // y[M][N] = x[M][K] W^T + bias. Rows of x and y are contiguous, their strides in items.
@@ -139,5 +139,7 @@ struct IntegerPath {
   void (*round_x)(const IntegerProduct&, int64_t token_begin, int64_t token_end);
   void (*multiply)(const IntegerProduct&, int64_t tile_begin, int64_t tile_end);
 };
+
+extern const IntegerPath kAmxIntegers;
 
 }  // namespace tiles

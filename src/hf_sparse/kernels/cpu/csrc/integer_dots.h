@@ -23,16 +23,15 @@ struct Bytes256 {
     return _mm256_set1_epi64x(eight);
   }
 
-  static TILE_INLINE F neighbours(F a, F b) {
-    const __m256d rows = _mm256_castps_pd(_mm256_hadd_ps(a, b));  // 0 1 4 5 | 2 3 6 7
-    return _mm256_castpd_ps(_mm256_permute4x64_pd(rows, 0xd8));
+  // Sums of rows 0-3 and 4-7 become those of rows 0 1 4 5 2 3 6 7.
+  static TILE_INLINE I neighbours(I low, I high) { return _mm256_hadd_epi32(low, high); }
+  static TILE_INLINE F in_order(F rows) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(rows), 0xd8));
   }
-
-  // What `offset` more in each code added to a block's sums.
-  static TILE_INLINE I excess(const RoundedBlock& block, int32_t offset) {
-    int64_t both;
-    std::memcpy(&both, block.sums, 8);
-    return _mm256_mullo_epi32(_mm256_set1_epi64x(both), _mm256_set1_epi32(offset));
+  // Exact sums, less what `offset` more in each code added to them.
+  static TILE_INLINE F less(I sums, const RoundedBlock& block, int32_t offset) {
+    if (offset != 0) sums = _mm256_sub_epi32(sums, _mm256_set1_epi32(block.sum * offset));
+    return _mm256_cvtepi32_ps(sums);
   }
 
   static TILE_INLINE void store8(void* y, int64_t at, int32_t dtype, F a) {
@@ -79,11 +78,13 @@ struct ByteProducts : Bytes256 {
       asm("" : "+x"(sum));
       return sum;
     }
-    TILE_INLINE F less(const RoundedBlock& block) const {
-      if constexpr (B != kCodes4) return _mm256_cvtepi32_ps(wide);
-      return _mm256_cvtepi32_ps(_mm256_sub_epi32(widened(narrow), excess(block, offset<B>)));
-    }
+    TILE_INLINE I total() const { return B == kCodes4 ? widened(narrow) : wide; }
   };
+
+  template <int32_t B>
+  static TILE_INLINE F rows(const Sum<B>& low, const Sum<B>& high, const RoundedBlock& block) {
+    return less(neighbours(low.total(), high.total()), block, offset<B>);
+  }
 
   static TILE_INLINE __m128i load128(const void* p) {
     return _mm_loadu_si128(static_cast<const __m128i*>(p));

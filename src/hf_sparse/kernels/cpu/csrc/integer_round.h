@@ -19,8 +19,8 @@ inline void round_block(const float* x, int64_t count, int64_t columns, int8_t* 
     q[i] = static_cast<int8_t>(bits_of(x[i] * factor + 12582912.0f));
   }
   std::memset(q + (finite ? count : 0), 0, static_cast<size_t>(finite ? columns - count : columns));
-  for (int32_t& sum : out.sums) sum = 0;
-  for (int64_t i = 0; i < columns; ++i) out.sums[i / 4 % 2] += q[i];
+  out.sum = 0;
+  for (int64_t i = 0; i < columns; ++i) out.sum += q[i];
 }
 
 // load(x, index, dtype, out) gives 16 items as fp32.

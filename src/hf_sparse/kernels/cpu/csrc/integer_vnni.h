@@ -10,10 +10,12 @@ struct VnniProducts : ByteProducts {
 
     TILE_INLINE Sum() : wide(_mm256_setzero_si256()) {}
     TILE_INLINE void add(I codes, I x) { wide = _mm256_dpbusd_epi32(wide, codes, x); }
-    TILE_INLINE F less(const RoundedBlock& block) const {
-      return _mm256_cvtepi32_ps(_mm256_sub_epi32(wide, excess(block, offset<B>)));
-    }
   };
+
+  template <int32_t B>
+  static TILE_INLINE F rows(const Sum<B>& low, const Sum<B>& high, const RoundedBlock& block) {
+    return less(neighbours(low.wide, high.wide), block, offset<B>);
+  }
 
   template <int32_t B, int32_t K>
   static TILE_INLINE I next(const uint8_t*& values, const uint8_t* masks, int64_t kept) {

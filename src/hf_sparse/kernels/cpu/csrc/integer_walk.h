@@ -7,11 +7,11 @@
 // A Dot has:
 //   I, a step of 32 bytes, and F, 8 numbers in fp32, with zero, load, store, add and fma;
 //   floats(bf16): 8 of them. store8: 8 to memory in any dtype. repeat8: 8 bytes, as often as a step
-//   has octets. neighbours(a, b): sums of the four pairs of a and of the four of b.
+//   has octets.
 //   next<bits, kept>(values, masks, count): the step at `values` as `add` takes it; moves `values` on
 //   by the step's bytes. `count` codes of each octet are kept, if that is fixed.
-//   Sum<bits>: of steps' products, over the units of a block at most; `less(block)` takes off what
-//   codes have too much in them, and is an F: of each row the halves of its octets.
+//   Sum<bits>: of steps' products, over the units of a block at most. rows(low, high, block): the sums
+//   of rows 0-3 and 4-7, less what codes have too much in them; in_order puts the rows in order.
 
 template <class Dot>
 struct IntegerWalk {
@@ -21,24 +21,14 @@ struct IntegerWalk {
   static constexpr int kTokens = 4;
   static constexpr int64_t kBlockUnits = kLargestBlock / kOctet;
 
-  // Sums of a span: rows 0-3 and 4-7, of each the halves of its octets.
-  struct Halves {
-    F low, high;
-
-    TILE_INLINE Halves() : low(Dot::zero()), high(Dot::zero()) {}
-  };
-
   template <class Sum>
-  static TILE_INLINE void add_block(Halves& to, const Sum& low, const Sum& high,
-                                    const RoundedBlock& block) {
-    const F step = Dot::set1(block.step);
-    to.low = Dot::fma(low.less(block), step, to.low);
-    to.high = Dot::fma(high.less(block), step, to.high);
+  static TILE_INLINE F add_block(F to, const Sum& low, const Sum& high, const RoundedBlock& block) {
+    return Dot::fma(Dot::rows(low, high, block), Dot::set1(block.step), to);
   }
 
   // total + scaled sums of a span, for 8 rows in order.
-  static TILE_INLINE F add_span(F total, const Halves& sums, F scale) {
-    return Dot::fma(Dot::neighbours(sums.low, sums.high), scale, total);
+  static TILE_INLINE F add_span(F total, F sums, F scale) {
+    return Dot::fma(Dot::in_order(sums), scale, total);
   }
 
   static TILE_INLINE void store_rows(const IntegerProduct& p, int64_t tile, int64_t token, F sums) {
@@ -64,7 +54,7 @@ struct IntegerWalk {
       const RoundedBlock* block = p.blocks;
       F total = Dot::zero();
       for (int64_t span = 0; span < w.spans(); ++span) {
-        Halves sums;
+        F sums = Dot::zero();
         int64_t left = min64(w.span_units(), w.units() - span * w.span_units());
         for (; left > 0; left -= block_units, ++block) {
           typename Dot::template Sum<B> low, high;
@@ -83,7 +73,7 @@ struct IntegerWalk {
           } else {
             for (int64_t i = 0; i < here; ++i) unit();
           }
-          add_block(sums, low, high, *block);
+          sums = add_block(sums, low, high, *block);
         }
         total = add_span(total, sums, Dot::floats(w.span_scales(tile, span)));
       }
@@ -98,7 +88,8 @@ struct IntegerWalk {
   static void micro(const IntegerWeight& w, const I* steps, int64_t units, const int8_t* q,
                     const RoundedBlock* blocks, F scale, float* totals) {
     const int64_t q_stride = w.span_columns(), block_stride = w.span_blocks();
-    Halves sums[T];
+    F sums[T];
+    TILE_UNROLL for (int t = 0; t < T; ++t) sums[t] = Dot::zero();
     while (units > 0) {
       const int64_t here = min64(units, w.block_units());
       typename Dot::template Sum<B> exact[T][2];
@@ -111,7 +102,7 @@ struct IntegerWalk {
         }
       }
       TILE_UNROLL for (int t = 0; t < T; ++t) {
-        add_block(sums[t], exact[t][0], exact[t][1], blocks[t * block_stride]);
+        sums[t] = add_block(sums[t], exact[t][0], exact[t][1], blocks[t * block_stride]);
       }
       units -= here;
       ++blocks;

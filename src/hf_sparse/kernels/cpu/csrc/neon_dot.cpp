@@ -56,9 +56,7 @@ struct DotProducts {
     const int8x16_t twice = vcombine_s8(eight, eight);
     return {twice, twice};
   }
-  static TILE_INLINE F neighbours(F a, F b) {
-    return {vpaddq_f32(a.low, a.high), vpaddq_f32(b.low, b.high)};
-  }
+  static TILE_INLINE F in_order(F rows) { return rows; }
   static TILE_INLINE void store8(void* y, int64_t at, int32_t dtype, F a) {
     if (dtype == kF32) return store(static_cast<float*>(y) + at, a);
     auto* to = static_cast<uint16_t*>(y) + at;
@@ -80,8 +78,13 @@ struct DotProducts {
       low = vdotq_s32(low, codes.low, x.low);
       high = vdotq_s32(high, codes.high, x.high);
     }
-    TILE_INLINE F less(const RoundedBlock&) const { return {vcvtq_f32_s32(low), vcvtq_f32_s32(high)}; }
   };
+
+  template <int32_t B>
+  static TILE_INLINE F rows(const Sum<B>& low, const Sum<B>& high, const RoundedBlock&) {
+    return {vcvtq_f32_s32(vpaddq_s32(low.low, low.high)),
+            vcvtq_f32_s32(vpaddq_s32(high.low, high.high))};
+  }
 
   static TILE_INLINE int8x16_t load16(const uint8_t* p) {
     return vreinterpretq_s8_u8(vld1q_u8(p));

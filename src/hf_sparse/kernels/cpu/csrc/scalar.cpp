@@ -143,19 +143,19 @@ void round_x(const IntegerProduct& p, int64_t begin, int64_t end) {
   });
 }
 
-// A block's exact sums of one step, for the halves of the octets of a tile's rows.
-void add_step(const int8_t* codes, const int8_t* q, int64_t first_row, int32_t (*sums)[2]) {
-  for (int64_t i = 0; i < kStepCodes; ++i) sums[first_row + i / 8][i / 4 % 2] += codes[i] * q[i % 8];
+// A block's exact sums of one step, for a tile's rows.
+void add_step(const int8_t* codes, const int8_t* q, int64_t first_row, int32_t* sums) {
+  for (int64_t i = 0; i < kStepCodes; ++i) sums[first_row + i / 8] += codes[i] * q[i % 8];
 }
 
 // A span's products, for the rows of a tile; where the values of the next one begin.
 const uint8_t* multiply_span(const IntegerProduct& p, int64_t tile, int64_t span, int64_t token,
                              const uint8_t* values, float* total) {
   const IntegerWeight& w = *p.weight;
-  float halves[kOctet][2] = {};
+  float scaled[kOctet] = {};
   const int8_t* q = p.span_q(span, token);
   for (int64_t block = 0; block < w.span_blocks(); ++block) {
-    int32_t sums[kOctet][2] = {};
+    int32_t sums[kOctet] = {};
     const int64_t first = span * w.span_units() + block * w.block_units();
     for (int64_t unit = first; unit < min64(w.units(), first + w.block_units()); ++unit, q += kOctet) {
       for (int64_t row = 0; row < kOctet; row += 4) {
@@ -167,14 +167,10 @@ const uint8_t* multiply_span(const IntegerProduct& p, int64_t tile, int64_t span
       }
     }
     const float step = p.span_blocks(span, token)[block].step;
-    for (int64_t i = 0; i < 2 * kOctet; ++i) {
-      halves[i / 2][i % 2] += static_cast<float>(sums[i / 2][i % 2]) * step;
-    }
+    for (int64_t r = 0; r < kOctet; ++r) scaled[r] += static_cast<float>(sums[r]) * step;
   }
   const uint16_t* scales = w.span_scales(tile, span);
-  for (int64_t r = 0; r < kOctet; ++r) {
-    total[r] += (halves[r][0] + halves[r][1]) * from_bf16(scales[r]);
-  }
+  for (int64_t r = 0; r < kOctet; ++r) total[r] += scaled[r] * from_bf16(scales[r]);
   return values;
 }
 
