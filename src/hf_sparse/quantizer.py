@@ -32,6 +32,7 @@ from .config.sparse_config import SparseConfig
 from .core.errors import CheckpointError, ConfigError
 from .core.freed_memory import freed_memory_returned
 from .core.logging import get_logger
+from .core.model_argument import require_model
 from .core.unwrapped import unwrapped
 from .evaluation import Evaluation
 from .layers import sparse_layers
@@ -82,6 +83,7 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     """
     if not isinstance(config, SparseConfig):
         raise ConfigError(f"prune needs a SparseConfig, found {type(config).__name__}")
+    require_model(model)
     model = unwrapped(model)
     require_dense(model)
     if not isinstance(model, PreTrainedModel):

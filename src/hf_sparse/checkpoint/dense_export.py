@@ -10,6 +10,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..core.model_argument import require_model
 from ..layers import SparseExperts, SparseLinear
 from .folder import write_folder
 from .state_dict import ValuesRenaming
@@ -30,8 +31,10 @@ def export_dense(
         max_shard_size: as for `PreTrainedModel.save_pretrained`.
 
     Raises:
+        ConfigError: it is no model.
         SaveError: the path is a file, or writing failed; what was there before is as it was.
     """
+    require_model(model)
     config = deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigError
 from ..core.input_threshold import InputThreshold
 from ..core.low_rank import LowRank
+from ..core.model_argument import require_model
 from ..formats import Format
 from ..formats.base import Packed
 from ..kernels.forked import check_threads
@@ -128,4 +129,5 @@ class SparseLinear(PackedModule, nn.Linear):
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """The sparse layers of a model, by name."""
+    require_model(model)
     return {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}

@@ -58,8 +58,12 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: there is no such model, or not in safetensors files.
-        ConfigError: dtype is none.
+        ConfigError: dtype is none, or the model neither a folder nor an id.
     """
+    if not isinstance(model_id_or_path, str | os.PathLike):
+        raise ConfigError(
+            f"a model's folder or its id on the Hub is needed, found {model_id_or_path!r:.80}"
+        )
     folder = Path(model_id_or_path).expanduser()
     if not folder.is_dir():
         try:
