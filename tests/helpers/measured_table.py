@@ -20,7 +20,7 @@ def measured_table() -> str:
     means = {name: _means(row["runs"]) for name, row in found["rows"].items()}
     least, usual = found["dense"], means[REFERENCE]
     lines = [f"| dense, bf16 | 1 | {least:.2f} | | | |"]
-    for name, row in sorted(means.items(), key=lambda item: -item[1]["bytes"]):
+    for name, row in sorted(means.items(), key=lambda i: (-i[1]["bytes"], i[1]["perplexity"])):
         loss = round((row["perplexity"] - least) / (usual["perplexity"] - least), 2) + 0.0
         lines.append(
             f"| {label(name)} | {row['bytes']:.3f} | {row['perplexity']:.2f} | {loss:.2f} "
@@ -42,16 +42,19 @@ def _means(runs) -> dict[str, float]:
 
 
 def draw(path: Path) -> None:
-    """Perplexity over bytes, a kind of setting in each colour."""
+    """Perplexity over bytes, a kind of setting in each colour; of each amount of zeros and bits the
+    best method is named."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis, found = figure.subplots(), measurements()
+    rows = {name: Measured.of(name, row["runs"]) for name, row in found["rows"].items()}
     kinds = {"no zeros, fewer bits": [], "zeros, bf16": [], "zeros and fewer bits": []}
-    for name, row in found["rows"].items():
-        own = Measured.of(name, row["runs"])
+    for name, own in rows.items():
         kind = (0 if own.bits < 16 else 3) if not own.zeros else 1 if own.bits == 16 else 2
-        list(kinds.values())[kind].append((own.bytes, own.perplexity, label(name)))
+        alike = [row for row in rows.values() if (row.zeros, row.bits) == (own.zeros, own.bits)]
+        least = own.perplexity == min(row.perplexity for row in alike)
+        list(kinds.values())[kind].append((own.bytes, own.perplexity, label(name) if least else ""))
     for colour, (kind, points) in enumerate(kinds.items()):
         x, y = [point[0] for point in points], [point[1] for point in points]
         axis.plot(x, y, "o", color=f"C{colour}", label=kind)
@@ -61,6 +64,7 @@ def draw(path: Path) -> None:
     axis.axhline(found["dense"], color="grey", linewidth=0.8, label="dense, bf16")
     axis.margins(x=0.2)
     axis.set_yscale("log")
+    axis.set_ylim(top=100)
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.set(xlabel="bytes of the blocks' weights, over dense bf16", ylabel="perplexity")
