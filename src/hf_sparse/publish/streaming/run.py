@@ -14,6 +14,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from ...calibration.tokenizers import find_processor
@@ -113,6 +114,7 @@ def prune_checkpoint(
         )
         skeleton = open_checkpoint(model_id_or_path, revision, dtype)
         check_apart(skeleton.folder, target, checkpoint_dir)
+        model: Any = skeleton.model()
         spill = _must_spill(skeleton, config, target, limit)
         source = SourceWeights(skeleton.folder, skeleton.twin, skeleton.dtype)
         kept = stack.enter_context(folder_for(target, checkpoint_dir, processes))
@@ -121,14 +123,14 @@ def prune_checkpoint(
         waiting = stack.enter_context(waiting_folder(kept, spill))
         residence = Streamed(source, ledger, waiting)
         quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
-        skeleton.model.hf_quantizer = quantizer
-        report: PruningReport = quantizer.prune(skeleton.model, residence)
+        model.hf_quantizer = quantizer
+        report: PruningReport = quantizer.prune(model, residence)
         processor = find_processor(str(model_id_or_path), revision)
 
         def write(folder: str) -> None:
-            _write_config(skeleton, Path(folder))
+            _write_config(model, skeleton.dtype, Path(folder))
             _write_weights(skeleton, source, residence, ledger, Path(folder), shard_size)
-            write_companions(skeleton.model, Path(folder))
+            write_companions(model, Path(folder))
             if processor is not None:
                 processor.save_pretrained(folder)
 
@@ -182,14 +184,13 @@ def _identity(skeleton: Skeleton, source: SourceWeights) -> dict[str, str]:
     """What the result depends on beside the config and the data."""
     files = {f"file {name}": digest for name, digest in source.digests().items()}
     versions = {f"version of {name}": version(name) for name in PACKAGES}
-    threads = {"dtype": str(skeleton.dtype), "config.json": skeleton.digest}
+    threads = {"dtype": str(skeleton.dtype), "config.json": skeleton.digest()}
     return files | versions | threads
 
 
-def _write_config(skeleton: Skeleton, folder: Path) -> None:
+def _write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
     """What `save_pretrained` writes beside the weights."""
-    model = skeleton.model
-    model.config.dtype = str(skeleton.dtype).removeprefix("torch.")
+    model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
