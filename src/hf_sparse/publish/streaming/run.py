@@ -91,18 +91,18 @@ def prune_checkpoint(
             checkpoint_dir the run can go on, also in another number of processes.
         HfSparseError: see `hf_sparse.core.errors`.
     """
-    if not isinstance(config, SparseConfig):
-        raise ConfigError(f"prune_checkpoint needs a SparseConfig, got {type(config).__name__}")
-    _check_config(config)
-    target = Path(output_dir)
-    if target.exists() and not target.is_dir():
-        raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
-    limit = None if max_memory is None else read_size("max_memory", max_memory)
-    shard_size = read_size("max_shard_size", max_shard_size)
-    resumable = checkpoint_dir is not None
     processes = Processes.here()
     with ExitStack() as stack:
         stack.enter_context(processes.together())
+        if not isinstance(config, SparseConfig):
+            raise ConfigError(f"prune_checkpoint needs a SparseConfig, got {type(config).__name__}")
+        _check_config(config)
+        target = Path(output_dir)
+        if target.exists() and not target.is_dir():
+            raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
+        limit = None if max_memory is None else read_size("max_memory", max_memory)
+        shard_size = read_size("max_shard_size", max_shard_size)
+        resumable = checkpoint_dir is not None
         processes.check_same(
             {
                 "the model": str(model_id_or_path),
