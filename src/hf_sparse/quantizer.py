@@ -217,16 +217,18 @@ class SparseQuantizer(HfQuantizer):
         else:
             self.prune(model)
 
-    def prune(self, model: PreTrainedModel, residence: Residence | None = None) -> PruningReport:
+    def prune(
+        self,
+        model: PreTrainedModel,
+        residence: Residence | None = None,
+        measurements: DenseMeasurements | None = None,
+    ) -> PruningReport:
         """Prune a dense model and keep the report; the config then describes the data.
 
-        A model that has only lost experts is an ordinary one still, and saved as such.
-
-        Args:
-            model: loaded; or without weights, and `residence` has them.
-            residence: where its blocks are while they aren't at work; None for memory.
+        A model that has only lost experts is an ordinary one still, and saved as such. What is
+        passed is as of `prune_in_place`; `residence` may have the model's weights.
         """
-        config, measurements = self.quantization_config, self._measurements
+        config, measurements = self.quantization_config, measurements or self._measurements
         self._measurements = None
         check_attention(model, config)
         self.report = prune_in_place(model, self.quantization_config, measurements, residence)
