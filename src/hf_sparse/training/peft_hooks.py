@@ -30,13 +30,13 @@ logger = get_logger(__name__)
 
 def install() -> None:
     """Wrap the methods, once."""
-    for cls in (PeftModel, PeftMixedModel):
-        _wrap(cls, "get_nb_trainable_parameters", _count)
+    for counted in (PeftModel, PeftMixedModel):
+        _wrap(counted, "get_nb_trainable_parameters", _count)
     _wrap(ModulesToSaveWrapper, "check_module", _check)
     _wrap(BaseTuner, "inject_adapter", _inject)
     for kind in (BOFTLayer, IA3Layer, OFTLayer):
-        for cls in kind.__subclasses__():
-            _wrap(cls, "merge", _merge)
+        for adapter in kind.__subclasses__():
+            _wrap(adapter, "merge", _merge)
 
 
 def settle_adapters(model: nn.Module) -> None:
