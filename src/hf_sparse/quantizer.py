@@ -86,10 +86,13 @@ def prune(model: nn.Module, config: SparseConfig) -> PruningReport:
     require_model(model)
     model = unwrapped(model)
     require_dense(model)
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel):
+        report = SparseQuantizer(config, pre_quantized=False).prune(model)
+    else:
         check_attention(model, config)
-        return prune_in_place(model, config)
-    return SparseQuantizer(config, pre_quantized=False).prune(model)
+        report = prune_in_place(model, config)
+    peft_hooks.settle_adapters(model)
+    return report
 
 
 def prefer(model: nn.Module, what: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import BertConfig, BertForMaskedLM
 
 import hf_sparse
@@ -171,6 +172,14 @@ def test_tied_weights_are_weighed_once(trained):
     embedding = trained.get_input_embeddings().weight
     assert trained.get_output_embeddings().weight is embedding
     assert memory.weight_bytes(trained) < sum(p.numel() * 4 for p in trained.parameters()) + 1000
+
+
+def test_a_quantised_tensor_weighs_what_it_is_made_of(tiny):
+    plain = memory.weight_bytes(tiny)
+    head = tiny.get_output_embeddings()
+    weight = head.weight.detach()
+    head.weight = torch.nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+    assert memory.weight_bytes(tiny) == plain + weight.nbytes
 
 
 def test_results_are_frozen_and_json(tiny, token_ids):

@@ -76,10 +76,17 @@ class Client:
         assert done.returncode == 0, done.stderr
 
     def logits(
-        self, repo: str, out: Path, revision: str = "main", then: str = "", **env: str
+        self,
+        repo: str,
+        out: Path,
+        revision: str = "main",
+        then: str = "",
+        token: str | None = None,
+        **env: str,
     ) -> Tensor:
         """What a process computes that loads the sparse model `repo`; `then` is run after it."""
-        self.check(LOAD + then, repo, json.dumps({"revision": revision}), out, **env)
+        given = {"revision": revision, "token": token}
+        self.check(LOAD + then, repo, json.dumps(given), out, **env)
         results = load_file(out)
         assert results["sparse"] == LAYERS
         return results["logits"]

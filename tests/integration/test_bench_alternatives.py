@@ -70,6 +70,48 @@ def test_every_form_has_a_row_and_what_is_not_there_says_why(checkpoints, tmp_pa
     assert (tmp_path / "out" / "alternatives.png").stat().st_size > 1000
 
 
+def test_a_package_whose_model_fails_at_the_first_token_leaves_the_others_measured(
+    checkpoints, monkeypatch
+):
+    def breaks(dense):
+        model = AutoModelForCausalLM.from_pretrained(dense)
+        model.register_forward_pre_hook(lambda *_: 1 / 0)
+        return model
+
+    monkeypatch.setattr(alternatives, "OTHERS", {"torchao int8": ("torch", breaks)})
+    rows = {row.name: row for row in alternatives.measure(settings(checkpoints))}
+    assert rows["torchao int8"].problem == "ZeroDivisionError: division by zero"
+    assert rows["hf_sparse"].tokens_per_second > 0
+
+
+def test_the_command_takes_the_number_of_threads_and_leaves_torchs(cli, checkpoints, monkeypatch):
+    monkeypatch.setattr(alternatives, "OTHERS", {})
+    own = "--sparse", checkpoints / "sparse", "--dense", checkpoints / "dense"
+    short = "--prompt", "2", "--tokens", "1", "--rounds", "1"
+    before = torch.get_num_threads()
+    code, out, err = cli("bench", "model", *own, *short, "--threads", "3")
+    assert code == 0, err
+    assert "; 3 threads of torch's pool." in out
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--presets", "tiny"), "is for models with random weights"),
+        (("--sparsity", "0.5"), "is for models with random weights"),
+        (("--dtypes", "bf16"), "is for models with random weights"),
+        (("--threads", "1,2"), "takes one number"),
+    ],
+)
+def test_what_would_be_ignored_for_ones_own_model_is_refused(cli, checkpoints, option, said):
+    own = "--sparse", checkpoints / "sparse", "--dense", checkpoints / "dense"
+    code, _, err = cli("bench", "model", *own, *option)
+    assert code == 2
+    assert option[0] in err
+    assert said in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     ("script", "said"),
     [

@@ -237,7 +237,7 @@ snapshot_download("me/tiny-sparse", local_dir=folder / "copy")
     assert read_files(tmp_path / "copy") == client.hub.repos["me/tiny-sparse"].files()
 
 
-def test_what_an_attention_has_learned_is_fetched_with_the_weights(
+def test_what_an_attention_has_learned_is_fetched_with_the_weights_token(
     client: Client, dense: Path, tmp_path: Path
 ) -> None:
     code = """
@@ -251,11 +251,13 @@ config = SparseConfig(
     method="magnitude", attention=given, dataset=data, num_samples=2, seq_len=32
 )
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)
-model.push_to_hub("me/attention")
+model.push_to_hub("me/attention", private=True)
 torch.save(model(torch.arange(3, 61).reshape(2, 29)).logits, sys.argv[2])
 """
     client.check(code, dense, tmp_path / "pushed.pt")
     assert "sparse_attention.safetensors" in client.hub.repos["me/attention"].files()
     other = Client(client.hub, tmp_path / "other")
-    found = other.logits("me/attention", tmp_path / "loaded.safetensors")
+    reported = "\nassert model.hf_quantizer.report is not None"
+    out = tmp_path / "loaded.safetensors"
+    found = other.logits("me/attention", out, then=reported, token=READ_TOKEN, HF_TOKEN="")
     assert torch.equal(found, torch.load(tmp_path / "pushed.pt"))

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_bert, tiny_llama
 from torch import nn
 from transformers import BertModel
@@ -128,6 +129,34 @@ def test_a_weight_that_was_written_to_is_multiplied_exactly_with_a_warning(caplo
     assert "preview_head once more" in caplog.text
     preview_head(model, 8)
     assert not torch.equal(model.head(x), F.linear(x, model.head.weight, model.head.bias))
+
+
+@pytest.mark.parametrize("dtype", library.FLOATS, ids=str)
+def test_a_write_that_torch_does_not_count_is_noticed(dtype):
+    model, x = Model(dtype=dtype), inputs(1, 72, dtype=dtype)
+    preview_head(model, 8)
+    model.head.weight.data += 0.1 * torch.randn(500, 72).to(dtype)  # as PEFT merges
+    assert torch.equal(model.head(x), F.linear(x, model.head.weight, model.head.bias))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers by an old name
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_head_with_an_adapter_has_exact_scores(merged):
+    model = tiny_llama()
+    preview_head(model, 4)
+    adapted = get_peft_model(
+        model, LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    ).eval()
+    if merged:
+        adapted.merge_adapter()
+    head, x = model.lm_head, inputs(1, 1, model.config.hidden_size)
+    change = head.lora_B.default.weight @ head.lora_A.default.weight * head.scaling["default"]
+    weight = head.base_layer.weight + (0 if merged else change)
+    torch.testing.assert_close(head(x), F.linear(x, weight))
+    if merged:
+        adapted.unmerge_adapter()
+    preview_head(adapted.merge_and_unload(), 4)
+    assert type(model.lm_head) is PreviewedHead
 
 
 def test_copies_have_a_preview_of_their_own():

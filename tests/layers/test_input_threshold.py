@@ -1,10 +1,12 @@
 """Small inputs count as 0, the same in every product, and are saved with the layer."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+from peft import BOFTConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse import SparseConfig, SparseLinear
-from hf_sparse.core.errors import CheckpointError, ConfigError
+from hf_sparse.core.errors import AdapterError, CheckpointError, ConfigError
 from hf_sparse.core.input_threshold import InputThreshold
 from hf_sparse.core.low_rank import LowRank
 from hf_sparse.formats import Bitmask, Dense
@@ -162,3 +164,58 @@ def test_a_damaged_threshold_is_an_error_that_names_the_layer(tmp_path, value):
     save_file(load_file(file), file, metadata)
     with pytest.raises(CheckpointError, match=r"up_proj.*input_threshold|not JSON|Infinity"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+OLD_NAME = "ignore::FutureWarning"  # PEFT asks transformers by it
+ADDED = [
+    LoraConfig(target_modules=["up_proj"], init_lora_weights=False),
+    LoraConfig(target_modules=["up_proj"], init_lora_weights=False, use_dora=True),
+    LoHaConfig(target_modules=["up_proj"], init_weights=False),
+    IA3Config(target_modules=["up_proj"], feedforward_modules=[], init_ia3_weights=False),
+]
+BEFORE_THE_LAYER = [
+    OFTConfig(target_modules=["up_proj"], init_weights=False, oft_block_size=8, r=0),
+    BOFTConfig(target_modules=["up_proj"], init_weights=False, boft_block_size=8),
+    IA3Config(target_modules=["up_proj"], feedforward_modules=["up_proj"], init_ia3_weights=False),
+]
+
+
+def kind(config):
+    return config.peft_type.value + "+dora" * getattr(config, "use_dora", False)
+
+
+@pytest.mark.filterwarnings("ignore:A weight that does not fit", OLD_NAME)
+@pytest.mark.parametrize("pruned_first", [True, False])
+@pytest.mark.parametrize("config", ADDED, ids=kind)
+@torch.no_grad()
+def test_an_adapter_beside_a_threshold_computes_what_it_does_when_it_is_merged(
+    config, pruned_first
+):
+    model = pruned() if pruned_first else tiny_llama()
+    plain = model(IDS[0][None]).logits
+    adapted = get_peft_model(model, copy.deepcopy(config)).eval()
+    if not pruned_first:
+        hf_sparse.prune(adapted, SparseConfig(method="magnitude", **SETTINGS))
+    beside = adapted(IDS[0][None]).logits
+    assert not torch.allclose(beside, plain, atol=1e-3)
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
+    y = layer(x)
+    layer.merge()
+    weight, threshold = layer.get_base_layer().weight, layer.get_base_layer().threshold
+    expected = torch.where(x.abs() > threshold.value, x, 0.0) @ weight.T
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.filterwarnings(OLD_NAME, "ignore::UserWarning:peft")
+@pytest.mark.parametrize("config", BEFORE_THE_LAYER, ids=kind)
+def test_an_adapter_that_changes_inputs_before_a_threshold_is_not_merged(config):
+    adapted = get_peft_model(pruned(), copy.deepcopy(config)).eval()
+    for merge in (
+        adapted.merge_adapter,
+        adapted.merge_and_unload,
+        lambda: hf_sparse.merge_adapter(adapted),
+    ):
+        with pytest.raises(AdapterError, match=r"takes inputs up to .* for 0, and its adapter"):
+            merge()

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import hf_sparse
 from hf_sparse import ConfigError, SolveError, SparseConfig
@@ -44,6 +45,17 @@ def test_the_other_layers_of_a_model_with_weight_norm_are_pruned(tiny, config, n
     for layer in report.layers:
         kept = int(saved[f"{layer.name}.weight"].count_nonzero())
         assert kept == math.prod(layer.shape) - layer.zeros
+
+
+def test_a_model_with_a_quantised_head_is_pruned_as_with_a_dense_one(tiny, config):
+    config.method = "sparsegpt"
+    plain, quantised = copy.deepcopy(tiny), copy.deepcopy(tiny)
+    weight = quantised.lm_head.weight.detach()
+    quantised.lm_head.weight = nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+    hf_sparse.prune(plain, config)
+    hf_sparse.prune(quantised, config)
+    for expected, layer in zip(plain.model.layers, quantised.model.layers, strict=True):
+        assert torch.equal(layer.mlp.up_proj.weight, expected.mlp.up_proj.weight)
 
 
 def test_hooks_of_a_layer_go_along_when_it_is_replaced(tiny, config, token_ids):

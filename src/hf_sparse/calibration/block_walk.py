@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core.errors import CalibrationError
+from ..core.storages import storages
 from ..layers.blocks import Block
 from .activations import Activations, Pass
 from .batches import Batch
@@ -108,7 +109,7 @@ class BlockWalk:
         self._running_block = False
         self._scouted: tuple[nn.Module, list[Call]] | None = None
         own = itertools.chain(model.parameters(), model.buffers(), *(b.values() for b in batches))
-        self._own = frozenset(t.untyped_storage().data_ptr() for t in own)
+        self._own = frozenset(storages(own))
 
     def __iter__(self) -> Generator[Visit]:
         with torch.no_grad(), plain_outputs(self._model):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.model_argument import require_model
+from ..core.sizes import read_size
 from ..layers import SparseExperts, SparseLinear
 from .folder import write_folder
 from .state_dict import ValuesRenaming
@@ -28,13 +29,14 @@ def export_dense(
     Args:
         model: a model with sparse layers.
         save_directory: folder; created if it isn't there.
-        max_shard_size: as for `PreTrainedModel.save_pretrained`.
+        max_shard_size: of a weight file: bytes, or a text like "50GB" or "50GiB".
 
     Raises:
-        ConfigError: it is no model.
+        ConfigError: it is no model, or the size none.
         SaveError: the path is a file, or writing failed; what was there before is as it was.
     """
     require_model(model)
+    shard_size = read_size("max_shard_size", max_shard_size)
     config = deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -46,7 +48,7 @@ def export_dense(
     if model.can_generate():
         dense.generation_config = model.generation_config
     state = _dense_state_dict(model)
-    settings = {"state_dict": state, "max_shard_size": max_shard_size}
+    settings = {"state_dict": state, "max_shard_size": shard_size}
     write_folder(save_directory, lambda folder: dense.save_pretrained(folder, **settings))
 
 

@@ -15,6 +15,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from ..core.errors import CheckpointError
+from .config_numbers import bounded_modules, check_numbers
 
 
 def empty_model(
@@ -30,21 +31,25 @@ def empty_model(
         dtype: as of `from_pretrained`; None for torch's default.
 
     Raises:
-        CheckpointError: transformers doesn't know it, or can't build it; names the folder.
+        CheckpointError: transformers doesn't know it, or can't build it, or no model has such
+            numbers; names the folder.
     """
     kind, names = config.get("model_type"), config.get("architectures")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise CheckpointError(f"{folder}: this transformers has no model type {kind!r}")
+    check_numbers(config, folder)
     try:
         described = CONFIG_MAPPING[kind].from_dict(dict(config))
         named = names if isinstance(names, list) else []
         classes = [cls for cls in _model_classes(described) if cls.__name__ in named]
         if classes:
-            with torch.device("meta"):
+            with torch.device("meta"), bounded_modules(folder):
                 if dtype is None:
                     return classes[0](described)
                 model: PreTrainedModel = classes[0]._from_config(described, dtype=dtype)
             return model
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{folder}: transformers can't build the model in config.json: {error}"

@@ -161,7 +161,9 @@ def diagnose_attention(
         if isinstance(mask, Tensor):
             raise EvaluationError(f"{type(model).__name__} makes its masks itself")
         whole = LazyMask.plain(q, k, causal=True) if mask is None else mask
-        exact, _ = sdpa_attention_forward(module, q, k, v, whole.dense, scaling=scaling)
+        exact, _ = sdpa_attention_forward(
+            module, q, k, v, whole.dense, scaling=scaling, is_causal=whole.causal
+        )
         row = _shares(q, k, whole, scaling, settings.keys, queries, rank)
         for method, each in candidates.items():
             row[method] = _errors(exact, q, k, v, whole, scaling, each)

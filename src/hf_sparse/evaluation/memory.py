@@ -9,17 +9,15 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
+from ..core.storages import storages
+
 _PROCESS = Path("/proc/self")
 
 
 def weight_bytes(model: nn.Module) -> int:
     """All parameters and buffers in memory, each storage once; not those on the meta device."""
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in (*model.parameters(), *model.buffers())
-        if not t.is_meta
-    }
-    return sum(storages.values())
+    held = storages((*model.parameters(), *model.buffers()))
+    return sum(storage.nbytes() for storage in held.values())
 
 
 def resident() -> int:

@@ -28,7 +28,7 @@ def is_fused(module: nn.Module) -> bool:
     flags = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
     if not all(hasattr(module, flag) for flag in flags):
         return False
-    if getattr(module, "_is_expert_parallel", False):
+    if getattr(module, "_is_expert_parallel", False) or not module.num_experts:
         return False
     weights = [module._parameters.get(name) for name in _projections(module)]
     return all(w is not None and w.ndim == 3 and len(w) == module.num_experts for w in weights)

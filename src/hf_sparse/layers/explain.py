@@ -197,7 +197,7 @@ def explain(model: nn.Module) -> Explanation:
         if isinstance(module, (HeadLinear, PreviewedHead))
     )
     return Explanation(
-        f"{machine}; {library.describe()}",
+        f"{machine}; {library.describe()}; {library.describe_threads()}",
         tuple(layers),
         next(heads, None),
         describe(model),

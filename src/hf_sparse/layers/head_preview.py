@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError
@@ -39,12 +39,14 @@ class Preview:
         codes: makes all scores, rounded.
         candidates: how many of them are computed exactly.
         weight, version: what was rounded, and the count of writes to it then.
+        sums: of the bits of each of its rows, for writes that aren't counted.
     """
 
     codes: Product[IntegerWeight]
     candidates: int
     weight: Tensor
     version: int
+    sums: Tensor
 
     @classmethod
     def of(cls, weight: Float[Tensor, "vocabulary in"], candidates: int) -> Preview:
@@ -53,22 +55,26 @@ class Preview:
         rounded = GRID.fit(matrix, search=False).round(matrix)
         width = GRID.width(matrix.shape[1])
         codes = pack(rounded.codes.to(torch.int8), rounded.scales.scale, width)
-        return cls(Product(codes), candidates, weight, weight._version)
+        return cls(Product(codes), candidates, weight, weight._version, _sums(weight))
 
     def is_of(self, weight: Tensor) -> bool:
-        """Has the weight not been written to, or replaced, since?"""
+        """Has the weight not been replaced since, nor written to in a way that torch counts?"""
         return self.weight is weight and self.version == weight._version
 
     def scores(
         self, x: Float[Tensor, "*one in"], bias: Tensor | None
-    ) -> Float[Tensor, "*one vocabulary"]:
+    ) -> Float[Tensor, "*one vocabulary"] | None:
         """`F.linear(x, weight, bias)` for the candidates; the preview's scores for all others,
-        below the lowest candidate's: so none of them passes a candidate."""
+        below the lowest candidate's: so none of them passes a candidate. None if a candidate's
+        row isn't what it was, as after PEFT's merging, which torch doesn't count."""
         y = self.codes(x, bias)
         row = y.view(-1)
         best = row.topk(self.candidates).indices
+        rows = self.weight[best]
+        if not torch.equal(_sums(rows), self.sums[best]):
+            return None
         own_bias = None if bias is None else bias[best]
-        exact = F.linear(x.reshape(1, -1), self.weight[best], own_bias).view(-1)
+        exact = F.linear(x.reshape(1, -1), rows, own_bias).view(-1)
         below = torch.nextafter(exact.min(), exact.new_tensor(-math.inf))
         row.clamp_(max=float(below))
         row[best] = exact
@@ -76,6 +82,12 @@ class Preview:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Preview.of, (self.weight, self.candidates)  # copies count their own writes
+
+
+def _sums(rows: Float[Tensor, "rows in"]) -> Int64[Tensor, "rows"]:
+    """Of each row's bits, as integers."""
+    integers = torch.int16 if rows.element_size() == 2 else torch.int32
+    return rows.detach().contiguous().view(integers).sum(dim=1)
 
 
 class PreviewedHead(nn.Linear):
@@ -96,13 +108,14 @@ class PreviewedHead(nn.Linear):
         trains = torch.is_grad_enabled() and weight.requires_grad
         if trains or not unwatched(input, bias) or not _is_one_row(input, weight):
             return super().forward(input)
-        if not self.preview.is_of(weight):
+        scores = self.preview.scores(input, bias) if self.preview.is_of(weight) else None
+        if scores is None:
             logger.warning_once(  # type: ignore[attr-defined]
                 "the head's weight was written to, so all its scores are exact again: call "
                 "hf_sparse.preview_head once more"
             )
             return super().forward(input)
-        return self.preview.scores(input, bias)
+        return scores
 
 
 def _is_one_row(x: Tensor, weight: Tensor) -> bool:
@@ -125,8 +138,9 @@ def preview_head(model: nn.Module, candidates: int | None = 64) -> None:
     `top_k` of at most `candidates`, see exact scores, unless the copy misses a candidate; what
     sums over the whole vocabulary, as sampling without `top_k` does, sees approximate ones.
     Several tokens or sequences at once, labels, gradients and tracers get exact scores of all. It
-    is not saved with the model, and holds for the weight as it is: written to by an optimiser or
-    `load_state_dict`, the head is exact again, with a warning.
+    is not saved with the model, and holds for the weight as it is: written to by an optimiser,
+    `load_state_dict` or a merged adapter, or with an adapter beside it, the head is exact again,
+    with a warning.
 
     Args:
         model: with an `nn.Linear` as its head, on the CPU; sparse or dense.
@@ -140,7 +154,7 @@ def preview_head(model: nn.Module, candidates: int | None = 64) -> None:
     head: Any = None if find is None else find()
     before = head.before if isinstance(head, PreviewedHead) else type(head)
     if candidates is None:
-        _restore(head)
+        drop_preview(head)
         return
     if before not in (nn.Linear, HeadLinear):
         found = "no output head" if head is None else f"a {type(head).__name__} as its output head"
@@ -154,12 +168,13 @@ def preview_head(model: nn.Module, candidates: int | None = 64) -> None:
     if obstacle := _obstacle(head):
         raise ConfigError(f"the head of {type(model).__name__} can't be previewed: {obstacle}")
     preview = Preview.of(head.weight, candidates)
-    _restore(head)
+    drop_preview(head)
     head.__class__ = PreviewedHead
     head.__dict__ |= {"preview": preview, "before": before}
 
 
-def _restore(head: Any) -> None:
+def drop_preview(head: Any) -> None:
+    """Make a head that has a preview what it was."""
     if isinstance(head, PreviewedHead):
         head.__class__ = head.before  # type: ignore[assignment]
         del head.preview, head.before

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from ..calibration.tokenizers import known_processor
 from ..checkpoint.commit import stale_files
 from ..core.logging import get_logger
+from ..core.sizes import read_size
 from .card import model_card, write_card
 from .hub_errors import pushing
 from .hub_files import CARD
@@ -56,16 +57,18 @@ def push_to_hub(
         token: default the one that `hf auth login` stored, or HF_TOKEN.
         revision: branch to push to, created if it isn't there. Default the main one.
         create_pr: propose the commit as a pull request.
-        max_shard_size: of a weight file.
+        max_shard_size: of a weight file: bytes, or a text like "50GB" or "50GiB".
         tags: for the model card, beside its own.
 
     Returns:
         The commit's URL, as huggingface_hub's `CommitInfo`.
 
     Raises:
+        ConfigError: max_shard_size is no size.
         HubError: the Hub refused, or can't be reached; the repository is as it was.
         SaveError: there was no room to write the files that are to be pushed.
     """
+    shard_size = read_size("max_shard_size", max_shard_size)
     api = HfApi(library_name="hf_sparse", library_version=version("hf_sparse"), token=token)
     with pushing(repo_id, token):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -77,7 +80,7 @@ def push_to_hub(
             card = Path(api.hf_hub_download(repo_id, CARD, revision=revision))
     with tempfile.TemporaryDirectory(prefix="hf-sparse-") as temporary:
         folder = Path(temporary)
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, max_shard_size=shard_size)
         model.hf_quantizer.write_page(model, folder)
         if not any(name.startswith(PROCESSORS) for name in held):
             _save_processor(model, folder)

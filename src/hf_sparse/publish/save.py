@@ -20,6 +20,7 @@ from ..checkpoint.folder import write_folder
 from ..checkpoint.weight_files import CONFIG_FILE
 from ..core.json_records import json_text
 from ..core.logging import get_logger
+from ..core.sizes import read_size
 from ..layers import sparse_layers
 from .card import is_own_card, model_card
 from .hub_files import CARD
@@ -75,6 +76,8 @@ def save_pretrained(
     hub = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
     if "max_shard_size" in hub:
         kwargs["max_shard_size"] = hub["max_shard_size"]
+    if "max_shard_size" in kwargs:
+        kwargs["max_shard_size"] = read_size("max_shard_size", kwargs["max_shard_size"])
     if not is_plain(model):
         kwargs["save_original_format"] = False
 

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_sparse.core.logging import progress_bar
@@ -105,17 +105,20 @@ def measure(settings: Settings) -> list[Alternative]:
     }
     rows: list[Alternative] = []
     models = {name: make() for name, make in makers.items()}
+    prompt = _prompt(models["hf_sparse"], settings.prompt)
     for name, (package, make) in OTHERS.items():
         if find_spec(package) is None:
             rows.append(Alternative(name, problem=f"{package} is not installed"))
             continue
         try:
-            models[name] = make(settings.dense)
+            model = make(settings.dense)
+            time_generation(model, prompt, 1)
+            models[name] = model
         except Exception as error:  # another package's, of any class: the others are measured
             rows.append(Alternative(name, problem=f"{type(error).__name__}: {error}"))
     measured = [
         Alternative(name, 1 / seconds, weight_bytes(models[name]), _worth(models[name], settings))
-        for name, seconds in _decode_seconds(models, settings).items()
+        for name, seconds in _decode_seconds(models, prompt, settings).items()
     ]
     return [*measured, *rows, *_llama(models["dense fp32"], settings)]
 
@@ -124,11 +127,15 @@ def _load(model: str, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **more).eval()
 
 
-def _decode_seconds(models: Mapping[str, nn.Module], settings: Settings) -> dict[str, float]:
-    """Median seconds of a token, by name."""
-    vocabulary = next(iter(models.values())).config.vocab_size  # type: ignore[union-attr]
+def _prompt(model: nn.Module, tokens: int) -> Tensor:
     random = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocabulary, (1, settings.prompt), generator=random)  # type: ignore[arg-type]
+    return torch.randint(model.config.vocab_size, (1, tokens), generator=random)  # type: ignore
+
+
+def _decode_seconds(
+    models: Mapping[str, nn.Module], prompt: Tensor, settings: Settings
+) -> dict[str, float]:
+    """Median seconds of a token, by name."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with progress_bar((settings.rounds + 1) * len(models), "Generation") as bar:
         for index in range(settings.rounds + 1):  # the first warms up

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from hf_sparse.kernels.cpu import library
+
 from .alternatives import Alternative
 from .tables import RESULTS, machine
 
@@ -15,7 +19,7 @@ def markdown(rows: Sequence[Alternative]) -> str:
     """A line each; shares are those of dense bf16, by whose name that row is found."""
     dense = next(row for row in rows if row.name == "dense bf16")
     lines = [
-        f"Measured on {machine()}.",
+        f"Measured on {machine()}; {library.describe_threads()}.",
         "",
         "| form | tokens/s | over dense bf16 | MB | of dense bf16 | perplexity |",
         "|---" * 6 + "|",
@@ -35,7 +39,11 @@ def markdown(rows: Sequence[Alternative]) -> str:
 
 def write(folder: Path | None, rows: Sequence[Alternative]) -> tuple[str, dict[str, Any]]:
     """Write all files into a folder, if one is named; the table and what is in the JSON file."""
-    content = {"machine": machine(), "alternatives": [row.to_dict() for row in rows]}
+    content = {
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "alternatives": [row.to_dict() for row in rows],
+    }
     text = markdown(rows)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,8 @@ from hf_sparse.evaluation.memory import peak_resident, resident, weight_bytes
 from hf_sparse.layers import sparse_layers
 from hf_sparse.quantizer import prune
 
+from .threads import torch_threads
+
 _SHAPE = (
     "hidden_size",
     "intermediate_size",
@@ -119,17 +121,14 @@ class MemoryPoint:
 def measure(settings: ModelSettings) -> tuple[list[SpeedPoint], list[MemoryPoint]]:
     """All points. Takes disk in the temporary folder ($TMPDIR) for both checkpoints."""
     speed, memory = [], []
-    before = torch.get_num_threads()
-    try:
-        for preset, sparsity in product(settings.presets, settings.sparsities):
-            with tempfile.TemporaryDirectory() as folder:
-                torch.set_num_threads(max(settings.threads))
+    for preset, sparsity in product(settings.presets, settings.sparsities):
+        with tempfile.TemporaryDirectory() as folder:
+            with torch_threads(max(settings.threads)):
                 _write(Path(folder), preset, sparsity)
-                for threads in settings.threads:
-                    speed += _speed(settings, Path(folder), preset, sparsity, threads)
-                memory.append(_memory(Path(folder), preset, sparsity, settings.threads[0]))
-    finally:
-        torch.set_num_threads(before)
+            for number in settings.threads:
+                with torch_threads(number):
+                    speed += _speed(settings, Path(folder), preset, sparsity)
+            memory.append(_memory(Path(folder), preset, sparsity, settings.threads[0]))
     return speed, memory
 
 
@@ -148,11 +147,9 @@ def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def _speed(
-    settings: ModelSettings, folder: Path, preset: str, sparsity: float, threads: int
-) -> list[SpeedPoint]:
+def _speed(settings: ModelSettings, folder: Path, preset: str, sparsity: float) -> list[SpeedPoint]:
     """One point per dtype. Kernels are chosen while loading, for the threads there are then."""
-    torch.set_num_threads(threads)
+    threads = torch.get_num_threads()
     models = {
         (dtype, kind): _load(folder / kind, DTYPES[dtype])
         for dtype, kind in product(settings.dtypes, KINDS)

@@ -30,6 +30,8 @@ from hf_sparse.kernels.cpu.pack import narrow, pack_dense, unpack
 from hf_sparse.kernels.cpu.product import packed_linear
 from hf_sparse.kernels.cpu.weight import TileWeight
 
+from .threads import torch_threads
+
 logger = get_logger(__name__)
 
 _NAMES = ("fp32", "bf16", "fp16", "int8", "int4")
@@ -125,7 +127,6 @@ def measure(settings: LayerSettings) -> list[LayerPoint]:
     """
     library.library()
     points: list[LayerPoint] = []
-    before = torch.get_num_threads()
     each = list(product(settings.shapes, settings.sparsities, settings.values))
     bar = progress_bar(len(each) * len(settings.threads) * len(settings.rows), "layers")
     try:
@@ -134,18 +135,18 @@ def measure(settings: LayerSettings) -> list[LayerPoint]:
             own = weights.rounded[0] if weights.rounded else weights.sparse[0]
             size = own.nbytes, 2 * shape[0] * shape[1]
             for threads, rows in product(settings.threads, settings.rows):
-                torch.set_num_threads(threads)
                 kind = f"{values} {settings.pattern}".removesuffix(" unstructured")
                 place = (settings.path or "best", shape, sparsity, kind, threads, rows)
                 try:
-                    points.append(LayerPoint(*place, *_measure(settings, weights, rows), *size))
+                    with torch_threads(threads):
+                        found = _measure(settings, weights, rows)
+                    points.append(LayerPoint(*place, *found, *size))
                 except library.NativeError as error:  # AMX, say, takes no single row
                     logger.warning("left out %s: %s", place, error)
                 bar.update(1)
             del weights  # before the next are made
     finally:
         bar.close()
-        torch.set_num_threads(before)
     return points
 
 

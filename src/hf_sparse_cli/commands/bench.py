@@ -161,11 +161,17 @@ def bench_layers(
 
 
 def bench_model(
-    presets: Annotated[str, typer.Option(help="Sizes: any of 135m,1b,1.1b,tiny.")] = "135m",
-    sparsity: Sparsities = "0.5",
+    presets: Annotated[
+        str | None, typer.Option(help="Sizes: any of 135m,1b,1.1b,tiny.  [default: 135m]")
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(help="Fractions of zeros, separated by commas.  [default: 0.5]"),
+    ] = None,
     dtypes: Annotated[
-        str, typer.Option(help="What is computed in: any of fp32,bf16.")
-    ] = "fp32,bf16",
+        str | None,
+        typer.Option(help="What is computed in: any of fp32,bf16.  [default: fp32,bf16]"),
+    ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 256,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each model does so.")] = 5,
@@ -198,22 +204,21 @@ def bench_model(
     With --sparse and --dense yours is compared with what else there is to run it in.
     """
     _check(output, overwrite)
+    of_random = {"--presets": presets, "--sparsity": sparsity, "--dtypes": dtypes}
+    of_yours = {"--sparse": sparse, "--dense": dense, "--data": data, "--llama-bench": llama_bench}
     if sparse is not None and dense is not None:
-        return _against_others(
-            output, sparse, dense, data, seq_len, num_samples, prompt, tokens, rounds, llama_bench
-        )
-    for option, given in (("--sparse", sparse), ("--dense", dense), ("--data", data),
-                          ("--llama-bench", llama_bench)):  # fmt: skip
-        if given is not None:
-            raise typer.BadParameter("needs --sparse and --dense, both", param_hint=option)
+        _refuse(of_random, "is for models with random weights, --sparse and --dense name yours")
+        more = data, seq_len, num_samples, prompt, tokens, rounds, llama_bench
+        return _against_others(output, threads, sparse, dense, *more)
+    _refuse(of_yours, "needs --sparse and --dense, both")
     from ..bench import endtoend
     from ..bench.tables import write
 
     settings = endtoend.ModelSettings(
-        listed("--presets", presets, one_of(endtoend.PRESETS)),
-        listed("--sparsity", sparsity, fraction),
+        listed("--presets", presets or "135m", one_of(endtoend.PRESETS)),
+        listed("--sparsity", sparsity or "0.5", fraction),
         _threads(threads),
-        listed("--dtypes", dtypes, one_of(endtoend.DTYPES)),
+        listed("--dtypes", dtypes or "fp32,bf16", one_of(endtoend.DTYPES)),
         prompt,
         tokens,
         rounds,
@@ -221,7 +226,20 @@ def bench_model(
     return Measured(*write(output, (), *endtoend.measure(settings)))
 
 
-def _against_others(output: Path | None, sparse: str, dense: str, *more: Any) -> Measured:
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    for option, given in options.items():
+        if given is not None:
+            raise typer.BadParameter(why, param_hint=option)
+
+
+def _against_others(
+    output: Path | None, threads: str | None, sparse: str, dense: str, *more: Any
+) -> Measured:
+    number, *others = _threads(threads)
+    if others:
+        raise typer.BadParameter(
+            "takes one number with --sparse and --dense", param_hint="--threads"
+        )
     require_sparse(sparse, read_config(sparse, None))
     if quantisation(read_config(dense, None)) is not None:
         raise typer.BadParameter(f"{dense} is not dense", param_hint="--dense")
@@ -229,9 +247,11 @@ def _against_others(output: Path | None, sparse: str, dense: str, *more: Any) ->
         raise typer.BadParameter(f"there is no file {program}", param_hint="--llama-bench")
     from ..bench import alternatives
     from ..bench.alternatives_table import write
+    from ..bench.threads import torch_threads
 
-    rows = alternatives.measure(alternatives.Settings(sparse, dense, *more))
-    return Measured(*write(output, rows))
+    with torch_threads(number):
+        rows = alternatives.measure(alternatives.Settings(sparse, dense, *more))
+        return Measured(*write(output, rows))
 
 
 def bench_gpu(

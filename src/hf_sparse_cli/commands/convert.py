@@ -65,8 +65,10 @@ def convert(
     check_output(output, overwrite, model)
     import hf_sparse
     from hf_sparse.checkpoint.compressed_tensors.source import old_format
+    from hf_sparse.core.sizes import read_size
 
     old_format(config, model)  # before anything large is fetched
+    read_size("--max-shard-size", max_shard_size)
     folder = Path(model).expanduser()
     if not folder.is_dir():
         folder = _download(model, revision)

@@ -93,7 +93,7 @@ def prune(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="From disk to disk, a block at a time, in this much memory, e.g. 8GiB.",
+            help="From disk to disk, a block at a time, in this much memory, e.g. 8GB or 8GiB.",
             rich_help_panel=STREAMING,
         ),
     ] = None,
@@ -120,7 +120,7 @@ def prune(
     be checked is checked before the model is loaded: the options, the output, the rights to push.
     """
     require_dense(model, revision, gguf_file)
-    streamed = bool(max_memory or checkpoint_dir or dry_run)
+    streamed = max_memory is not None or checkpoint_dir is not None or dry_run
     if streamed and (push_to_hub or gguf_file or device_map):
         raise Failure(
             "--max-memory, --checkpoint-dir and --dry-run are for runs from disk to disk, which "
@@ -136,8 +136,11 @@ def prune(
     sparse_config.check_data()
     check_dtype(dtype)
     from hf_sparse.calibration.sources import check_source
+    from hf_sparse.core.sizes import read_size
 
     check_source(sparse_config.dataset)
+    if max_memory is not None:
+        read_size("--max-memory", max_memory)
 
     if output is None or dry_run:
         from hf_sparse import estimate

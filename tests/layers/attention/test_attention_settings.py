@@ -13,6 +13,8 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GitConfig,
+    GitForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     T5Config,
@@ -133,6 +135,15 @@ def test_sinks_are_an_error_before_anything_is_changed():
     with pytest.raises(ConfigError, match="attention sinks"):
         hf_sparse.use_attention(model, "hs_block")
     assert model.config._attn_implementation == before
+
+
+def test_a_model_that_reads_the_mask_itself_is_refused():
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = GitConfig(vision_config=vision, **sizes, num_attention_heads=4)
+    with pytest.raises(ConfigError, match=r"GitForCausalLM .* reads or changes the mask itself"):
+        hf_sparse.use_attention(GitForCausalLM(config).eval(), "hs_block")
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from attention_models import batch, make
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import hf_sparse
 from hf_sparse.layers.attention import interface
@@ -195,6 +195,27 @@ def test_a_static_cache_has_exact_attention():
     expected = model.generate(**inputs, **options)
     hf_sparse.use_attention(model, SMALL | {"keys": 4096})
     assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_exact_attention_is_causal_where_the_mask_is_whatever_a_module_says(static):
+    model, (inputs, _) = make("llama"), batch("plain", "llama")
+    ids = inputs["input_ids"]
+    expected = hidden(model, inputs)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False  # as decoders have it that know no SDPA
+    cache = StaticCache(model.config, 80) if static else None
+    hf_sparse.use_attention(model, SMALL | {"from_length": 100})
+    with torch.no_grad():
+        found = model(ids, None, None, cache, use_cache=static).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_its_result_can_be_viewed_in_any_shape():
+    query, key = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8)
+    settings = hf_sparse.AttentionSettings(**SMALL)
+    mask = interface.LazyMask.plain(query, key, causal=True)
+    assert interface.sparse(query, key, key, mask, 1.0, settings, {}).is_contiguous()
 
 
 def test_a_mask_of_the_user_s_own_is_followed_exactly(calls):

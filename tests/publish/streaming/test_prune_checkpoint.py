@@ -306,20 +306,27 @@ def test_gradients_of_the_whole_model_are_refused_before_anything_is_read(tmp_pa
         prune_checkpoint("nowhere", config("best", dataset=["text"]), tmp_path / "disk")
 
 
-def test_a_model_is_never_its_own_output(tmp_path):
+def test_folders_that_are_in_each_other_are_refused(tmp_path):
     source = save(tiny_llama, tmp_path / "dense")
-    before = digests(source)
+    before = sorted(tmp_path.rglob("*")), digests(source)
     (tmp_path / "link").symlink_to(source)
-    for output in (source, source / ".", tmp_path / "link"):
-        with pytest.raises(SaveError, match="is the folder of the model itself"):
-            prune_checkpoint(source, config(), output)
-    assert digests(source) == before
-
-
-def test_finished_blocks_are_not_kept_in_the_output(tmp_path):
-    source = save(tiny_llama, tmp_path / "dense")
-    with pytest.raises(ConfigError, match="checkpoint_dir and output_dir are both"):
-        prune_checkpoint(source, config(), tmp_path / "out", checkpoint_dir=tmp_path / "." / "out")
+    out, run = tmp_path / "out", tmp_path / "run"
+    for output, kept, told in (
+        (source, None, "output_dir .* is the same folder as the model's folder"),
+        (source / ".", None, "output_dir .* is the same folder as"),
+        (tmp_path / "link", None, "output_dir .* is the same folder as"),
+        (tmp_path / "link" / "sparse", None, "output_dir .* is in the model's folder"),
+        (tmp_path, None, "the model's folder .* is in output_dir"),
+        (out, source / "run", "checkpoint_dir .* is in the model's folder"),
+        (out, source / "..", "is in checkpoint_dir"),
+        (out, tmp_path / "." / "out", "checkpoint_dir .* is the same folder as output_dir"),
+        (out, out / "run", "checkpoint_dir .* is in output_dir"),
+        (run / "outputs", run, "output_dir .* is in checkpoint_dir"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            prune_checkpoint(source, config(), output, checkpoint_dir=kept)
+    (tmp_path / "link").unlink()
+    assert (sorted(tmp_path.rglob("*")), digests(source)) == before
 
 
 def test_a_layer_in_a_file_is_told_by_the_bytes_that_are_stored(tmp_path):

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate.utils import convert_file_size_to_int
-
-from ...core.errors import CheckpointError, ConfigError, SaveError
+from ...core.errors import CheckpointError, SaveError
+from ...core.sizes import read_size
 from ..folder import write_folder
 from ..skeleton import empty_model
 from ..weight_files import INDEX, SINGLE, weight_files
@@ -51,8 +50,8 @@ def convert(
     Args:
         source: the checkpoint's folder.
         target: folder; created if it isn't there. Appears complete or not at all.
-        max_shard_size: of a safetensors file, as for `PreTrainedModel.save_pretrained`; no
-            more than that and the layer at work is in memory.
+        max_shard_size: of a safetensors file: bytes, or a text like "5GB" or "5GiB"; no more than
+            that and the layer at work is in memory.
 
     Raises:
         CheckpointError: the source is in another format, damaged, or of a model that this version
@@ -60,7 +59,7 @@ def convert(
         ConfigError: max_shard_size is no size.
         SaveError: writing failed; what was there before is as it was.
     """
-    folder, limit = Path(source), _limit(max_shard_size)
+    folder, limit = Path(source), read_size("max_shard_size", max_shard_size)
     if folder.resolve() in (Path(target).resolve(), *Path(target).resolve().parents):
         raise SaveError(f"can't save to {str(target)!r}: it is in the source, pass another folder")
     config = read_config(folder)
@@ -81,15 +80,6 @@ def convert(
     after = weight_files(Path(target))
     dense = sum(not (item.layer or isinstance(item.parameter, Number)) for item in items)
     return Conversion(layers, dense, _size(files), _size(after))
-
-
-def _limit(max_shard_size: int | str) -> int:
-    try:
-        return int(convert_file_size_to_int(max_shard_size))
-    except (ValueError, TypeError, AttributeError):
-        raise ConfigError(
-            f"max_shard_size={max_shard_size!r} is no size: pass bytes or a text like '5GB'"
-        ) from None
 
 
 def _size(files: Sequence[Path]) -> int:

@@ -215,16 +215,18 @@ def integer_path() -> str:
 
 
 def describe() -> str:
-    """One line for reports: the paths, the threads, or why there is nothing."""
+    """For reports: the paths, or why there is nothing."""
     reason = unavailable_reason()
     if reason is not None:
         return f"native kernels unavailable: {reason}"
-    threads = (
-        f"{torch.get_num_threads()} threads of torch's pool"
-        if thread_pool()
-        else "one thread (this torch does not export torch_parallel_for; 2.10 does)"
-    )
-    return f"native kernels: {', '.join(paths())}; {threads}"
+    return f"native kernels: {', '.join(paths())}"
+
+
+def describe_threads() -> str:
+    """For reports: how many threads a product takes."""
+    if unavailable_reason() is None and not thread_pool():
+        return "one thread (this torch does not export torch_parallel_for; 2.10 does)"
+    return f"{torch.get_num_threads()} threads of torch's pool"
 
 
 def path_number(name: str | None) -> int:

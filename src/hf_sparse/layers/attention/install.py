@@ -16,6 +16,7 @@ from ...core.errors import ConfigError, HfSparseError
 from ...core.evaluation_mode import evaluation_mode
 from ...core.input_device import input_device
 from .interface import STATE, AttentionState, Observer, observed, parts
+from .masks import LazyMask
 
 EXACT = "sdpa"
 
@@ -79,9 +80,9 @@ def check(
         except HfSparseError:
             raise
         except Exception as error:
-            raise ConfigError(
-                f"{kind} can't run with attention {method!r}: {type(error).__name__}: {error}"
-            ) from error
+            reads = f"it reads or changes the mask itself, which {method!r} doesn't make before"
+            why = reads if LazyMask.__name__ in str(error) else f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{kind} can't run with attention {method!r}: {why}") from error
     if not called:
         raise ConfigError(
             f"{kind} doesn't call transformers' attention interface: its attention can't be "

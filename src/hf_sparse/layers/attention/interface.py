@@ -43,6 +43,7 @@ HARMLESS = {
     "cache_position",
     "cu_seq_lens_k",
     "cu_seq_lens_q",
+    "image_grid_thw",
     "max_length_k",
     "max_length_q",
     "num_items_in_batch",
@@ -146,7 +147,9 @@ def attention(
     # A few tokens after many, as assisted decoding checks them: what one at a time would have.
     exact = exact or query.shape[2] < min(settings.block, key.shape[2])
     if exact or isinstance(attention_mask, Tensor):
-        mask = attention_mask.dense if isinstance(attention_mask, LazyMask) else attention_mask
+        mask = attention_mask
+        if isinstance(attention_mask, LazyMask):  # it knows better than some modules' is_causal
+            mask, is_causal = attention_mask.dense, attention_mask.causal
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, mask, dropout, scaling, is_causal, **kwargs
         )
@@ -194,8 +197,8 @@ def sparse(
     selection = selector.select(inputs, settings, learned)
     out = attend(inputs, selection, residual(inputs, settings), dropout)
     batch, heads, length, _ = query.shape
-    rows = out.view(batch, key.shape[1], length, inputs.groups, -1)
-    return rows.transpose(1, 2).reshape(batch, length, heads, -1).to(query.dtype)
+    rows = out.view(batch, key.shape[1], length, inputs.groups, -1).transpose(1, 2).contiguous()
+    return rows.view(batch, length, heads, -1).to(query.dtype)
 
 
 def parts(settings: AttentionSettings) -> tuple[Selector, type[Residual]]:

@@ -88,9 +88,14 @@ class LazyMask:
             allow_is_causal_skip=causal, allow_is_bidirectional_skip=not causal,
         )  # fmt: skip
 
+    @property
+    def causal(self) -> bool:
+        """Does a `dense` of None stand for all keys before a query? Otherwise it does for all."""
+        return not self._options.get("allow_is_bidirectional_skip", False)
+
     @cached_property
     def dense(self) -> Tensor | None:
-        """What SDPA is given: (batch, 1, queries, keys), or None where that says nothing new."""
+        """What SDPA is given: (batch, 1, queries, keys), or None where `causal` says it all."""
         mask: Tensor | None = sdpa_mask(
             batch_size=self.batch_size,
             q_length=self.q_length,
@@ -198,6 +203,8 @@ def lazy_mask(
         or use_vmap
         or torch.compiler.is_compiling()
     ):
+        if causal and q_length > 1:  # None would stand for all keys of some modules
+            kwargs["allow_is_causal_skip"] = False
         mask: Tensor | None = sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
             kv_offset=kv_offset, use_vmap=use_vmap, **kwargs,

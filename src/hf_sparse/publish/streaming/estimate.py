@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...calibration.expected import ExpectedData
+from ...checkpoint.config_numbers import bounded_modules
 from ...config.sparse_config import SparseConfig
 from ...core.duration import duration
 from ...core.errors import ConfigError
@@ -157,7 +158,7 @@ def estimate(
 
 def estimate_model(model: PreTrainedModel, config: SparseConfig) -> Estimate:
     """`estimate` of a model on meta, without the time."""
-    with unfused_experts(model):
+    with bounded_modules(model.name_or_path), unfused_experts(model):
         selection = select_targets(
             model, config.targets, config.modules_to_not_convert, default_dense(model)
         )

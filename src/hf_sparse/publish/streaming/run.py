@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +12,9 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from accelerate.utils import convert_file_size_to_int
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from ...calibration.tokenizers import find_processor
@@ -28,12 +26,14 @@ from ...config.sparse_config import SparseConfig
 from ...core.errors import ConfigError, SaveError
 from ...core.logging import get_logger
 from ...core.processes import Processes
+from ...core.sizes import read_size
 from ...layers.counts import num_parameters
 from ...pruning.report import PruningReport
 from ..card import is_own_card
 from ..save import write_companions
 from .estimate import estimate_model
-from .ledger import WAITING, Ledger
+from .folders import check_apart, folder_for, waiting_folder
+from .ledger import Ledger
 from .residence import Streamed
 from .skeleton import Skeleton, open_checkpoint
 from .source import SourceWeights
@@ -61,31 +61,32 @@ def prune_checkpoint(
     The result has the bytes of `from_pretrained(..., quantization_config=config)` followed by
     `save_pretrained`. Each block is read, pruned, packed and written, and then forgotten, on
     the CPU. Where several processes call it (torchrun, accelerate), each reads the block, with a
-    share of the samples; the first writes, and all need the folders to be the same.
+    share of the samples; the first writes, and all need the folders to be the same. None of the
+    three folders may be in another one.
 
     Args:
         model_id_or_path: folder or Hub id of a dense model with safetensors files.
         config: what to do. Its method must do without gradients of the whole model.
         output_dir: folder for the result, with the tokenizer or processor; appears complete or not
             at all.
-        max_memory: bytes, or a text like "8GiB", that the process may take; what doesn't fit is an
-            error before the work. Activations wait in a file if that is what makes it fit. Default:
-            all in memory but the weights.
+        max_memory: that the process may take: bytes, or a text with B, KB, MB, GB, TB (powers of
+            1000) or KiB, MiB, GiB, TiB (of 1024). What doesn't fit is an error before the work.
+            Activations wait in a file if that is what makes it fit. Default: all in memory but the
+            weights.
         checkpoint_dir: a folder in which finished blocks are kept until the result is complete, so
             that a run that was broken off goes on from there. Default: a run begins anew.
         revision: branch, tag or commit of a Hub id.
         dtype: of the weights, as for `from_pretrained`. Default: the checkpoint's.
-        max_shard_size: as for `save_pretrained`.
+        max_shard_size: of a file of the result, in the same units.
 
     Returns:
         What was done to each layer.
 
     Raises:
-        ConfigError: the config can't be used from disk to disk or in so little memory, or the run
-            in checkpoint_dir is another one; says what differs.
+        ConfigError: the config can't be used from disk to disk or in so little memory, the folders
+            aren't apart, or the run in checkpoint_dir is another one; says what differs.
         CheckpointError: the model isn't stored in safetensors files that hold all of it.
-        SaveError: the result, or a finished block, can't be written, or output_dir is the model's
-            own folder.
+        SaveError: the result, or a finished block, can't be written.
         ProcessError: another process was given something else, failed or is gone; with
             checkpoint_dir the run can go on, also in another number of processes.
         HfSparseError: see `hf_sparse.core.errors`.
@@ -96,10 +97,8 @@ def prune_checkpoint(
     target = Path(output_dir)
     if target.exists() and not target.is_dir():
         raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
-    if checkpoint_dir is not None and Path(checkpoint_dir).resolve() == target.resolve():
-        raise ConfigError(
-            f"checkpoint_dir and output_dir are both {str(target)!r}: pass a folder of its own"
-        )
+    limit = None if max_memory is None else read_size("max_memory", max_memory)
+    shard_size = read_size("max_shard_size", max_shard_size)
     resumable = checkpoint_dir is not None
     processes = Processes.here()
     with ExitStack() as stack:
@@ -113,29 +112,25 @@ def prune_checkpoint(
                 "dtype": str(dtype),
             }
         )
-        _bytes("max_shard_size", max_shard_size)
         skeleton = open_checkpoint(model_id_or_path, revision, dtype)
-        if target.exists() and target.samefile(skeleton.folder):
-            raise SaveError(
-                f"{str(target)!r} is the folder of the model itself, whose weights would be "
-                "replaced: pass another output_dir"
-            )
-        spill = _must_spill(skeleton, config, target, max_memory)
+        check_apart(skeleton.folder, target, checkpoint_dir)
+        model: Any = skeleton.model()
+        spill = _must_spill(skeleton, config, target, limit)
         source = SourceWeights(skeleton.folder, skeleton.twin, skeleton.dtype)
-        kept = stack.enter_context(_folder_for(target, checkpoint_dir, processes))
+        kept = stack.enter_context(folder_for(target, checkpoint_dir, processes))
         identity = processes.from_first(lambda: _identity(skeleton, source) if resumable else {})
         ledger = stack.enter_context(closing(Ledger(kept, identity, resumable, processes)))
-        waiting = stack.enter_context(_waiting(kept, spill))
+        waiting = stack.enter_context(waiting_folder(kept, spill))
         residence = Streamed(source, ledger, waiting)
         quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
-        skeleton.model.hf_quantizer = quantizer
-        report: PruningReport = quantizer.prune(skeleton.model, residence)
+        model.hf_quantizer = quantizer
+        report: PruningReport = quantizer.prune(model, residence)
         processor = find_processor(str(model_id_or_path), revision)
 
         def write(folder: str) -> None:
-            _write_config(skeleton, Path(folder))
-            _write_weights(skeleton, source, residence, ledger, Path(folder), max_shard_size)
-            write_companions(skeleton.model, Path(folder))
+            _write_config(model, skeleton.dtype, Path(folder))
+            _write_weights(skeleton, source, residence, ledger, Path(folder), shard_size)
+            write_companions(model, Path(folder))
             if processor is not None:
                 processor.save_pretrained(folder)
 
@@ -159,9 +154,7 @@ def _check_config(config: SparseConfig) -> None:
         )
 
 
-def _must_spill(
-    skeleton: Skeleton, config: SparseConfig, target: Path, max_memory: int | str | None
-) -> bool:
+def _must_spill(skeleton: Skeleton, config: SparseConfig, target: Path, limit: int | None) -> bool:
     """Tell what the run will take; must activations wait in a file for it to fit?
 
     Raises:
@@ -176,71 +169,28 @@ def _must_spill(
             f"the run writes {needed.bytes_written / 1e9:.1f} GB, finished blocks and the result, "
             f"and {free / 1e9:.1f} GB are free at {str(place)!r}"
         )
-    limit = (
-        psutil.virtual_memory().available
-        if max_memory is None
-        else _bytes("max_memory", max_memory)
-    )
-    if needed.peak_without_activations > limit:
+    allowed = psutil.virtual_memory().available if limit is None else limit
+    if needed.peak_without_activations > allowed:
         parts = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in needed.memory.items())
         raise ConfigError(
             f"the run needs {needed.peak_without_activations / 1e9:.2f} GB of memory with "
-            f"activations in a file, and {limit / 1e9:.2f} GB are allowed or free ({parts}): "
+            f"activations in a file, and {allowed / 1e9:.2f} GB are allowed or free ({parts}): "
             "pass a larger max_memory, or leave the widest layers dense, see modules_to_not_convert"
         )
-    return max_memory is not None and needed.peak > limit
-
-
-def _bytes(argument: str, size: int | str) -> int:
-    try:
-        return int(convert_file_size_to_int(size))
-    except (ValueError, TypeError, AttributeError):
-        raise ConfigError(
-            f"{argument}={size!r} is no size: pass bytes or a text like '8GiB'"
-        ) from None
+    return limit is not None and needed.peak > limit
 
 
 def _identity(skeleton: Skeleton, source: SourceWeights) -> dict[str, str]:
     """What the result depends on beside the config and the data."""
     files = {f"file {name}": digest for name, digest in source.digests().items()}
     versions = {f"version of {name}": version(name) for name in PACKAGES}
-    threads = {"dtype": str(skeleton.dtype), "config.json": skeleton.digest}
+    threads = {"dtype": str(skeleton.dtype), "config.json": skeleton.digest()}
     return files | versions | threads
 
 
-@contextmanager
-def _folder_for(
-    target: Path, checkpoint_dir: str | os.PathLike[str] | None, processes: Processes
-) -> Iterator[Path]:
-    """Where finished blocks go: a folder beside the output that goes at the end, by default."""
-    if checkpoint_dir is not None:
-        yield Path(checkpoint_dir)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = None
-    try:
-        if processes.is_first:
-            folder = tempfile.mkdtemp(dir=target.parent, prefix=".hf_sparse-run-")
-        yield Path(processes.from_first(lambda: folder))  # type: ignore[arg-type]
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _waiting(kept: Path, spill: bool) -> Iterator[Path | None]:
-    """The folder for activations that wait in files, if they do."""
-    if not spill:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(dir=kept, prefix=WAITING) as folder:
-        yield Path(folder)
-
-
-def _write_config(skeleton: Skeleton, folder: Path) -> None:
+def _write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
     """What `save_pretrained` writes beside the weights."""
-    model = skeleton.model
-    model.config.dtype = str(skeleton.dtype).removeprefix("torch.")
+    model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
@@ -253,7 +203,7 @@ def _write_weights(
     residence: Streamed,
     ledger: Ledger,
     folder: Path,
-    max_shard_size: int | str,
+    shard_size: int,
 ) -> None:
     """The result's files: finished blocks from theirs, everything else from the source's."""
     twin: Any = skeleton.twin
@@ -268,7 +218,7 @@ def _write_weights(
     tensors = {name: tensor for name, tensor in state.items() if name not in ignored}
     read = partial(_read, places, residence)
     parameters = num_parameters(twin)
-    write_shards(tensors, read, folder, {**about, "format": "pt"}, max_shard_size, parameters)
+    write_shards(tensors, read, folder, {**about, "format": "pt"}, shard_size, parameters)
 
 
 def _read(places: dict[str, Path], residence: Streamed, name: str) -> Tensor:

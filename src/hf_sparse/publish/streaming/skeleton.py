@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
@@ -18,6 +18,7 @@ from ...checkpoint.compressed_tensors.source import read_config
 from ...checkpoint.skeleton import empty_model
 from ...checkpoint.weight_files import weight_files
 from ...core.errors import CheckpointError, ConfigError
+from .source import file_digest
 
 # What is fetched from the Hub: no weights in other forms, and nothing that is code.
 FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -25,21 +26,38 @@ FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model on meta, but for what is computed from its config.
+    """A model without its weights.
 
     Attributes:
         folder: where its files are.
-        model: what is pruned.
-        twin: the same again; it stays as the checkpoint has it.
+        name: folder or Hub id, as it was asked for.
+        content: of its config.json.
         dtype: of its weights.
-        digest: SHA-256 of its config.json.
+        twin: the model on meta; it stays as the checkpoint has it.
     """
 
     folder: Path
-    model: PreTrainedModel
-    twin: PreTrainedModel
+    name: str
+    content: Mapping[str, Any]
     dtype: torch.dtype
-    digest: str
+    twin: PreTrainedModel
+
+    def model(self) -> PreTrainedModel:
+        """The same again, to be pruned: on meta, but for what is computed from its config.
+
+        Raises:
+            CheckpointError: that doesn't fit into memory.
+        """
+        model = _empty(self.content, self.folder, self.dtype, self.name)
+        _check_buffers(model, self.folder)
+        _compute_buffers(model)
+        if model.can_generate():
+            model.generation_config = _generation_config(self.folder)
+        return model
+
+    def digest(self) -> str:
+        """SHA-256 of config.json."""
+        return file_digest(self.folder / "config.json")
 
 
 def open_checkpoint(
@@ -81,15 +99,16 @@ def open_checkpoint(
     if "quantization_config" in content:
         raise CheckpointError(f"{folder} is quantised or sparse already: prune the dense model")
     chosen = _dtype(dtype, content, folder)
-    models = [empty_model(content, folder, chosen) for _ in range(2)]
-    for model in models:
-        model.config.name_or_path = model.name_or_path = str(model_id_or_path)
-        model.eval()
-    _compute_buffers(models[0])
-    if models[0].can_generate():
-        models[0].generation_config = _generation_config(folder)
-    digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    return Skeleton(folder, models[0], models[1], chosen, digest)
+    name = str(model_id_or_path)
+    return Skeleton(folder, name, content, chosen, _empty(content, folder, chosen, name))
+
+
+def _empty(
+    content: Mapping[str, Any], folder: Path, dtype: torch.dtype, name: str
+) -> PreTrainedModel:
+    model = empty_model(content, folder, dtype)
+    model.config.name_or_path = model.name_or_path = name
+    return model.eval()
 
 
 def _dtype(asked: str | torch.dtype, content: Mapping[str, Any], folder: Path) -> torch.dtype:
@@ -115,6 +134,18 @@ def _dtype(asked: str | torch.dtype, content: Mapping[str, Any], folder: Path) -
             f"dtype {named!r} is not known: pass 'auto' or a floating-point dtype of torch"
         )
     return dtype
+
+
+def _check_buffers(model: PreTrainedModel, folder: Path) -> None:
+    """Raise a CheckpointError if a config asks for more of them than there is memory."""
+    buffers = dict(model.named_buffers())
+    needed, free = sum(b.nbytes for b in buffers.values()), psutil.virtual_memory().available
+    if needed > free:
+        name, largest = max(buffers.items(), key=lambda item: item[1].nbytes)
+        raise CheckpointError(
+            f"{folder}: with what config.json says the model's buffers take {needed / 1e9:.2f} GB, "
+            f"and {free / 1e9:.2f} GB are free: {name} has the shape {tuple(largest.shape)}"
+        )
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:

@@ -41,7 +41,7 @@ def write_shards(
     read: Callable[[str], Tensor],
     folder: Path,
     metadata: Mapping[str, str],
-    max_shard_size: int | str,
+    shard_size: int,
     parameters: int,
 ) -> None:
     """Write the files of a state dict, and an index if they are several.
@@ -51,7 +51,7 @@ def write_shards(
         read: gives one of its tensors, in its shape and dtype.
         folder: where the files go.
         metadata: of each file.
-        max_shard_size: of a file, as for `PreTrainedModel.save_pretrained`.
+        shard_size: bytes of a file, about; one with a larger tensor has that alone.
         parameters: how many the model has, for the index.
 
     Raises:
@@ -60,7 +60,7 @@ def write_shards(
     split = split_torch_state_dict_into_shards(
         dict(tensors),
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
+        max_shard_size=shard_size,
     )
     for name, keys in split.filename_to_tensors.items():
         _write(folder / name, {key: tensors[key] for key in keys}, read, metadata)

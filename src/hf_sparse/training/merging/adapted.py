@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...core.errors import AdapterError
 from ...layers import SparseLinear
 from ...layers.conv import empty_dense_layer
+from ..peft_hooks import check_inputs_stay
 
 
 class Adapted(NamedTuple):
@@ -64,6 +65,7 @@ def _check_state(name: str, tuner: BaseTunerLayer) -> None:
         raise AdapterError(
             f"the adapters are disabled (layer {name}): call enable_adapter_layers() of the model"
         )
+    check_inputs_stay(name, tuner)
     base = tuner.get_base_layer()
     if isinstance(base, SparseLinear) and base.is_offloaded():
         raise AdapterError(
