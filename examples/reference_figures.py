@@ -205,7 +205,7 @@ def main() -> None:
             )
     text = (arguments.fixtures / "calibration.txt").read_text()
     print("encoder         mean cosine")
-    for row in ENCODER_ROWS:
+    for row in (arguments.encoder and arguments.rows) or ENCODER_ROWS:
         print(f"{row:<15} {measure_encoder(text, row):11.4f}", flush=True)
 
 

@@ -1,12 +1,17 @@
 """The examples run, as a user starts them, and print what they promise."""
 
 import importlib.util
+import io
+import json
 import re
 import runpy
+import struct
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -14,7 +19,7 @@ from conftest import ROOT
 from hf_sparse import SparseLinear
 
 # Programs that measure are as long as they have to be.
-MEASURE = {"reference_figures.py", "real_model.py", "listops.py"}
+MEASURE = {"reference_figures.py", "real_model.py", "real_speech.py", "listops.py"}
 EXAMPLES = [p for p in (ROOT / "examples").glob("*.py") if p.name not in MEASURE]
 
 
@@ -81,6 +86,45 @@ def test_a_sentence_encoder_keeps_its_embeddings(run, tmp_path):
     assert 0.8 < cosine < 0.999
     dense, sparse = numbers(r"([\d.]+) MB", printed)
     assert sparse < 0.8 * dense
+
+
+def test_a_task_of_bigbench_becomes_one_of_lm_eval(run, tmp_path):
+    examples = [
+        {"input": "Two and two?", "target_scores": {"three": 0, "four": 1.0}},
+        {"input": "A number?", "target_scores": {"one": 1, "two": 1}},  # has no one answer
+    ]
+    task = json.dumps({"task_prefix": "Count.", "examples": examples}).encode()
+    with tarfile.open(tmp_path / "bigbench-1.0.0.tar.gz", "w:gz") as files:
+        member = tarfile.TarInfo("bigbench-1.0.0/bigbench/benchmark_tasks/sums/task.json")
+        member.size = len(task)
+        files.addfile(member, io.BytesIO(task))
+    printed = run("bigbench_tasks.py", tmp_path, "--tasks", "sums")
+    assert "--tasks sums --include-path" in printed
+    written = json.loads((tmp_path / "sums.yaml").read_text())
+    (data,) = written["dataset_kwargs"]["data_files"].values()
+    (row,) = map(json.loads, Path(data).read_text().splitlines())
+    question = "Count.\nQ: Two and two?\nA:"
+    assert row == {"question": question, "choices": ["three", "four"], "answer": 1}
+    with pytest.raises(SystemExit, match="no JSON task of BIG-bench: chess"):
+        run("bigbench_tasks.py", tmp_path, "--tasks", "chess")
+
+
+def test_a_whisper_of_ctranslate2_is_read(tmp_path):
+    whisper = runpy.run_path(str(ROOT / "examples" / "real_speech.py"))
+    values = torch.arange(6, dtype=torch.float16)
+
+    def text(value):
+        return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
+
+    heads = text("heads") + struct.pack("<BBI", 0, 2, 2) + struct.pack("<h", 6)
+    tensor = text("a/weight") + struct.pack("<BIIBI", 2, 2, 3, 4, 12) + values.numpy().tobytes()
+    file = tmp_path / "model.bin"
+    file.write_bytes(
+        struct.pack("<I", 6) + text("Whisper") + struct.pack("<II", 3, 2) + heads + tensor
+    )
+    found = whisper["stored"](file)
+    assert list(found) == ["a/weight"]
+    assert torch.equal(found["a/weight"], values.view(2, 3))
 
 
 @pytest.mark.filterwarnings("ignore:.pin_memory. argument:UserWarning")  # Trainer, without a GPU
