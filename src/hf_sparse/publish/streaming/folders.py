@@ -12,7 +12,9 @@ from pathlib import Path
 
 from ...core.errors import ConfigError
 from ...core.processes import Processes
+from .estimate import Estimate
 from .ledger import WAITING
+from .manifest import BLOCKS, OUTPUTS
 
 
 def check_apart(model: Path, target: Path, checkpoint_dir: str | os.PathLike[str] | None) -> None:
@@ -31,6 +33,30 @@ def check_apart(model: Path, target: Path, checkpoint_dir: str | os.PathLike[str
             raise ConfigError(
                 f"{name} {str(folder)!r} is {where} {other} {str(outer)!r}: what is read, what is "
                 "kept and the result need folders that are not in each other"
+            )
+
+
+def check_room(
+    needed: Estimate, spill: bool, target: Path, checkpoint_dir: str | os.PathLike[str] | None
+) -> None:
+    """Raise a ConfigError if a disk has no room for what a run will write there.
+
+    What a run before has left in checkpoint_dir takes no more.
+    """
+    kept = target.parent if checkpoint_dir is None else Path(checkpoint_dir)
+    left = [path for part in (BLOCKS, OUTPUTS) for path in (kept / part).glob("*.safetensors")]
+    there = sum(path.stat().st_size for path in left) if checkpoint_dir is not None else 0
+    waiting = needed.memory["activations"] if spill else 0
+    wanted: dict[int, int] = {}
+    for path, size in (target, needed.result), (kept, max(needed.kept - there, 0) + waiting):
+        place = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        disk = place.stat().st_dev
+        wanted[disk] = wanted.get(disk, 0) + size
+        free = shutil.disk_usage(place).free
+        if wanted[disk] > free:
+            raise ConfigError(
+                f"the run takes {wanted[disk] / 1e9:.1f} GB of disk, for finished blocks and the "
+                f"result, and {free / 1e9:.1f} GB are free at {str(place)!r}"
             )
 
 
