@@ -9,6 +9,7 @@ from typing import Any
 from .errors import ConfigError
 from .registry import did_you_mean, unknown_name
 from .untrusted_text import brief
+from .whole_number import whole_number
 
 # What each name selects, and what stands for the pairs that it doesn't.
 METHODS: Mapping[str, tuple[str, str]] = {
@@ -69,22 +70,23 @@ class AttentionSettings:
         object.__setattr__(self, "selector", self.selector or selector)
         object.__setattr__(self, "residual", self.residual or residual)
         for name in ("keys", "block", "key_block", "features"):
-            _check_integer(name, getattr(self, name), 1)
-        _check_integer("from_length", self.from_length, 0)
-        _check_integer("seed", self.seed, 0)
+            self._check_integer(name, 1)
+        self._check_integer("from_length", 0)
+        self._check_integer("seed", 0)
+
+    def _check_integer(self, name: str, least: int) -> None:
+        value, most = getattr(self, name), LARGEST[name]
+        number = whole_number(value)
+        if number is None or not least <= number <= most:
+            raise ConfigError(
+                f"attention {name}={brief(value)} must be an integer of at least {least} and "
+                f"at most {most}"
+            )
+        object.__setattr__(self, name, number)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; `check_attention` makes the same of it."""
         return asdict(self)
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    most = LARGEST[name]
-    if type(value) is not int or not least <= value <= most:
-        raise ConfigError(
-            f"attention {name}={brief(value)} must be an integer of at least {least} and "
-            f"at most {most}"
-        )
 
 
 def check_attention(name: str, value: Any) -> AttentionSettings | None:
