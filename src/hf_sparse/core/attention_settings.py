@@ -51,9 +51,9 @@ class AttentionSettings:
     """
 
     method: str = "hs_block"
-    keys: int = 2048
+    keys: int = 1536
     block: int = 128
-    key_block: int = 32
+    key_block: int = 16
     from_length: int = 8192
     selector: str = ""
     residual: str = ""
@@ -102,7 +102,7 @@ def check_attention(name: str, value: Any) -> AttentionSettings | None:
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"{name}={brief(value)} must be a method, {' or '.join(map(repr, METHODS))}, or a dict "
-            'of settings, e.g. {"method": "hs_block", "keys": 2048}'
+            'of settings, e.g. {"method": "hs_block", "keys": 1536}'
         )
     known = [field.name for field in fields(AttentionSettings)]
     for key in value:
