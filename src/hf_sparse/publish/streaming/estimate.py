@@ -159,6 +159,8 @@ def estimate(
     """
     if not isinstance(config, SparseConfig):
         raise ConfigError(f"estimate needs a SparseConfig, got {type(config).__name__}")
+    if rates is not None and not isinstance(rates, Rates):
+        raise ConfigError(f"rates must be hf_sparse.Rates or None, got {type(rates).__name__}")
     skeleton = open_checkpoint(model_id_or_path, revision, dtype, weights=False)
     data = ExpectedData.of(skeleton.twin, config)
     found = estimate_model(skeleton.twin, config, data, resumable)

@@ -23,7 +23,7 @@ from ...checkpoint.headers import read_layers
 from ...checkpoint.load import build_layers
 from ...checkpoint.state_dict import sparse_state_dict
 from ...config.sparse_config import SparseConfig
-from ...core.errors import ConfigError, SaveError
+from ...core.errors import ConfigError
 from ...core.logging import get_logger
 from ...core.processes import Processes
 from ...core.sizes import read_size
@@ -33,7 +33,7 @@ from ...pruning.report import PruningReport
 from ..card import is_own_card
 from ..save import write_companions
 from .estimate import Estimate, estimate_model
-from .folders import check_apart, check_room, folder_for, waiting_folder
+from .folders import as_folder, check_apart, check_room, folder_for, waiting_folder
 from .ledger import Ledger
 from .residence import Streamed
 from .skeleton import Skeleton, open_checkpoint
@@ -98,31 +98,30 @@ def prune_checkpoint(
         if not isinstance(config, SparseConfig):
             raise ConfigError(f"prune_checkpoint needs a SparseConfig, got {type(config).__name__}")
         _check_config(config)
-        target = Path(output_dir)
-        if target.exists() and not target.is_dir():
-            raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
+        target = as_folder("output_dir", output_dir)
+        kept_in = None if checkpoint_dir is None else as_folder("checkpoint_dir", checkpoint_dir)
         limit = None if max_memory is None else read_size("max_memory", max_memory)
         shard_size = read_size("max_shard_size", max_shard_size)
-        resumable = checkpoint_dir is not None
+        resumable = kept_in is not None
         processes.check_same(
             {
                 "the model": str(model_id_or_path),
-                "output_dir": os.path.abspath(output_dir),
-                "checkpoint_dir": os.path.abspath(checkpoint_dir) if checkpoint_dir else None,
+                "output_dir": os.path.abspath(target),
+                "checkpoint_dir": os.path.abspath(kept_in) if kept_in else None,
                 "revision": revision,
                 "dtype": str(dtype),
             }
         )
         skeleton = open_checkpoint(model_id_or_path, revision, dtype)
-        check_apart(skeleton.folder, target, checkpoint_dir)
+        check_apart(skeleton.folder, target, kept_in)
         model: Any = skeleton.model()
         measurements = check_before_loading(model, config)
         data = ExpectedData.in_data(measurements.data, model, config)
         needed = estimate_model(skeleton.twin, config, data, resumable)
         spill = _must_spill(needed, limit)
-        check_room(needed, spill, target, checkpoint_dir)
+        check_room(needed, spill, target, kept_in)
         source = SourceWeights(skeleton.folder, skeleton.twin, skeleton.dtype)
-        kept = stack.enter_context(folder_for(target, checkpoint_dir, processes))
+        kept = stack.enter_context(folder_for(target, kept_in, processes))
         identity = processes.from_first(lambda: _identity(skeleton, source) if resumable else {})
         ledger = stack.enter_context(closing(Ledger(kept, identity, resumable, processes)))
         waiting = stack.enter_context(waiting_folder(kept, spill))
