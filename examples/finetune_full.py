@@ -28,8 +28,8 @@ def quality(name: str, model, tokenizer) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=40)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=40, help="of training")
     parser.add_argument("--output", type=Path, help="keep the sparse checkpoint here")
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

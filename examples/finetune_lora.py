@@ -27,9 +27,9 @@ def quality(name: str, model, tokenizer) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--output", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=64, help="of training")
+    parser.add_argument("--output", type=Path, help="keep the merged checkpoint here")
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     data = {"dataset": str(TEXT), "num_samples": 32, "seq_len": 256}

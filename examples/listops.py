@@ -74,9 +74,9 @@ def accuracy(model: BertForSequenceClassification, method: str, length: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1000, help="of training")
+    parser.add_argument("--seeds", type=int, default=3, help="models that are trained")
     given = parser.parse_args()
     models = [train(seed, given.steps) for seed in range(given.seeds)]
     for method in ("exact", *METHODS):

@@ -33,8 +33,8 @@ def describe(name: str, model, tokenizer, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sparsity", type=float, default=0.5, help="of each layer")
     parser.add_argument("--output", type=Path, help="keep the sparse checkpoint here")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

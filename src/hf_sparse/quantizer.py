@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import (
-    HfQuantizer,
-    auto,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import HfQuantizer, auto
 
 from .calibration.attention import apply_attention, check_attention, learn, settle_attention
 from .calibration.sources import check_source
@@ -33,6 +28,7 @@ from .core.errors import CheckpointError, ConfigError
 from .core.freed_memory import freed_memory_returned
 from .core.logging import get_logger
 from .core.model_argument import require_model
+from .core.processes import Processes
 from .core.unwrapped import unwrapped
 from .evaluation import Evaluation
 from .layers import sparse_layers
@@ -55,7 +51,7 @@ from .training import peft_hooks
 
 logger = get_logger(__name__)
 
-register_quantization_config(QUANT_METHOD)(SparseConfig)
+auto.register_quantization_config(QUANT_METHOD)(SparseConfig)
 # transformers has no call to say which configs have loading attributes.
 auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (SparseConfig,)
 peft_hooks.install()
@@ -137,7 +133,7 @@ def round_activations(model: nn.Module, to: str | None) -> None:
         prefer_form(model, quantizer.quantization_config.prefer)
 
 
-@register_quantizer(QUANT_METHOD)
+@auto.register_quantizer(QUANT_METHOD)
 class SparseQuantizer(HfQuantizer):
     """Prunes dense checkpoints after they are loaded; builds sparse layers for sparse ones.
 
@@ -163,6 +159,7 @@ class SparseQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Before anything is downloaded: is what the method needs there?"""
         if not self.pre_quantized:
+            Processes.here()  # the others learn of this one before it can fail
             self.quantization_config.check_data()
             check_source(self.quantization_config.dataset)
 
@@ -223,16 +220,18 @@ class SparseQuantizer(HfQuantizer):
         else:
             self.prune(model)
 
-    def prune(self, model: PreTrainedModel, residence: Residence | None = None) -> PruningReport:
+    def prune(
+        self,
+        model: PreTrainedModel,
+        residence: Residence | None = None,
+        measurements: DenseMeasurements | None = None,
+    ) -> PruningReport:
         """Prune a dense model and keep the report; the config then describes the data.
 
-        A model that has only lost experts is an ordinary one still, and saved as such.
-
-        Args:
-            model: loaded; or without weights, and `residence` has them.
-            residence: where its blocks are while they aren't at work; None for memory.
+        A model that has only lost experts is an ordinary one still, and saved as such. What is
+        passed is as of `prune_in_place`; `residence` may have the model's weights.
         """
-        config, measurements = self.quantization_config, self._measurements
+        config, measurements = self.quantization_config, measurements or self._measurements
         self._measurements = None
         check_attention(model, config)
         self.report = prune_in_place(model, self.quantization_config, measurements, residence)

@@ -591,6 +591,13 @@ def test_lines_that_are_not_json_are_an_error_that_names_the_file(tmp_path):
         make(tmp_path / "a.jsonl", Decoder())
 
 
+@pytest.mark.parametrize("value", ["5", "1.5", "true"])
+def test_a_json_file_of_a_single_value_is_an_error_that_says_what_is_expected(tmp_path, value):
+    (tmp_path / "a.json").write_text(value, encoding="utf-8")
+    with pytest.raises(CalibrationError, match="expected a string, a dict of model inputs"):
+        make(tmp_path / "a.json", Decoder())
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_text_file_in_another_encoding_is_an_error_that_names_it(tmp_path, name):
     (tmp_path / name).write_bytes("5 caf\u00e9 6".encode("latin-1"))
@@ -654,6 +661,7 @@ def test_items_of_several_kinds_are_an_error_that_names_the_odd_one(items, messa
         (torch.ones(2, 3, dtype=torch.int64), r"a Tensor of shape \(2, 3\)"),
         ([], r"a list of shape \(0,\)"),
         ([5, "6"], "a list: expected"),
+        ([True, False], r"a list of shape \(2,\) and torch.bool: expected"),
         ([[5], [6, 7]], "a list: expected"),
         (len, "a builtin_function_or_method: expected"),
         (None, "a NoneType: expected"),
@@ -673,6 +681,10 @@ def test_an_item_that_is_no_sequence_of_ids_is_an_error_that_describes_it(item, 
         ({"input_ids": 5}, "holds 'input_ids'"),
         ({"input_ids": [[5], [6, 7]]}, "holds 'input_ids'"),
         ({"a": "5 6", "b": torch.tensor([7])}, "holds 'a'"),
+        ({5: [1]}, "holds 5"),
+        ({"text": 5}, "holds 'text', .* or 'text' to a string"),
+        ({"input_ids": [1.5, 2.0]}, "has input_ids of torch.float32: expected integers"),
+        ({"input_ids": [True, False]}, "has input_ids of torch.bool: expected integers"),
         ({"labels": [1]}, "holds nothing"),
         ({}, "holds nothing"),
     ],

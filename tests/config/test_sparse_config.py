@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from argument_table import argument_table
 
 from conftest import ROOT
-from hf_sparse import ConfigError, DataRecord, SparseConfig, TargetError
+from hf_sparse import AttentionSettings, ConfigError, DataRecord, SparseConfig, TargetError
 from hf_sparse.config.arguments import ARGUMENTS
 from hf_sparse.core import module_names
 from hf_sparse.core.module_names import matches
@@ -481,6 +482,34 @@ def test_a_value_of_a_wrong_type_is_refused_with_the_argument_s_name(name, value
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "held"),
+    [
+        ("sparsity", np.float32(0.5), 0.5),
+        ("sparsity", {"mlp": np.float32(0.25)}, {"mlp": 0.25}),
+        ("damping", np.float32(0.5), 0.5),
+        ("experts", np.float32(0.5), 0.5),
+        ("num_samples", np.int64(8), 8),
+        ("seed", np.uint8(3), 3),
+        ("bits", np.int64(4), 4),
+        ("group_size", np.int32(64), 64),
+        ("attention", {"keys": np.int64(64)}, AttentionSettings(keys=64)),
+    ],
+    ids=str,
+)
+def test_a_number_of_numpy_is_a_number(name, value, held):
+    config = SparseConfig(**{name: value})
+    assert getattr(config, name) == held
+    assert type(getattr(config, name)) is type(held)
+    assert SparseConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("name", ["sym", "stages", "num_samples", "sparsity", "bits"])
+def test_a_truth_value_of_numpy_is_no_number(name):
+    with pytest.raises(ConfigError, match=f"{name}="):
+        SparseConfig(**{name: np.bool_(True)})
+
+
 def test_the_caller_s_containers_are_not_shared():
     sparsity, targets = {"q_proj": 0.5}, ["q_proj"]
     config = SparseConfig(sparsity=sparsity, targets=targets)
@@ -564,7 +593,12 @@ HUGE = 10**5000
     "arguments",
     [
         *({name: value} for name in ARGUMENTS for value in (HUGE, -HUGE, DEEP, float("nan"))),
-        *({name: torch.ones(2)} for name in ARGUMENTS if name not in ("dataset", "tokenizer")),
+        *(
+            {name: ones(2)}
+            for name in ARGUMENTS
+            for ones in (torch.ones, np.ones)
+            if name not in ("dataset", "tokenizer")
+        ),
         {"targets": ["a{99999999999999}"]},
         {"targets": ["(" * 3000 + ")" * 3000]},
         {"blocks": ["x" * 1001]},

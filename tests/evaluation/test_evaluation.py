@@ -202,10 +202,14 @@ def test_results_are_frozen_and_json(tiny, token_ids):
     [
         ({"seq_len": 65}, "seq_len=65 must be .* at most the 64 positions"),
         ({"seq_len": 1}, "seq_len=1 must be at least 2"),
-        ({"seq_len": 8, "stride": 8}, "stride=8 must be at least 1 and less than seq_len=8"),
+        ({"seq_len": 8, "stride": 8}, "stride=8 must be an integer of at least 1 and less than"),
         ({"seq_len": 8, "stride": 0}, "stride=0"),
         ({"num_samples": 0}, "num_samples=0"),
         ({"batch_size": -1}, "batch_size=-1"),
+        ({"seq_len": 8, "stride": 1.5}, "stride=1.5 must be an integer"),
+        ({"num_samples": True}, "num_samples=True"),
+        ({"batch_size": None}, "batch_size=None must be an integer"),
+        ({"seed": 1.5}, "seed=1.5 must be an integer"),
     ],
 )
 def test_arguments_out_of_range_are_named(tiny, token_ids, arguments, words):

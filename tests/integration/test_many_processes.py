@@ -5,16 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 from killed_runs import config, make_model
 from tiny_models import DECODER, build, tiny_llama
 from together import in_processes
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import hf_sparse
-from hf_sparse import ConfigError, ProcessError, SolveError, prune_checkpoint
+from hf_sparse import CalibrationError, ConfigError, ProcessError, SolveError, prune_checkpoint
+from hf_sparse.core import arrivals
 from hf_sparse.layers import sparse_layers
 
 
@@ -173,18 +176,55 @@ def test_from_disk_to_disk_other_arguments_are_told_before_the_work(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 
-@pytest.mark.parametrize("change", [{"max_memory": "1MB"}, {"max_shard_size": "much"}])
+@pytest.mark.parametrize(
+    "change", [{"max_memory": "1MB"}, {"max_shard_size": "much"}, {"config": config(experts=0.5)}]
+)
 def test_a_process_that_fails_before_the_work_ends_the_others(tmp_path, change):
     dense = make_model(tmp_path)
 
     def work(rank):
-        return prune_checkpoint(dense, config("wanda"), tmp_path / "x", **(change if rank else {}))
+        usual = {"config": config("wanda"), "output_dir": tmp_path / "x"}
+        return prune_checkpoint(dense, **usual | (change if rank else {}))
 
     first, second = in_processes(2, work)
     assert isinstance(second, ConfigError)
     assert isinstance(first, ProcessError)
     assert str(second)[:40] in str(first)
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+def test_a_process_that_ends_before_it_prunes_ends_the_others_which_name_it(tmp_path):
+    dense = make_model(tmp_path)
+
+    def work(rank):
+        data = str(tmp_path / "no.txt") if rank == 1 else [list(range(3, 40))] * 3
+        settings = config("wanda", dataset=data, num_samples=3, batch_size=1)
+        return AutoModelForCausalLM.from_pretrained(dense, quantization_config=settings)
+
+    first, second, third = in_processes(3, work)
+    assert isinstance(second, CalibrationError)
+    for error in (first, third):
+        assert isinstance(error, ProcessError)
+    assert any("process 1 ended before pruning" in str(error) for error in (first, third))
+
+
+def test_a_process_that_does_not_prune_is_named_and_may_come_the_next_time(monkeypatch):
+    monkeypatch.setattr(arrivals, "BEGIN", 1.0)
+    monkeypatch.setattr(arrivals, "PATIENCE", 0.1)
+    monkeypatch.setattr(arrivals, "logger", told := Mock())
+    model = tiny_llama()
+
+    def work(rank):
+        if rank == 0:
+            with pytest.raises(ProcessError, match=r"2 processes .*process 1 did not prune"):
+                pruned(model, method="magnitude")
+            assert "process 1" in str(told.warning.call_args)
+            monkeypatch.setattr(arrivals, "BEGIN", 60.0)
+        else:
+            time.sleep(1.5)
+        return len(pruned(model, method="magnitude")[0])
+
+    assert in_processes(2, work) == [14, 14]
 
 
 def test_a_run_whose_process_died_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):

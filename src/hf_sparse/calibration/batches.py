@@ -170,13 +170,18 @@ def _as_ids(item: Item) -> Tensor:
     ids = _as_tensor(value[0] if alone else value)
     if ids is not None and ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]
-    if ids is None or ids.ndim != 1 or ids.dtype.is_floating_point or ids.numel() == 0:
+    if ids is None or ids.ndim != 1 or not _are_integers(ids) or ids.numel() == 0:
         shape = f" of shape {tuple(ids.shape)} and {ids.dtype}" if ids is not None else ""
         raise CalibrationError(
             f"item {item.index} of the dataset is a {type(item.value).__name__}{shape}: expected a "
             "string, a dict of model inputs, or a non-empty 1-D sequence of integer token ids"
         )
     return ids.to(torch.int64)
+
+
+def _are_integers(values: Tensor) -> bool:
+    dtype = values.dtype
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _as_inputs(item: Item, keep_labels: bool) -> Batch:
@@ -191,15 +196,24 @@ def _as_inputs(item: Item, keep_labels: bool) -> Batch:
     if "input_ids" in item.value:  # the text that these were made of
         left_out |= {key for key, value in item.value.items() if isinstance(value, str)}
     batch = {k: _as_tensor(value) for k, value in item.value.items() if k not in left_out}
-    wrong = [key for key, value in batch.items() if value is None or value.ndim == 0]
+    wrong = [
+        key
+        for key, value in batch.items()
+        if value is None or value.ndim == 0 or not isinstance(key, str)
+    ]
     if wrong or not batch:
         raise CalibrationError(
             f"item {item.index} of the dataset holds {', '.join(map(repr, wrong)) or 'nothing'}, "
             "which is no tensor: a dict must map names of model inputs to tensors or lists of "
-            "numbers"
+            "numbers, or 'text' to a string"
         )
     tensors: Batch = {key: value for key, value in batch.items() if value is not None}
-    if tensors.get("input_ids", torch.empty(0, 0)).ndim == 1:
+    ids = tensors.get("input_ids")
+    if ids is not None and ids.numel() and not _are_integers(ids):
+        raise CalibrationError(
+            f"item {item.index} of the dataset has input_ids of {ids.dtype}: expected integers"
+        )
+    if ids is not None and ids.ndim == 1:
         tensors = {key: value.unsqueeze(0) for key, value in tensors.items()}
     return tensors
 

@@ -1,4 +1,4 @@
-"""How much calibration data a run will have, told before files are read."""
+"""How much calibration data a run will have."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config.sparse_config import SparseConfig
-from .batches import make_batches
-from .load import LONGEST_SEQUENCE, limits
-from .sources import all_numbers
+from ..core.errors import CalibrationError
+from .batches import CalibrationData
+from .load import LONGEST_SEQUENCE, limits, load_calibration
+from .sources import is_at_hand
+from .tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)
 class ExpectedData:
-    """What `load_calibration` will give.
+    """What there is, or will be.
 
     Attributes:
         batches: how many.
@@ -26,28 +28,49 @@ class ExpectedData:
 
     @classmethod
     def of(cls, model: nn.Module, config: SparseConfig) -> ExpectedData:
-        """Counted where token ids or model inputs are at hand; else, as for a file or for texts, as
-        much as was asked for.
+        """Before a run: counted in data that are at hand, if they need no tokenizer or there is
+        one; else as much as was asked for.
 
         Raises:
-            CalibrationError: the data at hand are unusable.
+            ConfigError, CalibrationError: the data at hand are unusable.
         """
-        if config.dataset is None:
-            return cls(0, 0)
+        if config.dataset is not None and is_at_hand(config.dataset):
+            try:
+                return cls.in_data(
+                    load_calibration(model, config, lambda: _tokenizer(model, config)),
+                    model,
+                    config,
+                )
+            except _NoTokenizerError:
+                pass
+        return cls._asked(model, config) if config.dataset is not None else cls(0, 0)
+
+    @classmethod
+    def in_data(
+        cls, data: CalibrationData | None, model: nn.Module, config: SparseConfig
+    ) -> ExpectedData:
+        """Of data that were loaded for a model."""
+        batches = data.batches if data is not None else ()
+        if all("input_ids" in batch for batch in batches):
+            return cls(len(batches), sum(batch["input_ids"].numel() for batch in batches))
+        return cls(len(batches), cls._asked(model, config).tokens)  # images and the like
+
+    @classmethod
+    def _asked(cls, model: nn.Module, config: SparseConfig) -> ExpectedData:
         longest, _ = limits(model)
         seq_len = config.seq_len or min(LONGEST_SEQUENCE, longest or LONGEST_SEQUENCE)
-        asked = cls(-(-config.num_samples // config.batch_size), config.num_samples * seq_len)
-        if not all_numbers(config.dataset):
-            return asked
-        batches = make_batches(
-            config.dataset,
-            lambda: None,
-            num_samples=config.num_samples,
-            seq_len=seq_len,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            vocab_size=None,
-        ).batches
-        if not all("input_ids" in batch for batch in batches):
-            return cls(len(batches), asked.tokens)  # of images and the like models make tokens
-        return cls(len(batches), sum(batch["input_ids"].numel() for batch in batches))
+        return cls(-(-config.num_samples // config.batch_size), config.num_samples * seq_len)
+
+
+class _NoTokenizerError(Exception):
+    pass
+
+
+def _tokenizer(model: nn.Module, config: SparseConfig) -> object:
+    try:
+        found = load_tokenizer(config.tokenizer, model)
+    except CalibrationError:
+        found = None
+    if found is None:
+        raise _NoTokenizerError
+    return found

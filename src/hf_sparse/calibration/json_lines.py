@@ -70,8 +70,10 @@ def read_json(content: mmap.mmap | bytes, limit: UnfoldingLimit) -> Sequence[Any
         arrays = [value for value in whole.values() if isinstance(value, list)]
         rows = len(arrays) == 1 and all(isinstance(row, dict | str) for row in arrays[0])
         whole = arrays[0] if rows and "text" not in whole else whole
+    if not isinstance(whole, list):
+        return [whole]
     one_sample = bool(whole) and all(isinstance(value, int) for value in whole)
-    return whole if isinstance(whole, list) and not one_sample else [whole]
+    return [whole] if one_sample else whole
 
 
 def _is_value(lines: JsonLines) -> bool:

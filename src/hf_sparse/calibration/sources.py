@@ -68,13 +68,11 @@ def check_source(dataset: Any) -> None:
         _require_datasets(str(dataset))
 
 
-def all_numbers(dataset: Any) -> bool:
-    """Are data at hand that are token ids or model inputs, and can be drawn more than once?"""
-    if isinstance(dataset, (str, Path, Mapping)) or not _has_places(dataset):
-        return False
-    items = (Item(i, dataset[i]) for i in range(len(dataset)))
-    first = next((item for item in items if item.kind is not Kind.BLANK), None)
-    return first is not None and first.kind in (Kind.IDS, Kind.INPUTS)
+def is_at_hand(dataset: Any) -> bool:
+    """Can data be read without a network, and as often as one likes?"""
+    if isinstance(dataset, str | Path):
+        return _existing_file(dataset) is not None
+    return isinstance(dataset, Mapping) or _has_places(dataset)
 
 
 def _has_places(dataset: Any) -> bool:

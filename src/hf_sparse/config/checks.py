@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from ..core.errors import ConfigError
 from ..core.json_records import LARGEST_NUMBER
 from ..core.module_names import check_regex
 from ..core.untrusted_text import brief
+from ..core.whole_number import whole_number
 
 Check = Callable[[str, Any], Any]
 
@@ -22,10 +24,24 @@ def optional(check: Check) -> Check:
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     """One of the values allowed; True and 1 are two."""
-    if not any(type(value) is type(a) and value == a for a in allowed):
+    number = whole_number(value)
+    held = value if number is None else number
+    if not any(type(held) is type(a) and held == a for a in allowed):
         options = " or ".join(map(repr, allowed))
         raise ConfigError(f"{name}={brief(value)} does not exist: pass {options}")
-    return value
+    return held
+
+
+def text(name: str, value: Any) -> str:
+    """A string; which ones there are depends on other arguments."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{name}={brief(value)} does not exist: pass a string")
+    return str(value)
+
+
+def text_or_pairs(name: str, value: Any) -> Any:
+    """A string, or what `fractions` takes."""
+    return value if isinstance(value, (Mapping, list)) else text(name, value)
 
 
 def fraction(name: str, value: Any) -> float:
@@ -50,21 +66,21 @@ def share(name: str, value: Any) -> float:
 
 def integer(name: str, value: Any, least: int) -> int:
     """An integer from `least` on, below 2^63."""
-    number = isinstance(value, int) and not isinstance(value, bool)
-    if not number or not least <= value < LARGEST_NUMBER:
-        most = ", below 2^63" if number and value >= LARGEST_NUMBER else ""
+    number = whole_number(value)
+    if number is None or not least <= number < LARGEST_NUMBER:
+        most = ", below 2^63" if number is not None and number >= LARGEST_NUMBER else ""
         raise ConfigError(f"{name}={brief(value)} must be an integer of at least {least}{most}")
-    return int(value)
+    return number
 
 
 def group_width(name: str, value: Any) -> int:
     """Inputs that share a scale: a number of whole bytes of bits, or -1 for all of a row."""
-    number = isinstance(value, int) and not isinstance(value, bool)
-    if not number or (value != -1 and (value % 8 or not 8 <= value < LARGEST_NUMBER)):
+    number = whole_number(value)
+    if number is None or (number != -1 and (number % 8 or not 8 <= number < LARGEST_NUMBER)):
         raise ConfigError(
             f"{name}={brief(value)} must be a multiple of 8, e.g. 128, or -1 for one scale a row"
         )
-    return int(value)
+    return number
 
 
 def positive(name: str, value: Any) -> float:
@@ -75,7 +91,7 @@ def positive(name: str, value: Any) -> float:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def regexes(name: str, patterns: Any) -> list[str]:

@@ -8,7 +8,16 @@ from functools import partial
 from typing import Any
 
 from .argument import Argument
-from .checks import choice, group_width, integer, optional, positive, regexes
+from .checks import (
+    choice,
+    group_width,
+    integer,
+    optional,
+    positive,
+    regexes,
+    text,
+    text_or_pairs,
+)
 
 Pairs = Mapping[str, float] | Sequence[Any]  # {regex: fraction}, in JSON a list of pairs
 Names = Argument[Sequence[str] | None, list[str] | None]
@@ -39,6 +48,7 @@ class LayerArguments:
         "unstructured",
         '"unstructured", or "n:m" for n kept of m consecutive inputs.',
         WHAT,
+        text,
         shell_help="unstructured, or n:m for n kept of m consecutive inputs, e.g. 2:4.",
     )
     method: Argument[str, str] = Argument(
@@ -166,8 +176,9 @@ class LayerArguments:
         "some layers while the others take what is left of the budget. It is met exactly (by "
         '"wanda" but for what rounding leaves in each row). Unstructured patterns only.',
         HOW,
-        otherwise=THE_METHOD,
-        shell_help="How the sparsity is spread over the layers: uniform, owl, fisher, or JSON, "
+        optional(text_or_pairs),
+        THE_METHOD,
+        "How the sparsity is spread over the layers: uniform, owl, fisher, or JSON, "
         "'{\"q_proj\": 0.3}', for some layers while the others take what is left of the budget. "
         "Unstructured patterns only.",
     )
@@ -200,5 +211,6 @@ class LayerArguments:
         "auto",
         'Storage: "auto" (the smallest that fits, layer by layer), "bitmask", "n:m" or "dense".',
         STORAGE,
+        text,
         shell_help="auto (the smallest that fits, layer by layer), bitmask, n:m or dense.",
     )

@@ -33,8 +33,9 @@ class RunArguments(LayerArguments):
         "auto",
         'What sparse layers are to be on the machine that runs them: "memory", packed wherever a '
         'kernel can multiply them; "speed", packed or dense, whichever is faster for a token; '
-        '"auto", packed unless that makes the model clearly slower. `from_pretrained` takes it for '
-        "a sparse checkpoint, too, and `hf_sparse.prefer` changes it later.",
+        '"auto", packed unless that makes the model clearly slower. It holds for a sparse '
+        "checkpoint as well, if the config is passed to `from_pretrained`, and `hf_sparse.prefer` "
+        "changes it later.",
         STORAGE,
         partial(choice, allowed=PREFERENCES),
     )
@@ -42,8 +43,9 @@ class RunArguments(LayerArguments):
         None,
         'What CPUs may round the inputs of layers with `bits` to: "int8", in blocks of at most 32 '
         "inputs, which makes their products much faster and changes them by up to half a step "
-        "of max |x| / 127. Pruning and saved weights are the same without. `from_pretrained` takes "
-        "it for a sparse checkpoint, too, and `hf_sparse.round_activations` changes it later.",
+        "of max |x| / 127. Pruning and saved weights are the same without. It holds for a sparse "
+        "checkpoint as well, if the config is passed to `from_pretrained`, and "
+        "`hf_sparse.round_activations` changes it later.",
         STORAGE,
         partial(choice, allowed=(None, "int8")),
         "nothing",
@@ -52,14 +54,15 @@ class RunArguments(LayerArguments):
         str | Mapping[str, Any] | AttentionSettings | None, AttentionSettings | None
     ] = Argument(
         None,
-        'Sparse attention of the model: a method, e.g. "hs_block", or a dict with its settings, '
+        'Sparse attention of the model: a method such as "hs_block", or a dict with its settings, '
         '{"method": "hs_block", "keys": 1024}. Saved with the model, which has it again where '
-        "hf_sparse loads it. With sparsity 0 it is all that changes. `from_pretrained` takes it "
-        "for a sparse checkpoint, too, and `hf_sparse.use_attention` changes it later.",
+        "hf_sparse loads it. With sparsity 0 it is all that changes. It holds for a sparse "
+        "checkpoint as well, if the config is passed to `from_pretrained`, and "
+        "`hf_sparse.use_attention` changes it later.",
         ATTENTION,
         check_attention,
         "exact",
-        shell_help="Sparse attention of the model: a method, e.g. hs_block, or JSON with its "
+        shell_help="Sparse attention of the model: a method such as hs_block, or JSON with its "
         'settings, \'{"method": "hs_block", "keys": 1024}\'. Saved with the model, which has it '
         "again where hf_sparse loads it. With sparsity 0 it is all that changes.",
     )

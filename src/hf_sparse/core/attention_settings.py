@@ -9,6 +9,7 @@ from typing import Any
 from .errors import ConfigError
 from .registry import did_you_mean, unknown_name
 from .untrusted_text import brief
+from .whole_number import whole_number
 
 # What each name selects, and what stands for the pairs that it doesn't.
 METHODS: Mapping[str, tuple[str, str]] = {
@@ -50,9 +51,9 @@ class AttentionSettings:
     """
 
     method: str = "hs_block"
-    keys: int = 2048
+    keys: int = 1536
     block: int = 128
-    key_block: int = 32
+    key_block: int = 16
     from_length: int = 8192
     selector: str = ""
     residual: str = ""
@@ -69,22 +70,23 @@ class AttentionSettings:
         object.__setattr__(self, "selector", self.selector or selector)
         object.__setattr__(self, "residual", self.residual or residual)
         for name in ("keys", "block", "key_block", "features"):
-            _check_integer(name, getattr(self, name), 1)
-        _check_integer("from_length", self.from_length, 0)
-        _check_integer("seed", self.seed, 0)
+            self._check_integer(name, 1)
+        self._check_integer("from_length", 0)
+        self._check_integer("seed", 0)
+
+    def _check_integer(self, name: str, least: int) -> None:
+        value, most = getattr(self, name), LARGEST[name]
+        number = whole_number(value)
+        if number is None or not least <= number <= most:
+            raise ConfigError(
+                f"attention {name}={brief(value)} must be an integer of at least {least} and "
+                f"at most {most}"
+            )
+        object.__setattr__(self, name, number)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; `check_attention` makes the same of it."""
         return asdict(self)
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    most = LARGEST[name]
-    if type(value) is not int or not least <= value <= most:
-        raise ConfigError(
-            f"attention {name}={brief(value)} must be an integer of at least {least} and "
-            f"at most {most}"
-        )
 
 
 def check_attention(name: str, value: Any) -> AttentionSettings | None:
@@ -100,7 +102,7 @@ def check_attention(name: str, value: Any) -> AttentionSettings | None:
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"{name}={brief(value)} must be a method, {' or '.join(map(repr, METHODS))}, or a dict "
-            'of settings, e.g. {"method": "hs_block", "keys": 2048}'
+            'of settings, e.g. {"method": "hs_block", "keys": 1536}'
         )
     known = [field.name for field in fields(AttentionSettings)]
     for key in value:

@@ -1,14 +1,13 @@
 """The processes that work on one run together, over torch.distributed; alone there is one.
 
-They meet in `gather` alone, and in sums and copies of tensors that follow it. A process that fails
-comes there once more, with its error, so that the others end with it. One that dies is noticed at
-the next meeting, or within seconds where it ran on the same machine.
+Once all have arrived they meet in `gather` alone, and in sums and copies of tensors that follow it.
+A process that fails comes there once more, with its error, so that the others end with it. One that
+dies is noticed at the next meeting, or within seconds where it ran on the same machine.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,19 +17,17 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Any, TypeVar
 
-import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .arrivals import Arrivals, Person, is_alive
 from .errors import ProcessError
 
 T = TypeVar("T")
 
 # What one step of one process may take while the others wait for it.
 LONGEST_STEP = timedelta(days=2)
-# Seconds in which all processes have to begin.
-BEGIN = 300
 # Seconds between two looks at whether the others are alive.
 LOOK = 5.0
 
@@ -132,7 +129,8 @@ class Group(Processes):
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._running = self._told = False
-        self._people: list[tuple[str, int]] = []
+        self._arrivals = Arrivals(self.rank, self.size)
+        self._people: list[Person] = []
         self._gone: list[int] = []
 
     @cached_property
@@ -204,14 +202,9 @@ class Group(Processes):
 
     def _begin(self) -> None:
         """Wait for all to begin."""
-        try:
-            dist.monitored_barrier(self._group, timeout=timedelta(seconds=BEGIN))
-        except RuntimeError as error:
-            raise ProcessError(
-                f"{self.size} processes run together, and within {BEGIN} s not all of them began "
-                f"to prune: prune in every one, or before the process group is made ({error})"
-            ) from None
-        self._people = self.gather((socket.gethostname(), os.getpid()))
+        self._people = self._arrivals.wait()
+        self.gather(None)
+        self._arrivals.leave()
 
     def _tell(self, text: str) -> None:
         """Come to the others' next meeting with an error."""
@@ -243,9 +236,8 @@ class Group(Processes):
                 return
 
     def _find_gone(self) -> list[int]:
-        here = socket.gethostname()
         people = enumerate(self._people)
-        self._gone = [rank for rank, (host, pid) in people if host == here and not _is_alive(pid)]
+        self._gone = [rank for rank, person in people if not is_alive(person)]
         return self._gone
 
     def _who(self) -> str:
@@ -259,13 +251,6 @@ def _where_they_differ(one: str, other: str) -> tuple[str, str]:
     start = max(next((i for i, (a, b) in pairs if a != b), 0) - 40, 0)
     dots = "..." if start else ""
     return f"{dots}{one[start:]:.120}", f"{dots}{other[start:]:.120}"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 # Of the process group that is initialised.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from ..calibration.load import LONGEST_SEQUENCE, limits
 from ..core.errors import EvaluationError
 from ..core.evaluation_mode import evaluation_mode
 from ..core.untrusted_text import brief
+from ..core.whole_number import whole_number
 
 
 def load_data(
@@ -53,6 +53,9 @@ def load_data(
         check_causal(model)
     longest, vocab_size = limits(model)
     check_positive(seq_len=seq_len, num_samples=num_samples, batch_size=batch_size)
+    for name, value in {"batch_size": batch_size, "seed": seed}.items():
+        if whole_number(value) is None:
+            raise EvaluationError(f"{name}={brief(value)} must be an integer")
     seq_len = seq_len or min(LONGEST_SEQUENCE, longest or LONGEST_SEQUENCE)
     if seq_len < 2 or (longest is not None and seq_len > longest):
         raise EvaluationError(
@@ -77,7 +80,7 @@ def load_data(
 def check_positive(**values: int | None) -> None:
     """Raise an EvaluationError that names the first value below 1, or no integer; None is fine."""
     for name, value in values.items():
-        if value is not None and not (isinstance(value, Integral) and value >= 1):
+        if value is not None and (whole_number(value) or 0) < 1:
             raise EvaluationError(f"{name}={brief(value)} must be an integer of at least 1")
 
 

@@ -27,6 +27,8 @@ from ..core.data_record import DataRecord
 from ..core.errors import EvaluationError
 from ..core.logging import progress_bar
 from ..core.renamed import renamed_arguments
+from ..core.untrusted_text import brief
+from ..core.whole_number import whole_number
 from ..kernels.cpu.wide import wide_products
 from .data import evaluating, load_data, to_device, token_mask
 
@@ -104,10 +106,10 @@ def perplexity(
     loaded, seq_len = load_data(model, lambda: tokenizer, dataset, seq_len=seq_len,
         num_samples=num_samples, batch_size=batch_size, seed=seed, split=split,
         join_documents=join_documents)  # fmt: skip
-    if stride is not None and not 1 <= stride < seq_len:
+    if stride is not None and not 1 <= (whole_number(stride) or 0) < seq_len:
         raise EvaluationError(
-            f"stride={stride} must be at least 1 and less than seq_len={seq_len}; leave it out for "
-            "blocks"
+            f"stride={brief(stride)} must be an integer of at least 1 and less than "
+            f"seq_len={seq_len}; leave it out for blocks"
         )
     windows = (
         [(batch, 1) for batch in loaded.batches]

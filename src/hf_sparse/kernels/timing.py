@@ -86,13 +86,12 @@ def remembered(
 ) -> Measured | None:
     """What was measured under a key, by name; if nothing was, `measure` does, unless it can't."""
     key = f"{key}, torch {torch.__version__}".replace("torch.", "")
-    known = read_cache()
-    found = known.get(key)
+    found = read_cache().get(key)
     if found is None or set(found) != set(names):
         found = measure()
         if found is not None:
             found = {name: float(f"{value:.4g}") for name, value in found.items()}
-            _write_cache({**known, key: found})
+            _write_cache({**read_cache(), key: found})  # others may have written meanwhile
     return found
 
 
@@ -198,11 +197,10 @@ def _write_cache(content: dict[str, Measured]) -> None:
     file = cache_file()
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, delete=False, encoding="utf-8"
-        ) as temporary:
-            json.dump(content, temporary, indent=1, sort_keys=True)
+        descriptor, name = tempfile.mkstemp(dir=file.parent)
         try:
-            os.replace(temporary.name, file)
-        except OSError:
-            os.unlink(temporary.name)
+            with open(descriptor, "w", encoding="utf-8") as temporary:
+                json.dump(content, temporary, indent=1, sort_keys=True)
+            os.replace(name, file)
+        finally:
+            Path(name).unlink(missing_ok=True)  # it is there only if that went wrong

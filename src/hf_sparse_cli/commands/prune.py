@@ -145,7 +145,8 @@ def prune(
     if output is None or dry_run:
         from hf_sparse import estimate
 
-        return estimate(model, sparse_config, revision=revision, dtype=dtype)
+        kept = checkpoint_dir is not None
+        return estimate(model, sparse_config, revision=revision, dtype=dtype, resumable=kept)
     if streamed:
         options = {"max_memory": max_memory, "checkpoint_dir": checkpoint_dir}
         return _from_disk_to_disk(model, sparse_config, output, revision, dtype, options)
@@ -194,7 +195,9 @@ def _from_disk_to_disk(
     from hf_sparse.core.processes import Processes
 
     if Processes.here().is_first:
-        typer.echo(estimate(model, config, revision=revision, dtype=dtype), err=True)
+        kept = options["checkpoint_dir"] is not None
+        told = estimate(model, config, revision=revision, dtype=dtype, resumable=kept)
+        typer.echo(told, err=True)
     report = prune_checkpoint(model, config, output, revision=revision, dtype=dtype, **options)
     _only_the_first_goes_on()
     return Pruned(report, output, None)

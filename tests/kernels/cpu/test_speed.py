@@ -1,5 +1,6 @@
 """What is measured, what is made of it, and that it is remembered."""
 
+import errno
 import json
 import os
 
@@ -117,6 +118,28 @@ def test_a_damaged_cache_means_measuring_again(tmp_path, measured, damage):
     measured.clear()
     assert speed.estimate(weight, torch.float32) == expected
     assert measured == []
+
+
+def test_a_full_disk_means_measuring_again_and_leaves_nothing_behind(
+    monkeypatch, tmp_path, measured
+):
+    def full(content, file, **_):
+        file.write("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(timing.json, "dump", full)
+    assert speed.estimate(packed(), torch.float32).keys() == WAYS.keys()
+    assert list((tmp_path / "hf_sparse").iterdir()) == []
+
+
+def test_what_another_process_measures_meanwhile_is_kept(tmp_path, measured):
+    def measure():
+        timing.remembered("theirs", ["packed"], lambda: {"packed": 2.0})
+        return {"packed": 1.0}
+
+    timing.remembered("ours", ["packed"], measure)
+    content = json.loads((tmp_path / "hf_sparse" / "speed.json").read_text())
+    assert sorted(found["packed"] for found in content.values()) == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("place", ["a folder", "a pipe", "a huge file", "a file above it"])

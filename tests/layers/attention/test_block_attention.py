@@ -8,7 +8,7 @@ from attention_models import batch, make
 from transformers import DynamicCache, StaticCache
 
 import hf_sparse
-from hf_sparse.layers.attention import interface
+from hf_sparse.layers.attention import attend, interface
 
 SMALL = {"method": "hs_block", "block": 8, "key_block": 4, "keys": 16, "from_length": 0}
 DECODERS = ("llama", "qwen3", "mistral", "opt")
@@ -209,6 +209,26 @@ def test_exact_attention_is_causal_where_the_mask_is_whatever_a_module_says(stat
     with torch.no_grad():
         found = model(ids, None, None, cache, use_cache=static).logits
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_gradients_of_selected_pairs_are_those_of_the_same_pairs_in_a_dense_computation(calls):
+    model, (inputs, _) = make("llama"), batch("plain", "llama")
+    hf_sparse.use_attention(model, SMALL)
+    hidden(model, inputs)
+    call, selection, _ = calls[0]
+    held = [call.queries, call.keys, call.values]
+    gradients = []
+    for compute in (
+        lambda: attend.block_part(call, selection.blocks).mean(),
+        lambda: reference(call, selection, with_centroids=False),
+    ):
+        for tensor in held:
+            tensor.grad = None
+            tensor.requires_grad_()
+        compute().square().sum().backward()
+        gradients.append([tensor.grad for tensor in held])
+    for found, expected in zip(*gradients, strict=True):
+        assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_its_result_can_be_viewed_in_any_shape():

@@ -1,16 +1,30 @@
 """What a run will take, counted by hand, and what can't fit."""
 
 import json
+from functools import partial
+from unittest.mock import Mock
 
+import psutil
 import pytest
 import torch
 from killed_runs import config, digests
 from tiny_models import DECODER, build, tiny_llama
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_sparse import CheckpointError, ConfigError, Rates, SparseConfig, estimate, prune_checkpoint
+from conftest import save_with_tokenizer
+from hf_sparse import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    Rates,
+    SaveError,
+    SparseConfig,
+    estimate,
+    prune_checkpoint,
+)
 from hf_sparse.publish.streaming import rates as measured
 from hf_sparse.publish.streaming import residence
+from hf_sparse.publish.streaming import source as source_weights
 
 BLOCK = 24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40  # two heads of 6 for keys and values
 TOKENS = 6 * 24
@@ -134,10 +148,79 @@ def test_data_that_are_at_hand_are_counted(source):
     assert estimate(source, settings, measure=False).tokens == 5 + 10
 
 
-def test_texts_and_what_can_be_read_once_count_as_what_was_asked_for(source):
+def test_what_is_not_at_hand_counts_as_what_was_asked_for(source):
     once = iter([{"input_ids": torch.randint(3, 61, (1, 7))}])
-    for data in (["some text"], "data.txt", once):
+    for data in (["some text, but no tokenizer"], "wikitext2", once):
         settings = SparseConfig(method="wanda", dataset=data, num_samples=5, seq_len=10)
         found = estimate(source, settings, measure=False)
         assert found.tokens == 5 * 10
     assert len(list(once)) == 1
+
+
+def test_texts_and_files_are_counted_with_the_tokenizer(tmp_path):
+    source = save_with_tokenizer(tmp_path / "dense")
+    with pytest.raises(CalibrationError, match=r"data\.txt.* no such file"):
+        estimate(source, SparseConfig(method="wanda", dataset="data.txt"), measure=False)
+    text = "one two three four five six seven. " * 20
+    (tmp_path / "data.txt").write_text(text)
+    for data in ([text], tmp_path / "data.txt"):
+        settings = SparseConfig(method="wanda", dataset=data, num_samples=500, seq_len=10)
+        found = estimate(source, settings, measure=False)
+        report = prune_checkpoint(source, settings, tmp_path / "out")
+        assert found.tokens == report.data.count * 10
+        assert 0 < report.data.count < 500
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("resumable", [False, True])
+def test_bytes_read_and_written_are_those_of_a_run(method, resumable, tmp_path, monkeypatch):
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+    tiny_llama(**size).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    ids = torch.randint(3, 61, (64, 64)).tolist() if method == "wanda" else None
+    data = {"dataset": ids, "num_samples": 64, "seq_len": 64, "batch_size": 8}
+    settings = config(method, **data)
+    said = estimate(tmp_path / "dense", settings, measure=False, resumable=resumable)
+    read = 0
+    original = source_weights._InFile.__getitem__
+
+    def counted(self, index):
+        nonlocal read
+        tensor = original(self, index)
+        read += tensor.nbytes
+        return tensor
+
+    monkeypatch.setattr(source_weights._InFile, "__getitem__", counted)
+    before = psutil.Process().io_counters()
+    run = tmp_path / "run" if resumable else None
+    prune_checkpoint(tmp_path / "dense", settings, tmp_path / "out", checkpoint_dir=run)
+    after = psutil.Process().io_counters()
+    result = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert said.result == pytest.approx(result, rel=0.1)
+    written = after.write_chars - before.write_chars
+    assert said.bytes_written == pytest.approx(written, rel=0.15)
+    # Tensors are read through mapped pages, which the system doesn't count, blocks likewise.
+    read += after.read_chars - before.read_chars + result
+    assert said.bytes_read == pytest.approx(read, rel=0.2)
+
+
+def test_a_disk_without_room_is_told_before_the_run_which_is_there_already(
+    source, tmp_path, monkeypatch
+):
+    needed = estimate(source, config(), measure=False, resumable=True)
+    run = partial(prune_checkpoint, source, config(), tmp_path / "out")
+
+    def with_free(size):
+        usage = Mock(return_value=Mock(free=size))
+        monkeypatch.setattr("hf_sparse.publish.streaming.folders.shutil.disk_usage", usage)
+
+    with_free(needed.kept + needed.result - 1)
+    with pytest.raises(ConfigError, match="GB of disk, for finished blocks and the result"):
+        run(checkpoint_dir=tmp_path / "run")
+    with monkeypatch.context() as dying:
+        with_free(needed.kept + needed.result)
+        dying.setattr("hf_sparse.publish.streaming.run._write_config", Mock(side_effect=OSError))
+        with pytest.raises(SaveError):
+            run(checkpoint_dir=tmp_path / "run")
+    there = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
+    with_free(needed.kept + needed.result - there)
+    assert run(checkpoint_dir=tmp_path / "run").layers

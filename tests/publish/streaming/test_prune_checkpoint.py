@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -327,6 +328,51 @@ def test_folders_that_are_in_each_other_are_refused(tmp_path):
             prune_checkpoint(source, config(), output, checkpoint_dir=kept)
     (tmp_path / "link").unlink()
     assert (sorted(tmp_path.rglob("*")), digests(source)) == before
+
+
+def test_what_is_no_folder_or_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    source = save(tiny_llama, tmp_path / "dense")
+    (tmp_path / "file").touch()
+    for value, error, told in (
+        ("a\0b", ConfigError, "is no folder"),
+        ("", ConfigError, "is no folder"),
+        (5, ConfigError, "=5 is no folder"),
+        (b"out", ConfigError, "is no folder"),
+        (tmp_path / "file", SaveError, "is a file"),
+    ):
+        with pytest.raises(error, match=f"output_dir.*{told}"):
+            prune_checkpoint(source, config(), value)
+        with pytest.raises(error, match=f"checkpoint_dir.*{told}"):
+            prune_checkpoint(source, config(), tmp_path / "out", checkpoint_dir=value)
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, how: path != closed and may(path, how))
+    for output in (closed, closed / "out"):
+        with pytest.raises(SaveError, match=r"nothing can be written in .*closed"):
+            prune_checkpoint(source, config(), output)
+    with pytest.raises(SaveError, match=r"nothing can be written in .*closed"):
+        prune_checkpoint(source, config(), tmp_path / "out", checkpoint_dir=closed / "run")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_there_needs_nothing_beside_it(tmp_path):
+    source = save(tiny_llama, tmp_path / "dense")
+    (tmp_path / "out").mkdir()
+    made = set()
+
+    def write(*arguments):
+        made.update(path.name[:15] for path in (tmp_path / "out").iterdir())
+        return original(*arguments)
+
+    original, ledger.save_file = ledger.save_file, write
+    try:
+        prune_checkpoint(source, config(), tmp_path / "out")
+    finally:
+        ledger.save_file = original
+    assert made == {".hf_sparse-run-"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_a_layer_in_a_file_is_told_by_the_bytes_that_are_stored(tmp_path):

@@ -11,6 +11,7 @@ again (Chen et al. 2021, "Scatterbrain", equation 3).
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -46,25 +47,29 @@ def block_part(inputs: Inputs, blocks: Tensor, dropout: float = 0.0) -> Part:
     key blocks alone that are seen in part, which come first.
     """
     within = torch.arange(inputs.size, device=blocks.device)
-    some_missing = not bool(inputs.valid.all())
     partial = inputs.part.gather(2, blocks.clamp(min=0)) & (blocks >= 0)
     masked = partial.sum(dim=2).amax(dim=0).tolist()
     widths = (blocks >= 0).sum(dim=2).amax(dim=0).clamp(min=1).tolist()
-    short = (blocks < 0).any(dim=0)
     parts = []
     for i, (width, first) in enumerate(zip(widths, masked, strict=True)):
         chosen = blocks[:, i, :width]
         index = (chosen.clamp(min=0)[..., None] * inputs.size + within).flatten(1)
         rows = inputs.rows(i)
-        scores = torch.bmm(rows, inputs.gather(inputs.keys, index).transpose(1, 2)).float()
+        keys, values = (inputs.gather(tensor, index) for tensor in (inputs.keys, inputs.values))
+        there = inputs.valid.gather(1, index) & (chosen >= 0).repeat_interleave(inputs.size, 1)
+        complete = bool(there.all())
+        columns = first * inputs.size
+        end = columns if complete else index.shape[1]
+        scores = torch.bmm(rows, keys[:, :end].transpose(1, 2)).float()
         if first:
-            columns = first * inputs.size
             allowed = _allowed(inputs, i, rows.shape[1], index[:, :columns])
             scores[..., :columns].masked_fill_(~allowed, -math.inf)
-        if some_missing or bool(short[i, :width].any()):
-            there = inputs.valid.gather(1, index) & (chosen >= 0).repeat_interleave(inputs.size, 1)
+        if not complete:
             scores.masked_fill_(~there[:, None], -math.inf)
-        parts.append(Part.of(scores, inputs.gather(inputs.values, index), dropout))
+        found = [Part.of(scores, values[:, :end], dropout)] if end else []
+        if end < index.shape[1]:
+            found.append(Part.of_all(rows, keys[:, end:], values[:, end:], dropout))
+        parts.append(reduce(Part.__add__, found))
     return Part.cat(parts)
 
 

@@ -13,9 +13,8 @@ With T calibration tokens, a layer of `out` x `in`, and n = `in`:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from math import isqrt, prod
 from typing import Any
 
@@ -28,13 +27,13 @@ from ...checkpoint.config_numbers import bounded_modules
 from ...config.sparse_config import SparseConfig
 from ...core.duration import duration
 from ...core.errors import ConfigError
-from ...core.patterns import NM, Unstructured
 from ...core.statistics import Needs
 from ...layers.blocks import Block, find_blocks
 from ...layers.default_dense import default_dense
 from ...layers.experts import unfused_experts
-from ...layers.select import Target, select_targets
+from ...layers.select import select_targets
 from ...pruning.plan import LayerPlan, plan_layers
+from .block_parts import groups, idle, packed_bytes, share
 from .rates import Rates, measure_rates
 from .residence import LARGE
 from .skeleton import open_checkpoint
@@ -56,9 +55,14 @@ class Estimate:
         tokens: of calibration.
         calls: of blocks, each with a batch.
         operations: floating-point operations, by part.
-        bytes_read: from the checkpoint, three times over with data: to check it, for one pass ahead
-            of the others, and to prune it.
-        bytes_written: finished blocks, what is kept to go on from them, and the result.
+        bytes_read: blocks of the checkpoint, three times over with data, to check them, for one
+            pass ahead of the others, and to prune them, and twice without; the rest once, but
+            large embeddings for each batch; the finished blocks; and with a checkpoint_dir all of
+            it once more, and what is kept, for digests.
+        bytes_written: finished blocks, and the result; with a checkpoint_dir what each block made
+            of the data, too.
+        kept: bytes of these, without the result, that are on the disk at once.
+        result: bytes of the result.
         memory: bytes at the peak, by part.
         network_bytes: that a process sends for each block if several share the samples: its part of
             each Hessian, and the solved weights.
@@ -74,6 +78,8 @@ class Estimate:
     operations: Mapping[str, float]
     bytes_read: int
     bytes_written: int
+    kept: int
+    result: int
     memory: Mapping[str, int]
     network_bytes: int
     seconds: float | None = None
@@ -114,7 +120,8 @@ class Estimate:
             f"{self.blocks} blocks, {self.weights / 1e9:.3g} billion weights to prune, "
             f"{self.tokens} calibration tokens",
             f"memory: {self.peak / 1e9:.2f} GB at the peak ({parts})",
-            f"disk: {self.bytes_read / 1e9:.1f} GB read, {self.bytes_written / 1e9:.1f} GB written",
+            f"disk: {self.bytes_read / 1e9:.1f} GB read, {self.bytes_written / 1e9:.1f} GB written "
+            f"({(self.kept + self.result) / 1e9:.1f} GB at once)",
             f"operations: {work or 'none'}",
         ]
         if self.seconds is not None:
@@ -130,33 +137,41 @@ def estimate(
     dtype: str | torch.dtype = "auto",
     rates: Rates | None = None,
     measure: bool = True,
+    resumable: bool = False,
 ) -> Estimate:
     """What `prune_checkpoint` will take, from config.json alone: no weights are read.
 
     Args:
         model_id_or_path: a folder with config.json, or a Hub id.
-        config: what is to be done. Token ids and model inputs in memory are counted; files and
-            texts are not read, and taken to give num_samples of seq_len.
+        config: what is to be done. Data in memory and local files are read and counted, texts if
+            there is a tokenizer; data sets of the Hub, and what can be read once, are taken to give
+            num_samples of seq_len.
         revision: branch, tag or commit of a Hub id.
         dtype: of the weights, as for `from_pretrained`.
         rates: of the hardware that it is for; None to measure this machine's, for some seconds.
         measure: False to say nothing of time if no rates are given.
+        resumable: with a checkpoint_dir, which is more to read and write.
 
     Raises:
         ConfigError, TargetError: the config doesn't suit the model.
-        CalibrationError: data in memory are unusable.
+        CalibrationError: data at hand are unusable.
         CheckpointError: there is no such model.
     """
     if not isinstance(config, SparseConfig):
         raise ConfigError(f"estimate needs a SparseConfig, got {type(config).__name__}")
+    if rates is not None and not isinstance(rates, Rates):
+        raise ConfigError(f"rates must be hf_sparse.Rates or None, got {type(rates).__name__}")
     skeleton = open_checkpoint(model_id_or_path, revision, dtype, weights=False)
-    found = estimate_model(skeleton.twin, config)
+    data = ExpectedData.of(skeleton.twin, config)
+    found = estimate_model(skeleton.twin, config, data, resumable)
     if rates is None and measure:
         rates = measure_rates(config, skeleton.dtype, isqrt(found.weights // max(1, found.layers)))
     return found if rates is None else found.timed(rates)
 
 
-def estimate_model(model: PreTrainedModel, config: SparseConfig) -> Estimate:
+def estimate_model(
+    model: PreTrainedModel, config: SparseConfig, data: ExpectedData, resumable: bool
+) -> Estimate:
     """`estimate` of a model on meta, without the time."""
     with bounded_modules(model.name_or_path), unfused_experts(model):
         selection = select_targets(
@@ -165,7 +180,7 @@ def estimate_model(model: PreTrainedModel, config: SparseConfig) -> Estimate:
         plans, _ = plan_layers(selection.targets, config, {})
         blocks = find_blocks(model, [plan.target.name for plan in plans], config.blocks)
         by_name = {plan.target.name: plan for plan in plans}
-        return _estimate(model, blocks, by_name, config)
+        return _estimate(model, blocks, by_name, config, data, resumable)
 
 
 def _estimate(
@@ -173,8 +188,9 @@ def _estimate(
     blocks: list[Block],
     plans: Mapping[str, LayerPlan],
     config: SparseConfig,
+    data: ExpectedData,
+    resumable: bool,
 ) -> Estimate:
-    data = ExpectedData.of(model, config)
     tokens = data.tokens
     itemsize = model.dtype.itemsize
     solves = config.needs is Needs.HESSIAN
@@ -183,21 +199,21 @@ def _estimate(
     written = network = calls = 0
     for block in blocks:
         targets = [plans[name].target for name in block.targets]
-        groups = _groups(targets)
-        stages = len(groups) if config.stages else 1
+        inputs = groups(targets)
+        stages = len(inputs) if config.stages else 1
         calls += data.batches * (stages + 1)
         size = sum(p.numel() for p in block.module.parameters())
-        active = size - _idle(block, model)
+        active = size - idle(block, model)
         operations["forward"] += 2 * active * tokens * (stages + 1)
-        hessians = [4 * n * n for n, _ in groups] if solves else []
-        for n, members in groups if solves else ():
-            operations["Hessians"] += n * n * tokens * _share(members, model)
+        hessians = [4 * n * n for n, _ in inputs] if solves else []
+        for n, members in inputs if solves else ():
+            operations["Hessians"] += n * n * tokens * share(members, model)
             operations["factors"] += n**3
             operations["solving"] += sum(target.shape[0] for target in members) * n * n
         largest = max(prod(target.shape) for target in targets)
         held = max(hessians, default=0) if config.stages else sum(hessians)
         at_once = max([FACTORISING * h // 4 for h in hessians] + [SOLVING[config.needs] * largest])
-        packed = sum(_packed(plans[name], config, itemsize) for name in block.targets)
+        packed = sum(packed_bytes(plans[name], config, itemsize) for name in block.targets)
         parts = {
             "block": size * itemsize,
             "Hessians": held,
@@ -217,8 +233,10 @@ def _estimate(
     everything = sum(p.numel() for p in model.parameters()) * itemsize
     width = getattr(model.config.get_text_config(), "hidden_size", 0) or 0
     activations = tokens * width * itemsize * (2 if config.target == "dense" else 1)
-    kept = len(blocks) * activations
-    result = written + sum(p.numel() for p in outside) * itemsize
+    kept = (len(blocks) - 1) * activations if resumable else 0
+    rest = sum(sizes)
+    embedding = max((size for size in sizes if size >= LARGE), default=0)
+    again = everything + written + kept if resumable else 0
     return Estimate(
         blocks=len(blocks),
         layers=len(plans),
@@ -226,8 +244,14 @@ def _estimate(
         tokens=tokens,
         calls=calls,
         operations=operations,
-        bytes_read=everything * (3 if tokens else 2),
-        bytes_written=written + result + kept,
+        bytes_read=(everything - rest) * (3 if tokens else 2)
+        + rest
+        + data.batches * embedding
+        + written
+        + again,
+        bytes_written=2 * written + rest + kept,
+        kept=written + min(kept, 2 * activations),
+        result=written + rest,
         memory={
             "process": psutil.Process().memory_info().rss,
             "outside the blocks": small,
@@ -236,61 +260,3 @@ def _estimate(
         },
         network_bytes=network,
     )
-
-
-def _groups(targets: Iterable[Target]) -> list[tuple[int, list[Target]]]:
-    """Layers that read the same input, with its length.
-
-    Those of one parent with inputs of one length do, but for its last: the one that comes out.
-    """
-    by_parent: dict[str, list[Target]] = {}
-    for target in targets:
-        by_parent.setdefault(target.name.rpartition(".")[0], []).append(target)
-    groups: list[tuple[int, list[Target]]] = []
-    for members in by_parent.values():
-        found = [[members[0]]]
-        for before, target in pairwise(members):
-            last = target is members[-1] and len(members) > 1
-            if last or target.shape[1] != before.shape[1]:
-                found.append([target])
-            else:
-                found[-1].append(target)
-        groups += [(group[0].shape[1], group) for group in found]
-    return groups
-
-
-def _experts(model: PreTrainedModel) -> tuple[int, int]:
-    """How many experts a block has, and how many of them a token goes to."""
-    text = model.config.get_text_config()
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    count = next((n for name in names if (n := getattr(text, name, None))), 0)
-    chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None) or count
-    return count, chosen
-
-
-def _share(members: list[Target], model: PreTrainedModel) -> float:
-    """The share of the tokens that reach some layers: experts see those that are routed to them."""
-    count, chosen = _experts(model)
-    return chosen / count if count and "experts" in members[0].name.split(".") else 1.0
-
-
-def _idle(block: Block, model: PreTrainedModel) -> int:
-    """Weights of a block that a token doesn't meet, on average."""
-    count, chosen = _experts(model)
-    if not count:
-        return 0
-    named = block.module.named_parameters()
-    routed = sum(p.numel() for name, p in named if "experts" in name.split("."))
-    return round(routed * (1 - chosen / count))
-
-
-def _packed(plan: LayerPlan, config: SparseConfig, itemsize: int) -> int:
-    """Bytes of a layer as it is stored: a bit for each weight, and what is kept."""
-    pattern, size = plan.pattern, prod(plan.target.shape)
-    kept = size
-    if isinstance(pattern, NM):
-        kept = size * pattern.n // pattern.m
-    elif isinstance(pattern, Unstructured):
-        kept -= pattern.zeros(size)
-    bits = 8 * itemsize if config.bits is None else config.bits
-    return size // 8 + kept * bits // 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from contextlib import ExitStack, closing
 from functools import partial
 from importlib.metadata import version
@@ -17,22 +16,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from ...calibration.expected import ExpectedData
 from ...calibration.tokenizers import find_processor
 from ...checkpoint.folder import write_folder
 from ...checkpoint.headers import read_layers
 from ...checkpoint.load import build_layers
 from ...checkpoint.state_dict import sparse_state_dict
 from ...config.sparse_config import SparseConfig
-from ...core.errors import ConfigError, SaveError
+from ...core.errors import ConfigError
 from ...core.logging import get_logger
 from ...core.processes import Processes
 from ...core.sizes import read_size
 from ...layers.counts import num_parameters
+from ...pruning.prune import check_before_loading
 from ...pruning.report import PruningReport
 from ..card import is_own_card
 from ..save import write_companions
-from .estimate import estimate_model
-from .folders import check_apart, folder_for, waiting_folder
+from .estimate import Estimate, estimate_model
+from .folders import as_folder, check_apart, check_room, folder_for, waiting_folder
 from .ledger import Ledger
 from .residence import Streamed
 from .skeleton import Skeleton, open_checkpoint
@@ -91,40 +92,43 @@ def prune_checkpoint(
             checkpoint_dir the run can go on, also in another number of processes.
         HfSparseError: see `hf_sparse.core.errors`.
     """
-    if not isinstance(config, SparseConfig):
-        raise ConfigError(f"prune_checkpoint needs a SparseConfig, got {type(config).__name__}")
-    _check_config(config)
-    target = Path(output_dir)
-    if target.exists() and not target.is_dir():
-        raise SaveError(f"can't save to {str(target)!r}: it is a file, pass a folder")
-    limit = None if max_memory is None else read_size("max_memory", max_memory)
-    shard_size = read_size("max_shard_size", max_shard_size)
-    resumable = checkpoint_dir is not None
     processes = Processes.here()
     with ExitStack() as stack:
         stack.enter_context(processes.together())
+        if not isinstance(config, SparseConfig):
+            raise ConfigError(f"prune_checkpoint needs a SparseConfig, got {type(config).__name__}")
+        _check_config(config)
+        target = as_folder("output_dir", output_dir)
+        kept_in = None if checkpoint_dir is None else as_folder("checkpoint_dir", checkpoint_dir)
+        limit = None if max_memory is None else read_size("max_memory", max_memory)
+        shard_size = read_size("max_shard_size", max_shard_size)
+        resumable = kept_in is not None
         processes.check_same(
             {
                 "the model": str(model_id_or_path),
-                "output_dir": os.path.abspath(output_dir),
-                "checkpoint_dir": os.path.abspath(checkpoint_dir) if checkpoint_dir else None,
+                "output_dir": os.path.abspath(target),
+                "checkpoint_dir": os.path.abspath(kept_in) if kept_in else None,
                 "revision": revision,
                 "dtype": str(dtype),
             }
         )
         skeleton = open_checkpoint(model_id_or_path, revision, dtype)
-        check_apart(skeleton.folder, target, checkpoint_dir)
+        check_apart(skeleton.folder, target, kept_in)
         model: Any = skeleton.model()
-        spill = _must_spill(skeleton, config, target, limit)
+        measurements = check_before_loading(model, config)
+        data = ExpectedData.in_data(measurements.data, model, config)
+        needed = estimate_model(skeleton.twin, config, data, resumable)
+        spill = _must_spill(needed, limit)
+        check_room(needed, spill, target, kept_in)
         source = SourceWeights(skeleton.folder, skeleton.twin, skeleton.dtype)
-        kept = stack.enter_context(folder_for(target, checkpoint_dir, processes))
+        kept = stack.enter_context(folder_for(target, kept_in, processes))
         identity = processes.from_first(lambda: _identity(skeleton, source) if resumable else {})
         ledger = stack.enter_context(closing(Ledger(kept, identity, resumable, processes)))
         waiting = stack.enter_context(waiting_folder(kept, spill))
         residence = Streamed(source, ledger, waiting)
         quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
         model.hf_quantizer = quantizer
-        report: PruningReport = quantizer.prune(model, residence)
+        report: PruningReport = quantizer.prune(model, residence, measurements)
         processor = find_processor(str(model_id_or_path), revision)
 
         def write(folder: str) -> None:
@@ -154,21 +158,13 @@ def _check_config(config: SparseConfig) -> None:
         )
 
 
-def _must_spill(skeleton: Skeleton, config: SparseConfig, target: Path, limit: int | None) -> bool:
+def _must_spill(needed: Estimate, limit: int | None) -> bool:
     """Tell what the run will take; must activations wait in a file for it to fit?
 
     Raises:
-        ConfigError: it doesn't fit even so, or not on the disk; says what is needed.
+        ConfigError: it doesn't fit even so; says what is needed.
     """
-    needed = estimate_model(skeleton.twin, config)
     logger.info("%s", needed)
-    place = next(path for path in (target, *target.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if needed.bytes_written > free:
-        raise ConfigError(
-            f"the run writes {needed.bytes_written / 1e9:.1f} GB, finished blocks and the result, "
-            f"and {free / 1e9:.1f} GB are free at {str(place)!r}"
-        )
     allowed = psutil.virtual_memory().available if limit is None else limit
     if needed.peak_without_activations > allowed:
         parts = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in needed.memory.items())

@@ -2,8 +2,9 @@
 
 Some of the queries are asked: what their exact attention gives to each block of keys, on average,
 is its weight. It costs as much of the attention's scores as the share of queries that are asked,
-and finds nearly what all of them would, where means of keys find little: rotary positions turn
-neighbouring keys away from each other. Streams are key heads: query heads that share keys share
+and finds most of what all of them would, where means of keys find little: rotary positions turn
+neighbouring keys away from each other. Fewer queries miss the keys of heads that look for one token
+each. Streams are key heads: query heads that share keys share
 their blocks, so that these are gathered once.
 """
 
@@ -20,7 +21,7 @@ from ..base import Selection, Selector
 from ..inputs import Inputs, ends
 from .own import best_blocks
 
-ASKED = 8  # queries of a block
+ASKED = 16  # queries of a block
 
 
 class BlockSelector(Selector):
@@ -49,6 +50,10 @@ class BlockSelector(Selector):
             scores = torch.bmm(asked.flatten(1, 2), keys.mT)
             hidden = ~inputs.whole[:, i, :seen].repeat_interleave(inputs.size, 1)
             hidden |= ~inputs.valid[:, : seen * inputs.size]
-            shares = scores.masked_fill_(hidden[:, None], -torch.inf).softmax(dim=-1).nan_to_num()
+            if bool(hidden.any()):
+                scores.masked_fill_(hidden[:, None], -torch.inf)
+            shares = scores.softmax(dim=-1)
+            if bool(hidden.all(dim=1).any()):
+                shares = shares.nan_to_num()
             weights[:, i, :seen] += shares.mean(dim=1).view(-1, seen, inputs.size).sum(dim=-1)
         return weights
