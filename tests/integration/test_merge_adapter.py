@@ -182,6 +182,14 @@ def test_it_merges_in_half_precision_into_the_layers_own_form(tiny, token_ids, i
 # --- adapters -----------------------------------------------------------------------------------
 
 
+def test_a_merged_layer_rounds_its_inputs_and_is_held_as_before(tiny):
+    base = prune(tiny, bits=8, group_size=16, activations="int8", prefer="memory")
+    before = {n: (m.activations, m.form) for n, m in sparse_layers(base).items()}
+    assert set(before.values()) == {("int8", "packed")}
+    merged = hf_sparse.merge_adapter(adapt(base))
+    assert {n: (m.activations, m.form) for n, m in sparse_layers(merged).items()} == before
+
+
 def test_the_active_adapters_are_merged_with_their_scaling_and_no_other(base, token_ids):
     model = adapt(base, lora_alpha=8)
     torch.manual_seed(5)

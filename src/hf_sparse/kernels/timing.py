@@ -27,7 +27,7 @@ from .token_classes import TokenClass
 
 SWITCH = "HF_SPARSE_MEASURE"
 MOST_BYTES = 16 << 20  # of the file: more is none of ours
-LARGEST = 1e6  # seconds, or times the dense product: more is no measurement
+LEAST, LARGEST = 1e-9, 1e6  # seconds, or times the dense product: beyond is no measurement
 
 # Rounds go on until both halves of them say the same, but no longer than that; a busy machine gets
 # more time until they are near each other, or there is no telling.
@@ -179,7 +179,7 @@ def _is_measured(found: object) -> bool:
     return (
         isinstance(found, dict)
         and bool(found)
-        and all(type(value) in (int, float) and 0 < value < LARGEST for value in found.values())
+        and all(type(value) in (int, float) and LEAST < value < LARGEST for value in found.values())
     )
 
 

@@ -120,6 +120,17 @@ def test_a_damaged_cache_means_measuring_again(tmp_path, measured, damage):
     assert measured == []
 
 
+@pytest.mark.parametrize("seconds", [1e-300, 1e300])
+def test_times_that_no_clock_tells_are_measured_again(tmp_path, measured, seconds):
+    weight, file = packed(), tmp_path / "hf_sparse" / "speed.json"
+    expected = speed.estimate(weight, torch.float32)
+    known = json.loads(file.read_text())
+    absurd = {key: {**found, "packed": seconds} for key, found in known.items()}
+    file.write_text(json.dumps(absurd))
+    assert speed.estimate(weight, torch.float32) == expected
+    assert json.loads(file.read_text()) == known
+
+
 def test_a_full_disk_means_measuring_again_and_leaves_nothing_behind(
     monkeypatch, tmp_path, measured
 ):

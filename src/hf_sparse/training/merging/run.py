@@ -243,7 +243,7 @@ class _Merge:
 
 
 def _layer(sparse: SparseLinear, solution: Solution, bias: Tensor | None) -> SparseLinear:
-    """A layer like a sparse one, with other values, and bias if it has one."""
+    """A layer like a sparse one, held as that is, with other values, and bias if it has one."""
     own = sparse.bias
     if own is not None and bias is not None and not torch.equal(own, bias):
         own = nn.Parameter(bias, requires_grad=own.requires_grad)
@@ -258,6 +258,7 @@ def _layer(sparse: SparseLinear, solution: Solution, bias: Tensor | None) -> Spa
         sparse.threshold,
     )
     inherit(sparse, merged)
+    merged.form, merged.activations = sparse.form, sparse.activations
     merged.resolve()
     return merged
 
