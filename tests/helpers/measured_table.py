@@ -1,5 +1,6 @@
-"""docs/measurements.md's table of the real model, and the picture beside it, from measured.json.
+"""docs/measurements.md's tables of the real model, and the picture beside them, from measured.json.
 
+Rows of llama.cpp are what its own program printed, and compare with its own dense row alone.
 `python tests/helpers/measured_table.py` writes both anew; the picture needs matplotlib.
 """
 
@@ -12,6 +13,7 @@ from hf_sparse.pruning.advice import Measured, measurements
 DOCS = Path(__file__).parents[2] / "docs"
 HEAD = "| | bytes | perplexity | loss | CPU s | peak, MB |\n|---|---|---|---|---|---|\n"
 REFERENCE = "sparsegpt-50"
+OTHER_HEAD = "| llama.cpp | bytes | perplexity |\n|---|---|---|\n"
 
 
 def measured_table() -> str:
@@ -27,6 +29,15 @@ def measured_table() -> str:
             f"| {row['cpu_seconds']:.0f} | {row['peak_megabytes']:.0f} |"
         )
     return HEAD + "".join(f"{line}\n" for line in lines)
+
+
+def other_table() -> str:
+    """A row for each file type of llama.cpp, fewest bytes last."""
+    found = measurements()["llama.cpp"]
+    lines = [f"| dense, F16 | 1 | {found['dense']:.2f} |"]
+    for name, row in found["rows"].items():
+        lines.append(f"| {name} | {row['bytes']:.3f} | {row['perplexity']:.2f} |")
+    return OTHER_HEAD + "".join(f"{line}\n" for line in lines)
 
 
 def label(name: str) -> str:
@@ -62,19 +73,29 @@ def draw(path: Path) -> None:
             text = text.replace("`", "")
             axis.annotate(text, place, (4, 4), textcoords="offset points", fontsize=7)
     axis.axhline(found["dense"], color="grey", linewidth=0.8, label="dense, bf16")
+    other = found["llama.cpp"]
+    places = {name: (row["bytes"], row["perplexity"]) for name, row in other["rows"].items()}
+    axis.plot(
+        *zip(*places.values(), strict=True), "s", color="C3", label="llama.cpp, other windows"
+    )
+    for name, place in places.items():
+        axis.annotate(name, place, (4, 4), textcoords="offset points", fontsize=7)
+    axis.axhline(other["dense"], color="C3", linewidth=0.8, label="its dense, F16")
     axis.margins(x=0.2)
     axis.set_yscale("log")
     axis.set_ylim(top=100)
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.set(xlabel="bytes of the blocks' weights, over dense bf16", ylabel="perplexity")
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="upper center")
     figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
     page = DOCS / "measurements.md"
     text = page.read_text(encoding="utf-8")
-    old = re.search(re.escape(HEAD) + r"(?:\|.*\n)*", text)
-    page.write_text(text.replace(old[0], measured_table()), encoding="utf-8")
+    for head, table in ((HEAD, measured_table()), (OTHER_HEAD, other_table())):
+        old = re.search(re.escape(head) + r"(?:\|.*\n)*", text)
+        text = text.replace(old[0], table)
+    page.write_text(text, encoding="utf-8")
     draw(DOCS / "bytes.png")
