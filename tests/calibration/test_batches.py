@@ -695,6 +695,15 @@ def test_a_dict_of_something_else_than_tensors_is_an_error_that_names_it(item, m
         make(in_order(item))
 
 
+@pytest.mark.parametrize("side", ["", "decoder_"])
+def test_a_mask_of_another_shape_than_its_ids_is_an_error_and_one_of_pairs_is_not(side):
+    ids, pairs = torch.tensor([[5, 6, 7]]), torch.ones(1, 1, 3, 3)
+    item = {"input_ids": ids, f"{side}input_ids": ids}
+    make([item | {f"{side}attention_mask": pairs}])
+    with pytest.raises(CalibrationError, match=rf"{side}attention_mask of shape \(1, 2\), expect"):
+        make([item | {f"{side}attention_mask": torch.ones(1, 2)}])
+
+
 @pytest.mark.parametrize("ids", [[], [[]]], ids=str)
 def test_model_inputs_without_tokens_are_an_error(ids):
     with pytest.raises(CalibrationError):

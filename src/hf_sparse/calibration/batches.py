@@ -215,7 +215,19 @@ def _as_inputs(item: Item, keep_labels: bool) -> Batch:
         )
     if ids is not None and ids.ndim == 1:
         tensors = {key: value.unsqueeze(0) for key, value in tensors.items()}
+    _check_masks(item.index, tensors)
     return tensors
+
+
+def _check_masks(index: int, tensors: Batch) -> None:
+    """A mask of each token has the shape of the ids; one of pairs of tokens may have another."""
+    for side in ("", "decoder_"):
+        ids, mask = tensors.get(f"{side}input_ids"), tensors.get(f"{side}attention_mask")
+        if ids is not None and mask is not None and mask.ndim == 2 and mask.shape != ids.shape:
+            raise CalibrationError(
+                f"item {index} of the dataset has {side}attention_mask of shape "
+                f"{tuple(mask.shape)}, expected {tuple(ids.shape)} as its {side}input_ids"
+            )
 
 
 def _as_tensor(value: Any) -> Tensor | None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..command import Command
+from ..listed import count, fraction, listed, one_of, shape
 from ..models import quantisation, read_config, require_sparse
 from ..output import Overwrite, check_output
 from ..sections import OUTPUT
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -30,52 +29,6 @@ class Measured:
 
     def __str__(self) -> str:
         return self.tables.removesuffix("\n")
-
-
-def listed(option: str, text: str, convert: Callable[[str], Item]) -> tuple[Item, ...]:
-    """The values of an option that takes several, separated by commas.
-
-    Raises:
-        typer.BadParameter: one of them can't be converted.
-    """
-    try:
-        return tuple(convert(part) for part in text.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
-
-
-def one_of(known: Iterable[str]) -> Callable[[str], str]:
-    """A conversion that takes some names alone."""
-
-    def convert(text: str) -> str:
-        if text not in known:
-            raise ValueError(f"{text!r} is not one of {', '.join(known)}")
-        return text
-
-    return convert
-
-
-def fraction(text: str) -> float:
-    """A sparsity, 0 <= s < 1."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise ValueError(f"{text} is no fraction of zeros: pass 0 <= s < 1")
-    return value
-
-
-def count(text: str) -> int:
-    """An integer from 1 on."""
-    if not text.isdecimal() or not 0 < int(text) < 2**31:
-        raise ValueError(f"{text!r} is no count: pass an integer of at least 1")
-    return int(text)
-
-
-def shape(text: str) -> tuple[int, int]:
-    """ "OUTxIN" to (out, in)."""
-    rows, _, columns = text.partition("x")
-    if not (rows.isdecimal() and columns.isdecimal()):
-        raise ValueError(f"{text!r} is no shape: pass OUTxIN, e.g. 4096x11008")
-    return count(rows), count(columns)
 
 
 Sparsities = Annotated[str, typer.Option(help="Fractions of zeros, separated by commas.")]

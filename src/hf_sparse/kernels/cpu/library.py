@@ -226,7 +226,8 @@ def describe_threads() -> str:
     """For reports: how many threads a product takes."""
     if unavailable_reason() is None and not thread_pool():
         return "one thread (this torch does not export torch_parallel_for; 2.10 does)"
-    return f"{torch.get_num_threads()} threads of torch's pool"
+    number = torch.get_num_threads()
+    return f"{number} thread{'s' * (number > 1)} of torch's pool"
 
 
 def path_number(name: str | None) -> int:
