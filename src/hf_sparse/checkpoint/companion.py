@@ -46,4 +46,4 @@ def _token() -> str | bool | None:
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not loading:
         frame = frame.f_back
-    return None if frame is None else frame.f_locals["token"]
+    return None if frame is None else frame.f_locals.get("token")
