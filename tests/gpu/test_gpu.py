@@ -225,3 +225,21 @@ def test_sparsegpt_solves_as_well_as_its_loop_over_columns(pattern, capsys):
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
     with capsys.disabled():
         sys.stdout.write(f"\n{pattern}: {seconds[0]:.3f} s, the loop {seconds[1]:.3f} s\n")
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_sparse_attention_is_that_of_a_cpu(trains):
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(config).eval(), torch.randint(64, (2, 300))
+    settings = {"method": "hs_block", "keys": 64, "from_length": 0}
+    hf_sparse.use_attention(model, settings)
+    other = copy.deepcopy(model).cuda()
+    with torch.set_grad_enabled(trains):
+        expected, found = model(ids).logits, other(ids.cuda()).logits
+    assert relative(found.cpu(), expected) < 1e-3
+    if trains:
+        found.square().mean().backward()
+        assert other.model.embed_tokens.weight.grad.isfinite().all()

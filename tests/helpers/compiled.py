@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -22,11 +23,16 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
 from triton.runtime import driver
 
+from hf_sparse.core.attention_settings import AttentionSettings
 from hf_sparse.core.patterns import NM
 from hf_sparse.kernels.gpu import pack
 from hf_sparse.kernels.gpu import weight as gpu_weight
 from hf_sparse.kernels.gpu.triton_decode import decode_window, windows
 from hf_sparse.kernels.gpu.triton_product import product
+from hf_sparse.layers.attention import triton_blocks
+from hf_sparse.layers.attention.inputs import Inputs
+from hf_sparse.layers.attention.masks import LazyMask
+from hf_sparse.layers.attention.selectors import SELECTORS
 from hf_sparse.solvers import sparsegpt
 
 MOST_THREADS = 1024
@@ -134,6 +140,17 @@ def solve(width, pattern, rows=64):
     sparsegpt._solve_at_once(*block, upper, torch.zeros(width, dtype=torch.bool), pattern)
 
 
+def attend(dtype, channels, groups=3, **settings):
+    """Attention over chosen blocks of 400 keys, with the sizes of the settings."""
+    query, key = torch.randn(1, 2 * groups, 400, channels), torch.randn(1, 2, 400, channels)
+    mask = LazyMask.plain(query, key, True)
+    inputs = Inputs.of(query, key, key, mask, 0.1, AttentionSettings(keys=128, **settings))
+    blocks = SELECTORS["block"]().select(inputs, AttentionSettings(keys=128, **settings), {}).blocks
+    names = ("queries", "keys", "values")
+    inputs = replace(inputs, **{name: getattr(inputs, name).to(dtype) for name in names})
+    triton_blocks.block_part(inputs, blocks)
+
+
 F32, BF16, F16 = gpu_weight.FLOATS
 I8, I4 = torch.int8, gpu_weight.INT4
 
@@ -143,6 +160,7 @@ LARGE = [
     (multiply, (8, BF16, BF16, 3), {"rows": 8224}),
     (decode, (BF16, I4, 3), {"group": 16}),
     (solve, (sparsegpt.LARGEST_KERNEL_BLOCK, NM(2, 4), 45), {}),
+    (attend, (BF16, 128), {}),
 ]
 OTHERS = [
     (multiply, (1, BF16, BF16, 3), {}),
@@ -153,6 +171,8 @@ OTHERS = [
     (decode, (F16, I8, 2), {"group": 208}),
     (solve, (128, None, 45), {}),
     (solve, (128, NM(4, 8)), {}),
+    (attend, (F16, 64), {"block": 64, "key_block": 32}),
+    (attend, (F32, 80), {"groups": 1, "key_block": 12}),
 ]
 
 

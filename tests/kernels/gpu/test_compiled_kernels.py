@@ -17,6 +17,7 @@ PROGRAM = ROOT / "tests" / "helpers" / "compiled.py"
 REGISTERS = 65536  # of a multiprocessor
 FEW_BYTES = 32  # of a thread, which ptxas puts aside at times to have one more program at work
 SHARED = 48 << 10  # bytes a program gets on every GPU
+MORE_SHARED = 99 << 10  # and what it gets where Triton asks for more, from capability 8.0 on
 PRODUCT_WARPS = 16  # on a multiprocessor: what the layout counts on when it splits rows
 
 
@@ -31,7 +32,7 @@ def launches(tmp_path):
     assert {(each["capability"], each["kernel"]) for each in found} == {
         (capability, kernel)
         for capability in (80, 90)
-        for kernel in ("_product", "_decode_window", "_solve_block")
+        for kernel in ("_product", "_decode_window", "_solve_block", "_attend")
     }
     return found
 
@@ -39,7 +40,7 @@ def launches(tmp_path):
 def test_kernels_compile_stay_in_registers_and_find_room_on_a_multiprocessor(launches):
     for each in launches:
         assert each["spilled"] <= FEW_BYTES, each
-        assert each["shared"] <= SHARED, each
+        assert each["shared"] <= (MORE_SHARED if each["kernel"] == "_attend" else SHARED), each
         assert each["registers"] * each["warps"] * 32 <= REGISTERS, each
     # As many warps of products fit as the layout counts on.
     products = [each for each in launches if each["kernel"] == "_product"]

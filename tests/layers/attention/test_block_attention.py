@@ -8,7 +8,11 @@ from attention_models import batch, make
 from transformers import DynamicCache, StaticCache
 
 import hf_sparse
+from hf_sparse.core.attention_settings import AttentionSettings
 from hf_sparse.layers.attention import attend, interface
+from hf_sparse.layers.attention.inputs import Inputs
+from hf_sparse.layers.attention.masks import LazyMask
+from hf_sparse.layers.attention.selectors import SELECTORS
 
 SMALL = {"method": "hs_block", "block": 8, "key_block": 4, "keys": 16, "from_length": 0}
 DECODERS = ("llama", "qwen3", "mistral", "opt")
@@ -98,6 +102,42 @@ def test_it_equals_a_dense_computation_of_the_same_pairs(calls, family, kind, re
     for call, selection, out in calls:
         expected = reference(call, selection, residual == "centroids")
         assert torch.allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "settings"),
+    [
+        ("llama", "left", {"key_block": 3}),
+        ("llama", "packed", {"residual": "centroids"}),
+        ("mistral", "right", {"block": 40, "key_block": 16}),  # rows of more than one program
+    ],
+)
+def test_the_triton_kernel_has_the_same_pairs(calls, monkeypatch, family, kind, settings):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(attend, "runs_triton", lambda inputs, dropout: True)
+    model, (inputs, _) = make(family), batch(kind, family)
+    hf_sparse.use_attention(model, SMALL | settings)
+    assert not hidden(model, inputs).isnan().any()
+    for call, selection, out in calls:
+        expected = reference(call, selection, "residual" in settings)
+        assert torch.allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [(24, 24), (5, 40)])
+def test_the_triton_kernel_takes_any_number_of_channels(channels):
+    triton_blocks = pytest.importorskip("hf_sparse.layers.attention.triton_blocks")
+    torch.manual_seed(0)
+    key_channels, value_channels = channels
+    query, key = torch.randn(2, 4, 50, key_channels), torch.randn(2, 2, 50, key_channels)
+    value = torch.randn(2, 2, 50, value_channels)
+    settings = AttentionSettings(**SMALL)
+    mask = LazyMask.plain(query, key, True)
+    inputs = Inputs.of(query, key, value, mask, 0.3, settings)
+    blocks = SELECTORS["block"]().select(inputs, settings, {}).blocks
+    expected, found = attend.block_part(inputs, blocks), triton_blocks.block_part(inputs, blocks)
+    assert torch.allclose(found.mean(), expected.mean(), atol=1e-5)
+    sums = [(part.weight.log() + part.shift) for part in (found, expected)]
+    assert torch.allclose(*sums, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)

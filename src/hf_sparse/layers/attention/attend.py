@@ -16,6 +16,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from ...kernels.gpu.triton_works import obstacle
 from .base import Clusters, Residual, Selection
 from .inputs import Inputs, Part
 
@@ -24,7 +25,12 @@ def attend(
     inputs: Inputs, selection: Selection, residual: Residual, dropout: float = 0.0
 ) -> Tensor:
     """The attention's result; (streams, rows, channels)."""
-    result = block_part(inputs, selection.blocks, dropout)
+    if runs_triton(inputs, dropout):
+        from . import triton_blocks  # where it runs: Triton is no dependency
+
+        result = triton_blocks.block_part(inputs, selection.blocks)
+    else:
+        result = block_part(inputs, selection.blocks, dropout)
     rest = inputs.whole & ~_chosen(selection.blocks, inputs.key_blocks)
     estimate = residual.part(rest)
     if estimate is not None:
@@ -32,6 +38,15 @@ def attend(
     if selection.clusters is not None:
         result = _with_clusters(inputs, result, selection.clusters, rest, residual, dropout)
     return result.mean()
+
+
+def runs_triton(inputs: Inputs, dropout: float) -> bool:
+    """Is it for the Triton kernel: on a GPU on which Triton works, without gradients?"""
+    given = inputs.queries, inputs.keys, inputs.values
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if dropout or trains or not inputs.queries.is_cuda:
+        return False
+    return obstacle(inputs.queries.device) is None
 
 
 def _chosen(blocks: Tensor, count: int) -> Tensor:
